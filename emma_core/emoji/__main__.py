@@ -1,0 +1,27 @@
+"""`python -m emma_core.emoji build --out DIR [--packages NODE_MODULES]`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .dataset import build
+from .icons import install_packages
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m emma_core.emoji", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("build", help="render the emoji people and write images, index and card")
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--packages", type=Path, help="a node_modules folder; without it npm installs into OUT/npm")
+    options = parser.parse_args()
+    packages = options.packages or install_packages(options.out / "npm")
+    card = build(packages, options.out)
+    shown = {key: card[key] for key in ("pictures", "per_vendor", "per_tone", "per_split")}
+    print(json.dumps(shown, indent=1))
+
+
+if __name__ == "__main__":
+    main()

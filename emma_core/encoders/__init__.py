@@ -1,0 +1,1 @@
+"""Encoders that turn reference pictures into the features EMMA modules read."""

@@ -1,0 +1,94 @@
+"""T5 text features on a bare machine, through transformers.
+
+Shapes: N tokens of a prompt with its `</s>`, D width of the features.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .errors import EmmaError
+from .t5_file import T5File, load_parts, open_t5_file
+from .t5_layout import T5EncoderConfig
+from .t5_tokenizer import PromptTokenizer, load_tokenizer
+
+# fp16 overflows in this layer of the larger T5, so that transformers keeps it in fp32 too.
+_FLOAT32_IN_HALF_PRECISION = ("wo.weight",)
+
+
+class TextEncoder:
+    """A T5 encoder and its tokenizer: prompts -> last hidden states."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: PromptTokenizer, config: T5EncoderConfig):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+
+    @property
+    def width(self) -> int:
+        return self.config.d_model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """Features (1,N,D) of each prompt at its natural length: no padding, no truncation."""
+        features = []
+        for prompt in prompts:
+            ids_1N = torch.tensor([self.tokenizer.ids(prompt)], device=self.device)
+            features.append(self.model(input_ids=ids_1N).last_hidden_state)
+        return features
+
+    @torch.no_grad()
+    def encode_padded(self, prompt: str, length: int = 128) -> torch.Tensor:
+        """Features (1,length,D) of a prompt padded as in ELLA's training: padding is not attended to, but is returned.
+
+        Raises:
+            EmmaError: the prompt has more tokens than ``length``.
+        """
+        ids = self.tokenizer.ids(prompt)
+        if len(ids) > length:
+            raise EmmaError(f"The prompt has {len(ids)} tokens, more than {length}: encode it at its natural length.")
+        padding = length - len(ids)
+        ids_1N = torch.tensor([ids + [self.tokenizer.pad_id] * padding], device=self.device)
+        mask_1N = torch.tensor([[1] * len(ids) + [0] * padding], device=self.device)
+        return self.model(input_ids=ids_1N, attention_mask=mask_1N).last_hidden_state
+
+
+def load_text_encoder(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> TextEncoder:
+    """Load a T5 v1.1 encoder from a .safetensors file or a Hugging Face folder, strictly.
+
+    Args:
+        path: file or folder; its tokenizer.json lies in the folder or as `<file stem>.tokenizer.json` beside the file.
+        dtype: of the weights; by default fp32 on the CPU and fp16 elsewhere.
+        device: the CPU by default.
+    Raises:
+        TextEncoderFileError: the file, its tokenizer or its weights cannot be used; the message says why.
+    """
+    device = torch.device("cpu" if device is None else device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+    t5_file = open_t5_file(path)
+    tokenizer = load_tokenizer(t5_file)
+    return TextEncoder(_load_model(t5_file, dtype, device), tokenizer, t5_file.config)
+
+
+def _load_model(t5_file: T5File, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        **vars(t5_file.config), feed_forward_proj="gated-gelu", dropout_rate=0.0, use_cache=False,
+        attn_implementation="eager",
+    )
+    # On the meta device it takes no memory until the weights take the place of its own.
+    with torch.device("meta"):
+        model = T5EncoderModel(config)
+    model.requires_grad_(False)
+    load_parts(model, t5_file, dtype, device, _FLOAT32_IN_HALF_PRECISION if dtype == torch.float16 else ())
+    model.set_input_embeddings(model.shared)
+    return model.eval()

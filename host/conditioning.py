@@ -1,0 +1,60 @@
+"""CONDITIONING of the host into conditioning that answers the timestep, and back."""
+
+import node_helpers
+import torch
+
+from ..emma_core.errors import ConnectorMismatchError
+from .loaded import LoadedConnector
+from .payload import KEY, CONDEmma, EmmaPayload, HostAssembly
+
+
+def connect_conditioning(
+    ella: LoadedConnector, conditioning: list, assembly: HostAssembly, clip_conditioning: list | None
+) -> list:
+    """Each entry keeps its own text, area, mask and range, and gets the tokens of the connector.
+
+    Args:
+        ella: the connector.
+        conditioning: the host's CONDITIONING, holding T5 features (B, N, D).
+        assembly: references for every entry; empty for the negative.
+        clip_conditioning: CLIP's CONDITIONING, appended behind the tokens (ELLA+CLIP); one entry for all, or one each.
+    Raises:
+        ConnectorMismatchError: connected before, not T5's width, or CLIP of another width or number of entries.
+    """
+    appended = _clip_entries(ella, clip_conditioning, len(conditioning))
+    connected = []
+    for (text_BND, options), clip_1SW in zip(conditioning, appended, strict=True):
+        if KEY in options.get("model_conds", {}):
+            raise ConnectorMismatchError("this conditioning went through EMMA Connector before. Wire the text encoder's "
+                                         "conditioning into the connector, and assemble all modules before it.")
+        if text_BND is None:
+            raise ConnectorMismatchError("this conditioning holds no text features. Wire a CLIP Text Encode node that uses "
+                                         "the CLIP of Load ELLA Text Encoder.")
+        payload = EmmaPayload(ella, text_BND, assembly)
+        context_1SW = payload.placeholder_1KW
+        if clip_1SW is not None:
+            context_1SW = torch.cat([context_1SW.expand(clip_1SW.shape[0], -1, -1), clip_1SW.to(context_1SW)], dim=1)
+        connected.append([context_1SW, options])
+        connected[-1] = node_helpers.conditioning_set_values(
+            [connected[-1]],
+            {
+                "model_conds": {**options.get("model_conds", {}), KEY: CONDEmma(payload)},
+                "additional_models": [*options.get("additional_models", []), *payload.patchers],
+            },
+        )[0]
+    return connected
+
+
+def _clip_entries(ella: LoadedConnector, clip_conditioning: list | None, count: int) -> list:
+    if not clip_conditioning:
+        return [None] * count
+    if len(clip_conditioning) not in (1, count):
+        raise ConnectorMismatchError(f"the CLIP conditioning has {len(clip_conditioning)} entries for {count} of T5; wanted 1 "
+                                     "or as many. Combine them in the same way.")
+    width = ella.connector.width
+    for tokens_1SW, _ in clip_conditioning:
+        if tokens_1SW.shape[-1] != width:
+            raise ConnectorMismatchError(f"the CLIP conditioning has width {tokens_1SW.shape[-1]}, the ELLA's tokens {width}. "
+                                         "Encode it with the CLIP of the checkpoint that samples.")
+    entries = [tokens_1SW for tokens_1SW, _ in clip_conditioning]
+    return entries * count if len(entries) == 1 else entries

@@ -1,0 +1,55 @@
+"""What the nodes Assemble EMMA Modules and EMMA Connector do."""
+
+import logging
+import warnings
+
+from ..emma_core.assembly import Reference, check_fits
+from ..emma_core.errors import EmmaWarning
+from ..emma_core.reference_features import ReferenceFeatures, check_for_module
+from .conditioning import connect_conditioning
+from .loaded import LoadedConnector, LoadedModule
+from .payload import HostAssembly
+from .seam import connect_model
+
+
+def assemble(
+    module: LoadedModule, reference: ReferenceFeatures, strength: float, start_percent: float, end_percent: float,
+    assembly: HostAssembly | None,
+) -> HostAssembly:
+    """One more reference in an assembly.
+
+    Raises:
+        ReferenceMismatchError: the reference was encoded for another module, or the range is empty.
+    """
+    check_for_module(reference, module.module.config)
+    added = Reference(module.module, reference.features, strength, start_percent, end_percent)
+    return (assembly or HostAssembly()).with_reference(module, added)
+
+
+def connect(
+    model, ella: LoadedConnector, positive: list, negative: list, assembly: HostAssembly | None,
+    clip_positive: list | None, clip_negative: list | None,
+):
+    """MODEL, positive and negative for the sampler.
+
+    Raises:
+        ConnectorMismatchError: model, connector, modules and text do not fit together.
+    """
+    assembly = assembly or HostAssembly()
+    connected = connect_model(model, [ella.patcher, *assembly.patchers], ella.connector.width)
+    _check_modules(ella, assembly)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EmmaWarning)  # said above, once per module
+        positive = connect_conditioning(ella, positive, assembly, clip_positive)
+        negative = connect_conditioning(ella, negative, HostAssembly(), clip_negative)
+    return connected, positive, negative
+
+
+def _check_modules(ella: LoadedConnector, assembly: HostAssembly) -> None:
+    """Refuse modules of another shape; say in the log where one was trained on another ELLA."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", EmmaWarning)
+        for reference in assembly.references:
+            check_fits(ella.connector, reference.module)
+    for warning in caught:
+        logging.warning("EMMA Connector: %s", warning.message)

@@ -1,0 +1,151 @@
+"""What our conditioning carries into the sampler, and the tokens it answers with.
+
+Shapes: F frames (or 1), N text tokens, D text width, T timesteps, K latent tokens, W token width.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import comfy.conds
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from ..emma_core.assembly import Assembly, Reference, tokens_over_schedule
+from ..emma_core.errors import ReferenceMismatchError, UnconnectedModelError
+from .loaded import LoadedConnector, LoadedModule
+
+KEY = "emma"
+ROWS_AT_ONCE = 512
+KEPT_CHUNKS = 4
+MIDDLE_TIMESTEP = 499
+
+
+class TokenCache:
+    """Tokens by timestep. A schedule is computed in fixed chunks, so the answer never depends on what ran before."""
+
+    def __init__(self):
+        self._chunks: OrderedDict[tuple, torch.Tensor] = OrderedDict()
+
+    def chunk(self, timesteps: tuple[float, ...], device: torch.device, compute) -> torch.Tensor:
+        """Tokens (T, F, K, W) of exactly these timesteps; ``compute(timesteps)`` makes what is not there."""
+        key = (timesteps, str(device))
+        if key not in self._chunks:
+            self._chunks[key] = compute(timesteps)
+            while len(self._chunks) > KEPT_CHUNKS:
+                self._chunks.popitem(last=False)
+        self._chunks.move_to_end(key)
+        return self._chunks[key]
+
+
+@dataclass(frozen=True, eq=False)
+class HostAssembly:
+    """The EMMA_ASSEMBLY that travels through the graph: references, and the models that read them."""
+
+    references: tuple[Reference, ...] = ()
+    patchers: tuple[comfy.model_patcher.ModelPatcher, ...] = ()
+
+    def with_reference(self, module: LoadedModule, reference: Reference) -> "HostAssembly":
+        """This assembly and one more reference."""
+        patchers = dict.fromkeys((*self.patchers, module.patcher))
+        return HostAssembly((*self.references, reference), tuple(patchers))
+
+
+class EmmaPayload:
+    """One conditioning entry: its text, its references, its connector, and the placeholder that stands for them.
+
+    Args:
+        ella: the connector.
+        text_FND: T5 features.
+        assembly: references; empty for the negative.
+    Raises:
+        ConnectorMismatchError: text or modules do not fit the connector.
+        ReferenceMismatchError: unequal numbers of prompts and per-frame references.
+    """
+
+    def __init__(self, ella: LoadedConnector, text_FND: torch.Tensor, assembly: HostAssembly):
+        self.connector = ella.connector
+        self.text_FND = text_FND
+        self.assembly = Assembly(assembly.references)
+        self.patchers = [ella.patcher, *assembly.patchers]
+        self.cache = TokenCache()
+        self.frames = max(text_FND.shape[0], self.assembly.rows)
+        comfy.model_management.load_models_gpu(self.patchers)
+        device = comfy.model_management.get_torch_device()
+        # ELLA's own tokens at a middle timestep: sensible numbers for stock nodes that look at them
+        self.placeholder_1KW = self._compute((MIDDLE_TIMESTEP,), device)[0, :1].to(
+            comfy.model_management.intermediate_device(), torch.float32
+        )
+
+    def tokens(
+        self, timestep_B: torch.Tensor, schedule: Sequence[float], frame_indices: Sequence[int] | None
+    ) -> torch.Tensor:
+        """Tokens for a batch at its timesteps.
+
+        Args:
+            timestep_B: timestep of each row of the latent batch.
+            schedule: timesteps that the sampler announced, so that they are computed together; may be empty.
+            frame_indices: which frames the rows are, in a context window; None: rows are frames.
+        Returns:
+            (1, K, W) where one answer serves all rows, else (B, K, W).
+        Raises:
+            ReferenceMismatchError: per-frame references for another number of frames.
+        """
+        batch, device = timestep_B.shape[0], timestep_B.device
+        timesteps = timestep_B.tolist()
+        frames = self._frames_of_rows(batch, frame_indices)
+        if self.frames == 1 and len(set(timesteps)) == 1:
+            return self._at(timesteps[0], schedule, device)
+        return torch.stack([self._at(timestep, schedule, device)[frame]
+                            for timestep, frame in zip(timesteps, frames, strict=True)])
+
+    def _frames_of_rows(self, batch: int, frame_indices: Sequence[int] | None) -> Sequence[int]:
+        if self.frames == 1:
+            return [0] * batch
+        if frame_indices is not None and len(frame_indices) == batch and max(frame_indices) < self.frames:
+            return frame_indices
+        if self.frames == batch:
+            return range(batch)
+        raise ReferenceMismatchError(
+            f"this conditioning holds {self.frames} per-frame references, the latent batch has {batch} frames. "
+            "Encode one reference per frame, or combine them ('concat' or 'average') into one for all frames."
+        )
+
+    def _at(self, timestep: float, schedule: Sequence[float], device: torch.device) -> torch.Tensor:
+        chunk = _chunk_with(timestep, schedule, max(1, ROWS_AT_ONCE // self.frames))
+        tokens_TFKW = self.cache.chunk(chunk, device, lambda timesteps: self._compute(timesteps, device))
+        return tokens_TFKW[chunk.index(timestep)]
+
+    def _compute(self, timesteps: tuple[float, ...], device: torch.device) -> torch.Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        timestep_T = torch.tensor(timesteps, dtype=torch.float32, device=device)
+        with torch.no_grad():
+            return tokens_over_schedule(self.connector, self.text_FND.to(device), timestep_T, self.assembly)
+
+
+def _chunk_with(timestep: float, schedule: Sequence[float], size: int) -> tuple[float, ...]:
+    """The part of the schedule that holds this timestep, or the timestep alone."""
+    if timestep not in schedule:
+        return (timestep,)
+    start = schedule.index(timestep) // size * size
+    return tuple(schedule[start:start + size])
+
+
+class CONDEmma(comfy.conds.CONDConstant):
+    """Carries an `EmmaPayload` in ``model_conds``; our wrapper takes it out before the host processes it."""
+
+    def process_cond(self, batch_size, **kwargs):
+        """Reached only on a MODEL without our wrapper.
+
+        Raises:
+            UnconnectedModelError: always.
+        """
+        raise UnconnectedModelError(
+            "this conditioning comes from EMMA Connector, but the MODEL that samples it does not: its tokens would stay "
+            "at one timestep and the references would be lost. Wire the MODEL output of EMMA Connector into the "
+            "sampler (LoRA, ControlNet and other patches may come before or after it)."
+        )
+
+    def can_concat(self, other):
+        return True

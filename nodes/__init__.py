@@ -1,0 +1,24 @@
+"""The nodes; ids are promises to shared workflows and never change."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..host.paths import register_folders
+from .assemble import EMMAAssembleModules
+from .connect import EMMAConnector
+from .encode import EMMAEncodeReference
+from .gate_map import EMMAGateMap
+from .load import EMMALoadELLA, EMMALoadModule, EMMALoadReferenceEncoder, EMMALoadTextEncoder
+from .playground import EMMAPlayground, EMMAPlaygroundPicture
+
+
+class EmmaExtension(ComfyExtension):
+    """What the host asks for the pack's nodes."""
+
+    async def on_load(self) -> None:
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            EMMALoadELLA, EMMALoadTextEncoder, EMMALoadModule, EMMALoadReferenceEncoder, EMMAEncodeReference,
+            EMMAAssembleModules, EMMAConnector, EMMAGateMap, EMMAPlayground, EMMAPlaygroundPicture,
+        ]

@@ -1,0 +1,37 @@
+"""Assemble EMMA Modules."""
+
+from comfy_api.latest import io
+
+from ..host import connecting
+from .types import CATEGORY, Assembly, Module, Reference
+
+
+class EMMAAssembleModules(io.ComfyNode):
+    """Adds one module with its reference to an assembly; chain several, in any order."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EMMAAssembleModules",
+            display_name="Assemble EMMA Modules",
+            category=CATEGORY,
+            description="Adds a module and its reference to an assembly. Modules trained apart are summed, without any "
+                        "training; chain this node once per module, the order does not matter.",
+            inputs=[
+                Module.Input("module", tooltip="The module."),
+                Reference.Input("reference", tooltip="Its reference, from Encode Reference Image with the same module."),
+                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05,
+                               tooltip="How much the reference counts. 0 is as if the module were not there, 1 as trained."),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
+                               tooltip="Part of the sampling from which the reference acts (0 = pure noise)."),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
+                               tooltip="Part of the sampling until which the reference acts (1 = finished picture)."),
+                Assembly.Input("assembly", optional=True, tooltip="An earlier Assemble EMMA Modules, to add to."),
+            ],
+            outputs=[Assembly.Output(display_name="EMMA_ASSEMBLY", tooltip="Wire this into EMMA Connector, or into another "
+                                                                         "Assemble EMMA Modules.")],
+        )
+
+    @classmethod
+    def execute(cls, module, reference, strength, start_percent, end_percent, assembly=None) -> io.NodeOutput:
+        return io.NodeOutput(connecting.assemble(module, reference, strength, start_percent, end_percent, assembly))

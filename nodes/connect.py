@@ -1,0 +1,48 @@
+"""EMMA Connector."""
+
+from comfy_api.latest import io
+
+from ..host import connecting
+from .types import CATEGORY, Assembly, Ella
+
+
+class EMMAConnector(io.ComfyNode):
+    """MODEL and T5 conditioning -> MODEL and conditioning whose tokens follow every timestep."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EMMAConnector",
+            display_name="EMMA Connector",
+            category=CATEGORY,
+            description="Connects ELLA, and the assembled EMMA modules, to a model. At every step of any sampler the "
+                        "cross-attention gets the tokens of that step's timestep. Wire all three outputs into the sampler.",
+            inputs=[
+                io.Model.Input("model", tooltip="A checkpoint of the ELLA's family (SD1.5 for the released one), with its "
+                                                "LoRAs and other patches."),
+                Ella.Input("ella", tooltip="Load ELLA."),
+                io.Conditioning.Input("positive", tooltip="The prompt, encoded with Load ELLA Text Encoder."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt (often empty), encoded the same way. It gets no "
+                                                          "references."),
+                Assembly.Input("assembly", optional=True, tooltip="References. Without it this is ELLA alone."),
+                io.Conditioning.Input("clip_positive", optional=True,
+                                      tooltip="The prompt encoded with the checkpoint's own CLIP, appended to the tokens "
+                                              "(ELLA+CLIP). Keeps LoRA trigger words and a community checkpoint's look."),
+                io.Conditioning.Input("clip_negative", optional=True,
+                                      tooltip="The negative prompt encoded with the checkpoint's own CLIP. Give both or "
+                                              "none: equal lengths sample in one pass."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="Sample with this model; the one you gave stays as it was."),
+                io.Conditioning.Output(display_name="positive", tooltip="Positive conditioning, for the sampler or ControlNet."),
+                io.Conditioning.Output(display_name="negative", tooltip="Negative conditioning, for the sampler or ControlNet."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, ella, positive, negative, assembly=None, clip_positive=None, clip_negative=None
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            *connecting.connect(model, ella, positive, negative, assembly, clip_positive, clip_negative)
+        )

@@ -1,0 +1,109 @@
+"""Loaders: ELLA, its text encoder, EMMA modules, reference encoders."""
+
+from comfy_api.latest import io
+
+from ..host import encoders, loaded, paths, text_encoder
+from .types import CATEGORY, Ella, Encoder, Module
+
+PLAYGROUND_ENCODER = "playground (shipped)"
+
+
+class EMMALoadELLA(io.ComfyNode):
+    """File in models/ella -> ELLA."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EMMALoadELLA",
+            display_name="Load ELLA",
+            category=CATEGORY,
+            description="Loads an ELLA connector, which turns T5 text features into cross-attention tokens, anew at every "
+                        "timestep. Files go into models/ella.",
+            inputs=[
+                io.Combo.Input("ella_name", options=paths.ELLA.names(),
+                               tooltip="ELLA file in models/ella, for instance ella-sd1.5-tsc-t5xl.safetensors."),
+            ],
+            outputs=[Ella.Output(display_name="ELLA", tooltip="Wire this into EMMA Connector.")],
+        )
+
+    @classmethod
+    def execute(cls, ella_name) -> io.NodeOutput:
+        return io.NodeOutput(loaded.load_ella(paths.ELLA.path(ella_name)))
+
+
+class EMMALoadTextEncoder(io.ComfyNode):
+    """T5 encoder -> CLIP, for the stock CLIP Text Encode."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EMMALoadTextEncoder",
+            display_name="Load ELLA Text Encoder",
+            category=CATEGORY,
+            description="Loads the T5 encoder that an ELLA reads (flan-t5-xl for the released one). Use its CLIP output with "
+                        "the usual CLIP Text Encode nodes, and wire their conditioning into EMMA Connector.",
+            inputs=[
+                io.Combo.Input("text_encoder_name", options=paths.TEXT_ENCODER.names(),
+                               tooltip="A .safetensors file or a Hugging Face folder in models/text_encoders or "
+                                       "models/ella_encoder."),
+                io.Combo.Input("dtype", options=list(text_encoder.DTYPES), default="auto",
+                               tooltip="Precision of the encoder. auto: float16 on GPUs (ELLA was trained with it), float32 "
+                                       "on the CPU. Pictures differ visibly between precisions."),
+                io.Combo.Input("empty_prompt", options=list(text_encoder.EMPTY_PROMPT_LENGTHS), default="natural length",
+                               tooltip="How an empty (negative) prompt is encoded: at its natural length of one token, or "
+                                       "padded to 128 tokens as in ELLA's training."),
+            ],
+            outputs=[io.Clip.Output(display_name="CLIP",
+                                    tooltip="Wire this into CLIP Text Encode. It gives T5 features, for EMMA Connector only.")],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder_name, dtype, empty_prompt) -> io.NodeOutput:
+        path = paths.TEXT_ENCODER.path(text_encoder_name)
+        return io.NodeOutput(text_encoder.load_text_encoder_clip(path, dtype=dtype, empty_prompt=empty_prompt))
+
+
+class EMMALoadModule(io.ComfyNode):
+    """File in models/emma -> EMMA_MODULE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EMMALoadModule",
+            display_name="Load EMMA Module",
+            category=CATEGORY,
+            description="Loads an EMMA module: small gated blocks that inject one kind of reference (a style, an object, a "
+                        "portrait, a face) into ELLA's tokens. Files go into models/emma.",
+            inputs=[io.Combo.Input("module_name", options=paths.MODULE.names(), tooltip="EMMA module in models/emma.")],
+            outputs=[Module.Output(display_name="EMMA_MODULE",
+                                   tooltip="Wire this into Encode Reference Image and Assemble EMMA Modules.")],
+        )
+
+    @classmethod
+    def execute(cls, module_name) -> io.NodeOutput:
+        return io.NodeOutput(loaded.load_emma_module(paths.MODULE.path(module_name)))
+
+
+class EMMALoadReferenceEncoder(io.ComfyNode):
+    """Reference encoder -> EMMA_ENCODER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EMMALoadReferenceEncoder",
+            display_name="Load Reference Encoder",
+            category=CATEGORY,
+            description="Loads the encoder that reference pictures go through. Each EMMA module says which one it needs; a "
+                        "wrong one is refused.",
+            inputs=[
+                io.Combo.Input("encoder_name", options=[PLAYGROUND_ENCODER, *paths.REFERENCE_ENCODER.names()],
+                               tooltip="The shipped playground encoder, or a CLIP vision file in models/clip_vision."),
+            ],
+            outputs=[Encoder.Output(display_name="EMMA_ENCODER", tooltip="Wire this into Encode Reference Image.")],
+        )
+
+    @classmethod
+    def execute(cls, encoder_name) -> io.NodeOutput:
+        if encoder_name == PLAYGROUND_ENCODER:
+            return io.NodeOutput(encoders.load_playground_reference_encoder())
+        return io.NodeOutput(encoders.load_reference_encoder(paths.REFERENCE_ENCODER.path(encoder_name)))

@@ -1,0 +1,55 @@
+"""Load EMMA Playground, and its reference pictures."""
+
+from comfy_api.latest import io
+
+from ..host import playground
+from .types import CATEGORY, Ella, Encoder, Module
+
+
+class EMMAPlayground(io.ComfyNode):
+    """The shipped small world."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EMMAPlayground",
+            display_name="Load EMMA Playground",
+            category=CATEGORY,
+            description="A small world of emoji people that runs at once on any CPU, with nothing to download: a tiny SD1.5-like "
+                        "model with its T5, VAE, ELLA, a style and a face module and their encoder. Pictures are 128 x 128.",
+            inputs=[],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="Tiny UNet in SD1.5 layout; use latents of 128 x 128."),
+                io.Clip.Output(display_name="CLIP", tooltip="Tiny T5 text encoder; prompts such as 'woman astronaut'."),
+                io.Vae.Output(display_name="VAE", tooltip="Small autoencoder in SD's latent layout."),
+                Ella.Output(display_name="ELLA", tooltip="Small ELLA connector."),
+                Module.Output(display_name="style module", tooltip="Takes the drawing style of a reference."),
+                Module.Output(display_name="face module", tooltip="Takes the skin tone and hair of a reference."),
+                Encoder.Output(display_name="EMMA_ENCODER", tooltip="The encoder both modules need."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        parts = playground.load_playground()
+        return io.NodeOutput(parts.model, parts.clip, parts.vae, parts.ella, parts.style, parts.face, parts.encoder)
+
+
+class EMMAPlaygroundPicture(io.ComfyNode):
+    """A shipped reference picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EMMAPlaygroundPicture",
+            display_name="Load Playground Picture",
+            category=CATEGORY,
+            description="One of the reference pictures shipped with the playground.",
+            inputs=[io.Combo.Input("picture", options=playground.reference_names(), tooltip="style-* names an emoji "
+                                   "vendor's style, face-* a skin tone.")],
+            outputs=[io.Image.Output(display_name="IMAGE", tooltip="Wire this into Encode Reference Image.")],
+        )
+
+    @classmethod
+    def execute(cls, picture) -> io.NodeOutput:
+        return io.NodeOutput(playground.reference_picture(picture))

@@ -1,0 +1,11 @@
+"""Socket types of the pack and what its schemas share."""
+
+from comfy_api.latest import io
+
+CATEGORY = "EMMA"
+
+Ella = io.Custom("ELLA")
+Module = io.Custom("EMMA_MODULE")
+Encoder = io.Custom("EMMA_ENCODER")
+Reference = io.Custom("EMMA_REFERENCE")
+Assembly = io.Custom("EMMA_ASSEMBLY")
