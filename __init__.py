@@ -5,6 +5,8 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():
     """The host calls this once; everything is imported here, so that importing the package costs nothing."""
+    from .host.paths import register_folders
     from .nodes import EmmaExtension
 
+    register_folders()
     return EmmaExtension()

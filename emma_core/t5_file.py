@@ -1,7 +1,7 @@
 """A T5 encoder on disk: one .safetensors file, or a Hugging Face folder, whole or in parts; read part by part.
 
-Only headers are read on opening. `T5File.parts` then yields one layer at a time, so that loading needs the memory of the
-model and of one layer, not of the file twice.
+Only headers are read on opening. `T5File.parts` then yields one layer at a time, so that loading needs the memory of
+the model and of one layer, not of the file twice.
 """
 
 import json
@@ -113,7 +113,7 @@ def open_t5_file(path: str | Path) -> T5File:
     for file in files:
         with open_tensors(file, _WHAT, TextEncoderFileError) as tensors:
             declared |= _declared_in_metadata(tensors.metadata() or {}, file.name)
-            for key in tensors.keys():
+            for key in list(tensors.keys()):
                 header = tensors.get_slice(key)
                 entries[key] = _Stored(file, key, tuple(header.get_shape()), str(header.get_dtype()))
     refuse_other_models(entries, path.name)
@@ -131,7 +131,7 @@ def load_parts(
     encoder: nn.Module, t5_file: T5File, dtype: torch.dtype, device: torch.device | str = "cpu",
     float32_names: tuple[str, ...] = (),
 ) -> None:
-    """Put a file's weights into an encoder that names its layers as transformers does, strictly and in place of its own."""
+    """Put a file's weights, strictly, in place of those of an encoder that names its layers as transformers does."""
     for part, tensors in t5_file.parts(dtype, device, float32_names):
         encoder.get_submodule(part).load_state_dict(tensors, strict=True, assign=True)
 
@@ -226,8 +226,8 @@ def _check_weights(weights, scales, config: T5EncoderConfig, name: str) -> None:
     for key, scale in scales.items():
         if scale.shape not in ((), (1,), (1, 1), wanted[key][:1], (wanted[key][0], 1)):
             raise TextEncoderFileError(
-                f"{name}: the scale of {key} has shape {scale.shape}; wanted one number for the tensor or for each of its "
-                f"{wanted[key][0]} rows. This kind of quantisation is not supported: use the fp16 or plain fp8 file."
+                f"{name}: the scale of {key} has shape {scale.shape}; wanted one number for the tensor or for each of "
+                f"its {wanted[key][0]} rows. This quantisation is not supported: use the fp16 or plain fp8 file."
             )
 
 
@@ -257,8 +257,10 @@ def _tokenizer_of(path: Path, file: Path, declared: Mapping[str, object], own_fo
     named = declared.get("tokenizer")
     if named is not None:
         if not isinstance(named, str) or Path(named).name != named:
-            raise TextEncoderFileError(f"{file.name}: its metadata `t5` names the tokenizer {named!r}; wanted the plain "
-                                       "name of a file beside it. Save the file again.")
+            raise TextEncoderFileError(
+                f"{file.name}: its metadata `t5` names the tokenizer {named!r}; wanted the plain name of a file beside "
+                "it. Save the file again."
+            )
         if not (file.parent / named).exists():
             raise TextEncoderFileError(f"{file.name} needs its own tokenizer {named}, which is not in {file.parent}. "
                                        "Copy it there from where the text encoder came from.")

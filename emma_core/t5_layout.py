@@ -47,7 +47,7 @@ class T5EncoderConfig:
 def encoder_parts(config: T5EncoderConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     """Submodule of the encoder -> its tensors and their shapes, in the order they are loaded."""
     width, hidden, inner = config.d_model, config.d_ff, config.num_heads * config.d_kv
-    block = {f"layer.0.SelfAttention.{name}.weight": (inner, width) for name in "qkv"}
+    block: dict[str, tuple[int, ...]] = {f"layer.0.SelfAttention.{name}.weight": (inner, width) for name in "qkv"}
     block |= {
         "layer.0.SelfAttention.o.weight": (width, inner),
         "layer.0.layer_norm.weight": (width,),
@@ -56,7 +56,7 @@ def encoder_parts(config: T5EncoderConfig) -> dict[str, dict[str, tuple[int, ...
         "layer.1.DenseReluDense.wo.weight": (width, hidden),
         "layer.1.layer_norm.weight": (width,),
     }
-    parts = {"shared": {"weight": (config.vocab_size, width)}}
+    parts: dict[str, dict[str, tuple[int, ...]]] = {"shared": {"weight": (config.vocab_size, width)}}
     for index in range(config.num_layers):
         parts[f"encoder.block.{index}"] = dict(block)
     parts["encoder.block.0"][_BIAS_KEY] = (ATTENTION_BUCKETS, config.num_heads)

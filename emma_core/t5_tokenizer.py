@@ -19,7 +19,9 @@ class PromptTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as found:  # the library raises plain Exception
-            raise TextEncoderFileError(f"{path} cannot be read as a tokenizer.json ({found}). Download it again.") from found
+            raise TextEncoderFileError(
+                f"{path} cannot be read as a tokenizer.json ({found}). Download it again."
+            ) from found
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.name = path.name

@@ -81,10 +81,7 @@ def load_text_encoder(
 def _load_model(t5_file: T5File, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     from transformers import T5Config, T5EncoderModel
 
-    config = T5Config(
-        **vars(t5_file.config), feed_forward_proj="gated-gelu", dropout_rate=0.0, use_cache=False,
-        attn_implementation="eager",
-    )
+    config = T5Config(**vars(t5_file.config), feed_forward_proj="gated-gelu", dropout_rate=0.0, use_cache=False)
     # On the meta device it takes no memory until the weights take the place of its own.
     with torch.device("meta"):
         model = T5EncoderModel(config)

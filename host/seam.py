@@ -110,11 +110,18 @@ def _schedule(sampling, sigmas: torch.Tensor | None) -> list[float]:
 def _frame_indices(transformer_options, batch: int) -> Sequence[int] | None:
     """Frames in the current context window: the host's own, or AnimateDiff-Evolved's; None outside of windows."""
     window = transformer_options.get("context_window")
-    for indices in (getattr(window, "index_list", None), transformer_options.get("ad_params", {}).get("sub_idxs")):
+    for indices in (_window_frames(window), transformer_options.get("ad_params", {}).get("sub_idxs")):
         # outside of a window AnimateDiff leaves the last window's indices behind: only a matching length counts
         if indices is not None and len(indices) == batch:
             return list(indices)
     return None
+
+
+def _window_frames(window) -> Sequence[int] | None:
+    """Frames of the host's context window; newer hosts put an earlier frame before them, whose result they drop."""
+    indices = getattr(window, "index_list", None)
+    before = getattr(window, "causal_anchor_index", None)
+    return indices if indices is None or before is None or before < 0 else [before, *indices]
 
 
 def _check_width(model: comfy.model_patcher.ModelPatcher, token_width: int) -> None:

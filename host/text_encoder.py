@@ -29,7 +29,7 @@ _DTYPE_FLAGS = ("fp8_e4m3fn_text_enc", "fp8_e5m2_text_enc", "fp16_text_enc", "fp
 def load_text_encoder_clip(
     path: str | Path, dtype: str = "auto", empty_prompt: str = "natural length"
 ) -> comfy.sd.CLIP:
-    """Load a T5 v1.1 encoder (flan-t5) as a CLIP of the host. Nothing enters the GPU before the first prompt is encoded.
+    """Load a T5 v1.1 encoder (flan-t5) as a CLIP of the host. Nothing enters the GPU before a prompt is encoded.
 
     Args:
         path: a .safetensors file or a Hugging Face folder.

@@ -2,7 +2,6 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..host.paths import register_folders
 from .assemble import EMMAAssembleModules
 from .connect import EMMAConnector
 from .encode import EMMAEncodeReference
@@ -13,9 +12,6 @@ from .playground import EMMAPlayground, EMMAPlaygroundPicture
 
 class EmmaExtension(ComfyExtension):
     """What the host asks for the pack's nodes."""
-
-    async def on_load(self) -> None:
-        register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

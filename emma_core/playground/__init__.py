@@ -1,0 +1,20 @@
+"""The playground: a small world of emoji people whose weights are shipped, so that everything runs without a download.
+
+Names are imported on first use: the pack must load fast, and a bare machine needs diffusers only where it generates.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .files import load_autoencoder, load_unet, unet_tensors_and_config
+
+PLAYGROUND_DIR = Path(__file__).resolve().parents[2] / "playground"
+__all__ = ["PLAYGROUND_DIR", "load_autoencoder", "load_unet", "unet_tensors_and_config"]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".files", __name__), name)

@@ -20,7 +20,7 @@ NOT_SAFETENSORS = [
     pytest.param(lambda path, whole: path.write_bytes(whole[:-100]), "{name} is truncated or damaged",
                  id="truncated weights"),
     pytest.param(lambda path, whole: path.write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>"),
-                 "{name} is not a safetensors file .*<!DOCTYP.*web page", id="web page"),
+                 "{name} is not a safetensors file .*<!DOCTYP", id="web page"),
     pytest.param(lambda path, whole: torch.save({"a": torch.zeros(3)}, path), "{name} is a pickled PyTorch file",
                  id="pickle"),
     pytest.param(lambda path, whole: torch.save({"a": 1}, path, _use_new_zipfile_serialization=False),

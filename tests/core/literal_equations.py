@@ -68,11 +68,8 @@ class EmmaModule(nn.Module):
                                    for name, spec in config.features.items()})
 
     def context(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        tokens = []
-        for name, spec in self.config.features.items():
-            for vector_D in features[name][0]:
-                tokens.append(self.proj[name](vector_D).reshape(spec.tokens_per_vector, self.config.width))
-        return torch.cat(tokens)[None]
+        tokens = [self.proj[name](features[name]).reshape(1, -1, self.config.width) for name in self.config.features]
+        return torch.cat(tokens, dim=1)
 
 
 class Used(NamedTuple):

@@ -195,7 +195,7 @@ def test_a_checkpoint_is_refused(tmp_path):
 
 def test_an_ella_file_is_refused(tmp_path):
     save_connector(small_connector(), tmp_path / "ella.safetensors")
-    with pytest.raises(ModuleFileError, match="has no `emma` metadata .*found ella.*models/emma"):
+    with pytest.raises(ModuleFileError, match="has no `emma` metadata.*found ella.*models/emma"):
         load_module(tmp_path / "ella.safetensors")
 
 

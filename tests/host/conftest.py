@@ -53,6 +53,8 @@ sys.argv = ["main.py", *isolated_arguments(BASE_DIRECTORY)]
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
+sys.path.append(str(PACK / "tests" / "host" / "support"))
+pytest_plugins = ["token_check", "tiny_models"]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,82 @@
+"""`python -m emma_core.playground.export`: checkpoints of the training scripts -> the shipped files, in float16."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ..connector_file import save_connector
+from ..emoji.dataset import EmojiPeople, load
+from . import PLAYGROUND_DIR
+from .files import save_tensors
+from .text import t5_metadata
+from .train_base import Base
+from .training import load_checkpoint
+from .unet import UNET_CONFIG
+
+# reference pictures: style from a vendor's "old woman" and "man detective", face from the oldest two vendors
+STYLE_PICTURES = {"noto": ("man guard", "medium"), "twemoji": ("man guard", "medium"),
+                  "fluent-emoji-flat": ("man guard", "medium"), "fluent-emoji": ("man guard", "medium")}
+FACE_PICTURES = {"light": ("woman", "twemoji"), "medium-light": ("man", "noto"), "medium": ("woman", "noto"),
+                 "medium-dark": ("man", "twemoji"), "dark": ("woman", "fluent-emoji-flat")}
+
+
+def averaged_base(checkpoint: Path) -> Base:
+    """The base with its averaged weights."""
+    state = load_checkpoint(checkpoint)
+    base = Base(state["base"]["t5.shared.weight"].shape[0])
+    base.load_state_dict(state["base"])
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.copy_(state["average"][name])
+    return base.eval().requires_grad_(False)
+
+
+def export_base(options: argparse.Namespace) -> None:
+    """Autoencoder, UNet, T5 with tokenizer, ELLA connector, reference encoder."""
+    base = averaged_base(options.base / "base.pt")
+    options.out.mkdir(parents=True, exist_ok=True)
+    save_tensors(load_file(options.autoencoder), options.out / "autoencoder.safetensors")
+    save_tensors(load_file(options.encoder), options.out / "encoder.safetensors", {"family": "playground"})
+    save_tensors(base.unet.state_dict(), options.out / "unet.safetensors", {"unet": json.dumps(UNET_CONFIG)})
+    t5 = {key: value for key, value in base.t5.state_dict().items() if key != "encoder.embed_tokens.weight"}
+    save_tensors(t5, options.out / "t5.safetensors", t5_metadata(t5["shared.weight"].shape[0]))
+    shutil.copyfile(options.base / "tokenizer.json", options.out / "tokenizer.json")
+    save_connector(base.connector, options.out / "ella.safetensors", torch.float16,
+                   {"modelspec.title": "EMMA playground ELLA", "modelspec.license": "Apache-2.0"})
+
+
+def export_references(data: EmojiPeople, out: Path) -> None:
+    """A few pictures of the data, for the demo and the example graphs."""
+    out.mkdir(parents=True, exist_ok=True)
+    for vendor, (caption, tone) in STYLE_PICTURES.items():
+        _save_picture(data, caption, vendor, tone, out / f"style-{vendor}.png")
+    for tone, (caption, vendor) in FACE_PICTURES.items():
+        _save_picture(data, caption, vendor, tone, out / f"face-{tone}.png")
+
+
+def _save_picture(data: EmojiPeople, caption: str, vendor: str, tone: str, path: Path) -> None:
+    found = [index for index, row in enumerate(data.rows) if (row.caption, row.vendor, row.tone) == (caption, vendor, tone)]
+    Image.fromarray(data.images_NHWC[found[0]]).save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `python -m emma_core.emoji build`")
+    parser.add_argument("--autoencoder", type=Path, required=True, help="file of train_autoencoder")
+    parser.add_argument("--encoder", type=Path, required=True, help="file of train_encoder")
+    parser.add_argument("--base", type=Path, required=True, help="folder of train_base")
+    parser.add_argument("--out", type=Path, default=PLAYGROUND_DIR, help="default: the shipped playground")
+    options = parser.parse_args()
+    export_base(options)
+    export_references(load(options.data), options.out / "references")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The playground's autoencoder and UNet on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import FileError
+from ..tensor_file import check_finite, check_shapes, read_tensors, write_atomically
+from . import PLAYGROUND_DIR
+from .autoencoder import Autoencoder
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+_AUTOENCODER, _UNET = "the playground's autoencoder", "the playground's UNet"
+
+
+def load_autoencoder(
+    path: str | Path | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    operations: ModuleType | type = nn,
+) -> Autoencoder:
+    """The shipped autoencoder, or another file of its kind, strictly.
+
+    Args:
+        path: None means the shipped file.
+        dtype, device: None means float32 on the CPU.
+        operations: namespace that the convolutions come from.
+    Raises:
+        FileError: not such a file; missing, extra, misshapen or non-finite weights.
+    """
+    path = Path(path or PLAYGROUND_DIR / "autoencoder.safetensors")
+    tensors, _ = read_tensors(path, _AUTOENCODER)
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in Autoencoder().state_dict().items()}
+    check_shapes(tensors, shapes, path.name, _AUTOENCODER)
+    check_finite(tensors, path.name)
+    autoencoder = Autoencoder(operations, dtype or torch.float32, device)
+    autoencoder.load_state_dict(tensors)
+    return autoencoder.eval().requires_grad_(False)
+
+
+def unet_tensors_and_config(path: str | Path | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The UNet's weights under diffusers' key names, and diffusers' configuration of it.
+
+    Raises:
+        FileError: not such a file, or non-finite weights.
+    """
+    path = Path(path or PLAYGROUND_DIR / "unet.safetensors")
+    tensors, metadata = read_tensors(path, _UNET)
+    if "unet" not in metadata:
+        raise FileError(f"{path.name} has no `unet` metadata, so it is not {_UNET}. Restore the file from the repository.")
+    check_finite(tensors, path.name)
+    return tensors, json.loads(metadata["unet"])
+
+
+def load_unet(path: str | Path | None = None) -> UNet2DConditionModel:
+    """The UNet as diffusers' model, float32 on the CPU.
+
+    Raises:
+        FileError: as `unet_tensors_and_config`; missing, extra or misshapen weights.
+    """
+    from diffusers import UNet2DConditionModel
+
+    tensors, config = unet_tensors_and_config(path)
+    unet = UNet2DConditionModel(**config)
+    check_shapes(tensors, {key: tuple(value.shape) for key, value in unet.state_dict().items()},
+                 Path(path or "unet.safetensors").name, _UNET)
+    unet.load_state_dict(tensors)
+    return unet.eval().requires_grad_(False)
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Writes weights of the playground, atomically."""
+    check_finite(tensors, path.name)
+    ready = {key: value.detach().to("cpu", dtype).contiguous() for key, value in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(ready, str(temporary), metadata=dict(metadata or {})))

@@ -1,0 +1,74 @@
+"""The shipped playground as one object, on a bare machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..assembly import Assembly, Reference
+from ..connector_file import load_connector
+from ..encoders.playground import PlaygroundEncoder, load_playground_encoder
+from ..gated_resampler import GatedResampler
+from ..generate import Pipeline, sd15_scheduler
+from ..module_file import load_module
+from ..reference_features import ReferenceFeatures, check_for_module
+from ..text_encoder import load_text_encoder
+from . import PLAYGROUND_DIR, load_autoencoder, load_unet
+
+
+@dataclass(frozen=True)
+class World:
+    """The pipeline, the two modules and their encoder."""
+
+    pipeline: Pipeline
+    modules: dict[str, GatedResampler]
+    encoder: PlaygroundEncoder
+
+    def encode_reference(self, condition: str, image_BHW3: torch.Tensor, mask_BHW: torch.Tensor | None = None) -> Reference:
+        """One reference of the `style` or the `face` module, from pictures in [0, 1]; several are shown side by side.
+
+        Raises:
+            ImageInputError: unusable pictures or mask.
+            ReferenceMismatchError: the module was trained with another encoder.
+        """
+        module = self.modules[condition]
+        features, _ = self.encoder.encode(image_BHW3, mask_BHW)
+        needed = {name: features[name].flatten(0, 1).unsqueeze(0) for name in module.config.features}
+        description = {"family": self.encoder.family, "fingerprint": self.encoder.fingerprint}
+        check_for_module(ReferenceFeatures(needed, description), module.config)
+        return Reference(module, needed)
+
+    def assembly(self, references: dict[str, torch.Tensor]) -> Assembly:
+        """An assembly of pictures by condition: {"style": (B, H, W, 3), ...}."""
+        return Assembly(self.encode_reference(condition, image) for condition, image in references.items())
+
+
+def load_world(folder: str | Path = PLAYGROUND_DIR) -> World:
+    """All parts of a playground folder, in float32 on the CPU.
+
+    Raises:
+        FileError: a part is missing or damaged.
+    """
+    folder = Path(folder)
+    unet = load_unet(folder / "unet.safetensors")
+    pipeline = Pipeline(
+        encode_text=load_text_encoder(folder / "t5.safetensors").encode,
+        connector=load_connector(folder / "ella.safetensors"),
+        predict_noise=lambda latent, timestep, context: unet(latent, timestep, context, return_dict=False)[0],
+        decode=load_autoencoder(folder / "autoencoder.safetensors").decode,
+        scheduler=sd15_scheduler(),
+    )
+    modules = {condition: load_module(folder / f"emma-{condition}.safetensors") for condition in ("style", "face")}
+    return World(pipeline, modules, load_playground_encoder(folder / "encoder.safetensors"))
+
+
+def read_picture(path: str | Path) -> torch.Tensor:
+    """A picture file as (1, H, W, 3) in [0, 1]; transparency becomes white."""
+    picture = Image.open(path).convert("RGBA")
+    sheet = Image.new("RGBA", picture.size, "white")
+    sheet.alpha_composite(picture)
+    return torch.from_numpy(np.asarray(sheet.convert("RGB"), dtype=np.float32) / 255)[None]

@@ -1,0 +1,182 @@
+"""Small random models in the host's own classes, and the nodes as a graph would call them.
+
+Shapes: N text tokens, D text width, V vectors, R references.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.model_management
+import comfy.ops
+import comfy.supported_models
+import pytest
+import torch
+from token_check import Answer
+
+TEXT_DIM = 24
+WIDTH = 64
+LATENTS = 8
+SIZES = {"width": WIDTH, "latents": LATENTS, "layers": 2, "heads": 4, "text_dim": TEXT_DIM, "time_channels": 32,
+         "time_width": 48}
+STYLE = {"global": (20, 4)}
+OBJECT = {"global": (20, 1), "local": (12, 1)}
+UNET = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2],
+    "num_res_blocks": [1, 1], "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1, "context_dim": WIDTH, "num_heads": 4, "num_head_channels": -1,
+    "use_linear_in_transformer": False, "use_spatial_transformer": True, "legacy": False, "adm_in_channels": None,
+    "use_temporal_attention": False,
+}
+
+
+def noise(shape, seed: int) -> torch.Tensor:
+    """Normal numbers that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fill_(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Random weights that keep activations near 1; every global gate is 0.5 or -0.5."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            values = torch.randn(weight.shape, generator=generator)
+            if name.endswith(("attn_gate", "ffn_gate")):
+                weight.copy_(0.5 * values.sign())
+            else:
+                weight.copy_(values * (0.1 if weight.ndim < 2 else weight[0].numel() ** -0.5))
+    return model.eval().requires_grad_(False)
+
+
+class TinyWorld:
+    """Makes small models of ours and of the host; the same arguments give the same weights."""
+
+    def __init__(self, pack_import):
+        self._connector = pack_import("emma_core.connector")
+        self._resampler = pack_import("emma_core.gated_resampler")
+        self._config = pack_import("emma_core.module_config")
+        self._features = pack_import("emma_core.reference_features")
+        self._loaded = pack_import("host.loaded")
+        self.connecting = pack_import("host.connecting")
+        self.assembly_class = pack_import("emma_core.assembly").Assembly
+
+    def model(self, seed: int = 0, family=comfy.supported_models.SD15, **changes):
+        """MODEL of the SD1.5 family with 32 channels."""
+        config = family({**UNET, **changes})
+        config.set_inference_dtype(torch.float32, None)
+        model = config.get_model({}, "", device=comfy.model_management.unet_offload_device())
+        fill_(model.diffusion_model, seed)
+        return self._loaded.patcher_for(model)
+
+    def ella(self, seed: int = 1, **changes):
+        """ELLA, as Load ELLA hands it out."""
+        config = self._connector.ConnectorConfig(**{**SIZES, **changes})
+        connector = fill_(self._connector.Connector(config, comfy.ops.manual_cast), seed)
+        return self._loaded.LoadedConnector(connector, self._loaded.patcher_for(connector))
+
+    def module(self, condition: str = "style", features=None, seed: int = 2, **changes):
+        """EMMA_MODULE, as Load EMMA Module hands it out."""
+        specs = {name: self._config.FeatureSpec(*sizes) for name, sizes in (features or STYLE).items()}
+        config = self._config.ModuleConfig(condition=condition, width=WIDTH, heads=4, layers=SIZES["layers"],
+                                           features=specs, time_width=SIZES["time_width"]).replace(**changes)
+        module = fill_(self._resampler.GatedResampler(config, comfy.ops.manual_cast), seed)
+        return self._loaded.LoadedModule(module, self._loaded.patcher_for(module))
+
+    def reference(self, module, seed: int = 3, references: int = 1):
+        """EMMA_REFERENCE for a module; several references are one per frame."""
+        features = {name: noise((references, 1 if name == "global" else 5, spec.dim), seed + index)
+                    for index, (name, spec) in enumerate(module.module.config.features.items())}
+        return self._features.ReferenceFeatures(features, dict(module.module.config.encoder), per_frame=references > 1)
+
+    def assemble(self, *members):
+        """EMMA_ASSEMBLY of (module, reference, strength, start percent, end percent); the last three may be left out."""
+        assembly = None
+        for member in members:
+            complete = (*member, *(1.0, 0.0, 1.0)[len(member) - 2:])
+            assembly = self.connecting.assemble(*complete, assembly)
+        return assembly
+
+    def text(self, tokens: int = 7, seed: int = 4, rows: int = 1) -> list:
+        """CONDITIONING of T5 features."""
+        return [[noise((rows, tokens, TEXT_DIM), seed), {"pooled_output": None}]]
+
+    def clip_text(self, tokens: int = 77, seed: int = 5) -> list:
+        """CONDITIONING as the checkpoint's own CLIP gives it."""
+        return [[noise((1, tokens, WIDTH), seed), {"pooled_output": None}]]
+
+    def controlnet(self, seed: int = 6) -> comfy.controlnet.ControlNet:
+        """CONTROL_NET for `model`, from the host's own class."""
+        names = ("image_size", "in_channels", "model_channels", "channel_mult", "num_res_blocks", "transformer_depth",
+                 "transformer_depth_middle", "context_dim", "num_heads", "use_spatial_transformer", "legacy")
+        model = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init,
+                                           **{name: UNET[name] for name in names})
+        return comfy.controlnet.ControlNet(fill_(model, seed), load_device=comfy.model_management.get_torch_device())
+
+
+@dataclass(frozen=True)
+class Wired:
+    """What EMMA Connector gave for one prompt, and what to expect of it: answers by group (0 positive, 1 negative)."""
+
+    model: object
+    positive: list
+    negative: list
+    answers: dict[int, list[Answer]]
+
+
+def wire(tiny: TinyWorld, model, ella, text, negative_text, assembly=None, **appended) -> Wired:
+    """EMMA Connector, with the answers its outputs must give."""
+    connected, positive, negative = tiny.connecting.connect(
+        model, ella, text, negative_text, assembly, appended.get("clip_positive"), appended.get("clip_negative")
+    )
+    references = tiny.assembly_class(assembly.references if assembly else ())
+
+    def answers(conditioning, references, clip):
+        tails = [None] * len(conditioning) if clip is None else [entry[0] for entry in clip]
+        tails *= len(conditioning) if len(tails) < len(conditioning) else 1
+        return [Answer(ella.connector, entry[0], references, tail)
+                for entry, tail in zip(conditioning, tails, strict=True)]
+
+    return Wired(connected, positive, negative, {
+        0: answers(text, references, appended.get("clip_positive")),
+        1: answers(negative_text, None, appended.get("clip_negative")),
+    })
+
+
+def empty_latent(batch: int = 1, size: int = 8) -> dict:
+    """LATENT of zeros."""
+    return {"samples": torch.zeros(batch, 4, size, size)}
+
+
+def call_node(host_nodes, node_id: str, **inputs):
+    """What a node gives, called as the host's execution does: in inference mode, by its declared function."""
+    node = host_nodes.NODE_CLASS_MAPPINGS[node_id]
+    with torch.inference_mode():
+        if hasattr(node, "define_schema"):
+            return node.execute(**inputs).result
+        return getattr(node(), node.FUNCTION)(**inputs)
+
+
+@pytest.fixture(scope="session")
+def tiny(pack_import) -> TinyWorld:
+    """Maker of small models."""
+    return TinyWorld(pack_import)
+
+
+@pytest.fixture(scope="session")
+def run_node(host_nodes, pack):
+    """`run_node("KSampler", model=..., ...)`: the node's outputs, of ours and of the host's."""
+    return lambda node_id, **inputs: call_node(host_nodes, node_id, **inputs)
+
+
+@pytest.fixture(scope="session")
+def ksample(run_node):
+    """KSampler with the usual settings; returns the latent tensor."""
+
+    def run(model, positive, negative, latent=None, **settings):
+        usual = {"seed": 11, "steps": 3, "cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
+        return run_node("KSampler", model=model, positive=positive, negative=negative,
+                        latent_image=latent or empty_latent(), **{**usual, **settings})[0]["samples"]
+
+    return run
