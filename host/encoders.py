@@ -15,6 +15,7 @@ from ..emma_core.errors import EncoderFileError, ReferenceMismatchError
 from ..emma_core.module_config import ModuleConfig
 from ..emma_core.playground import PLAYGROUND_DIR
 from ..emma_core.reference_features import ReferenceFeatures, check_encoder, combine_features
+from ..emma_core.tensor_file import open_tensors
 from .images import WHITE, object_masks, rgb_pictures
 from .loaded import LoadedEncoder, LoadedModule, patcher_for
 
@@ -42,12 +43,20 @@ class PlaygroundReferenceEncoder:
 
 
 class ClipVisionReferenceEncoder:
-    """The host's CLIP_VISION: `global` is the projected embedding, `local` the hidden states of the declared layer."""
+    """The host's CLIP_VISION: `global` is the projected embedding, `local` the hidden states of the declared layer.
+
+    Raises:
+        EncoderFileError: a model of another kind.
+    """
 
     def __init__(self, clip_vision):
         self._clip_vision = clip_vision
-        config = clip_vision.model.vision_model
-        hidden = config.embeddings.class_embedding.shape[-1]
+        tower = getattr(clip_vision.model, "vision_model", None)
+        class_token = getattr(getattr(tower, "embeddings", None), "class_embedding", None)
+        if class_token is None:
+            raise EncoderFileError("this CLIP_VISION is no CLIP model (SigLIP and DINOv2 are others). Load the image encoder "
+                                   "named by the EMMA module (CLIP ViT-H/14 for the released conditions).")
+        hidden = class_token.shape[-1]
         projection = getattr(clip_vision.model.visual_projection, "weight", None)
         projected = hidden if projection is None else projection.shape[0]
         family = CLIP_FAMILIES.get((hidden, projected), f"clip-{hidden}-{projected}")
@@ -80,9 +89,10 @@ def load_reference_encoder(path: str) -> LoadedEncoder:
     """A reference encoder file, recognised by its tensors.
 
     Raises:
-        EncoderFileError: the host cannot read it as a CLIP vision model.
+        EncoderFileError: a damaged file, or one that the host cannot read as a CLIP vision model.
     """
-    clip_vision = comfy.clip_vision.load(path)
+    with open_tensors(path, "a reference encoder", EncoderFileError):  # refuses damaged files
+        clip_vision = comfy.clip_vision.load(path)
     if clip_vision is None:
         raise EncoderFileError(f"{path} is not a CLIP vision model that this ComfyUI reads. Choose the image encoder named "
                                "by the EMMA module (CLIP ViT-H/14 for the released conditions).")

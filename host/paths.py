@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import folder_paths
 
@@ -34,8 +35,8 @@ class ModelFolder:
             FileError: naming every folder looked into and file names known to work.
         """
         for root in self.roots() if name else ():
-            path = os.path.join(root, name)
-            if os.path.exists(path) and os.path.commonpath([os.path.realpath(root), os.path.realpath(path)]):
+            path = os.path.normpath(os.path.join(root, name))
+            if os.path.exists(path) and Path(path).is_relative_to(os.path.normpath(root)):
                 return path
         raise FileError(
             f"{name or 'no file'} was not found for {self.what}; looked into {', '.join(self.roots())}. Put {self.known} "

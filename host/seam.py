@@ -40,6 +40,7 @@ def swap_in_tokens(executor, model, conds, x_in, timestep, model_options):
     """CALC_COND_BATCH wrapper: ``timestep`` is the host's sigma (B,), ``conds`` lists of entries (or None)."""
     if any(KEY in entry["model_conds"] for entries in conds for entry in entries or ()):
         sampling = model.model_sampling
+        _check_timesteps(sampling)  # it may have been exchanged after the connector
         transformer_options = model_options.get("transformer_options", {})
         timestep_B = sampling.timestep(timestep).to(x_in.device).expand(x_in.shape[0])
         schedule = _schedule(sampling, transformer_options.get("sample_sigmas"))

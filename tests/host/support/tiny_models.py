@@ -62,9 +62,9 @@ class TinyWorld:
         self.connecting = pack_import("host.connecting")
         self.assembly_class = pack_import("emma_core.assembly").Assembly
 
-    def model(self, seed: int = 0, family=comfy.supported_models.SD15, **changes):
-        """MODEL of the SD1.5 family with 32 channels."""
-        config = family({**UNET, **changes})
+    def model(self, seed: int = 0, family=comfy.supported_models.SD15, sizes=UNET):
+        """MODEL, of the SD1.5 family with 32 channels if nothing else is said."""
+        config = family(dict(sizes))
         config.set_inference_dtype(torch.float32, None)
         model = config.get_model({}, "", device=comfy.model_management.unet_offload_device())
         fill_(model.diffusion_model, seed)

@@ -1,0 +1,45 @@
+"""Which picture serves as the reference of which target: the pairs that the modules learn from and are judged by."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from ..emoji.dataset import Row
+
+CONDITIONS = ("style", "face")
+
+
+class ReferencePicker:
+    """Draws reference pictures, by their positions in the data set, out of the given ones only.
+
+    Args:
+        rows: of the whole data set.
+        positions: pictures that may be references (the train split: held-out pictures are never seen).
+    """
+
+    def __init__(self, rows: Sequence[Row], positions: Sequence[int]):
+        self._rows = rows
+        self._of_vendor: dict[str, list[int]] = {}
+        self._of_tone: dict[tuple[str, str], list[int]] = {}
+        for position in positions:
+            row = rows[position]
+            self._of_vendor.setdefault(row.vendor, []).append(position)
+            self._of_tone.setdefault((row.tone, row.vendor), []).append(position)
+        self.vendors = sorted(self._of_vendor)
+
+    def style(self, target: Row, chance: random.Random) -> int:
+        """Another emoji of the target's vendor, in any tone."""
+        return self._another(self._of_vendor[target.vendor], target, chance)
+
+    def face(self, target: Row, chance: random.Random, other_vendor: bool = False) -> int:
+        """Another person of the target's tone, by a random vendor; with `other_vendor` never by the target's own."""
+        vendors = [name for name in self.vendors if not (other_vendor and name == target.vendor)]
+        return self._another(self._of_tone[target.tone, chance.choice(vendors)], target, chance)
+
+    def pick(self, condition: str, target: Row, chance: random.Random) -> int:
+        """A reference of one of CONDITIONS, as in training."""
+        return {"style": self.style, "face": self.face}[condition](target, chance)
+
+    def _another(self, positions: list[int], target: Row, chance: random.Random) -> int:
+        return chance.choice([position for position in positions if self._rows[position].emoji != target.emoji])
