@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -32,6 +32,9 @@ CONDITIONS = {
     "object": {"global": (1, 1024, 1), "local": (257, 1280, 1)},
     "face": {"identity": (1, 512, 4)},
 }
+
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 class Prompts(NamedTuple):
@@ -62,7 +65,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Tokens of a whole schedule: one pass against a plain loop.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
@@ -72,7 +75,7 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_weights(model: torch.nn.Module) -> torch.nn.Module:
+def random_weights(model: Model) -> Model:
     for name, weight in model.named_parameters():
         weight.data = torch.randn(weight.shape) * (0.02 if weight.ndim < 2 else weight.shape[-1] ** -0.5)
         if name.endswith(("attn_gate", "ffn_gate")):

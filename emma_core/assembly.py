@@ -6,6 +6,7 @@ Shapes: B rows (one prompt at one timestep each), R references per feature (1, o
 K latent tokens, C reference tokens, W token width, E channels of the time embedding.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ from .errors import ConnectorMismatchError, EmmaWarning, ReferenceMismatchError
 from .gated_resampler import GatedResampler
 
 LAST_TIMESTEP = 999
+# enough rows to keep matrix products busy; on CPUs, few enough for the hidden layer to stay in the cache
 ROWS_PER_PASS = 64
+ROWS_PER_PASS_ON_CPU = 16
 
 
 class TokenSource(Protocol):
@@ -161,7 +164,7 @@ def check_fits(source: TokenSource, module: GatedResampler) -> None:
 
 
 def assembled_tokens(
-    source: TokenSource, text_BND: torch.Tensor, timestep_B: torch.Tensor, assembly: Assembly
+    source: TokenSource, text_BND: torch.Tensor, timestep_B: torch.Tensor | float, assembly: Assembly
 ) -> torch.Tensor:
     """Tokens (B, K, W); text, timesteps and references have B rows or one that serves all.
 
@@ -205,14 +208,16 @@ def tokens_over_schedule(
 def _tokens_of_rows(
     source: TokenSource, text_FND: torch.Tensor, timestep_B: torch.Tensor, assembly: Assembly
 ) -> torch.Tensor:
-    """Row b uses text b mod F and reference b mod R; at most ROWS_PER_PASS rows at a time."""
+    """Row b uses text b mod F and reference b mod R; in even passes of at most ROWS_PER_PASS rows."""
     for reference in assembly.references:
         check_fits(source, reference.module)
     text_FNW = source.project_text(text_FND)
     contexts = [reference.module.context(reference.features, text_FNW) for reference in assembly.references]
     weights = [reference.weight_of_rows(timestep_B) for reference in assembly.references]
     passes = []
-    for row_P in torch.arange(timestep_B.shape[0], device=timestep_B.device).split(ROWS_PER_PASS):
+    row_B = torch.arange(timestep_B.shape[0], device=timestep_B.device)
+    limit = ROWS_PER_PASS_ON_CPU if row_B.device.type == "cpu" else ROWS_PER_PASS
+    for row_P in row_B.chunk(max(1, math.ceil(len(row_B) / limit))):
         temb_PE = source.activated_time_embedding(timestep_B[row_P])
         active = [
             _activate(reference.module, context_RCW, weight_B[row_P], row_P, temb_PE)

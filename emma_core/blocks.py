@@ -59,7 +59,7 @@ class SquaredReLUFeedForward(nn.Module):
         self.c_proj = operations.Linear(4 * width, width, dtype=dtype, device=device)
 
     def forward(self, x_BKW: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.relu(self.c_fc(x_BKW)).square())
+        return self.c_proj(F.relu(self.c_fc(x_BKW), inplace=True).square())
 
 
 class ResamplerLayers(nn.Module):

@@ -155,7 +155,7 @@ class Connector(nn.Module):
         return self.connector.perceiver_blocks[index](latents_BKW, text_BNW, activated_temb_BE)
 
     def tokens(
-        self, text_BND: torch.Tensor, timestep_B: torch.Tensor, assembly: Assembly | None = None
+        self, text_BND: torch.Tensor, timestep_B: torch.Tensor | float, assembly: Assembly | None = None
     ) -> torch.Tensor:
         """Cross-attention tokens of prompts at timesteps, with references injected (eqs. 1, 2, 7, 8).
 

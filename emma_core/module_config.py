@@ -132,19 +132,19 @@ class ModuleConfig:
                 impossible sizes.
         """
         entry = _emma_entry(metadata, name)
-        known = {key: entry[key] for key in (*_REQUIRED, *_OPTIONAL) if key in entry}
+        known: dict[str, Any] = {key: entry[key] for key in (*_REQUIRED, *_OPTIONAL) if key in entry}
         known.pop("format_version")
         unknown = {key: value for key, value in entry.items() if key not in (*_REQUIRED, *_OPTIONAL)}
         try:
-            features = {key: FeatureSpec.from_entry(value) for key, value in known.pop("features").items()}
-            sizes = {key: int(known.pop(key)) for key in ("width", "heads", "layers")}
-            gate_scale = float(known.pop("gate_scale"))
             _check_kinds(known)
+            known |= {key: int(known[key]) for key in ("width", "heads", "layers")}
+            known["gate_scale"] = float(known["gate_scale"])
+            known["features"] = {key: FeatureSpec.from_entry(value) for key, value in known["features"].items()}
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as found:
             raise ModuleFileError(f"{name}: its `emma` metadata has a value of the wrong kind ({found!r}). "
                                   "Save the module again with a current version of its trainer.") from found
         try:
-            return cls(**known, **sizes, gate_scale=gate_scale, features=features, unknown=unknown,
+            return cls(**known, unknown=unknown,
                        file_metadata={key: value for key, value in metadata.items() if key != "emma"})
         except ModuleFileError as found:
             raise ModuleFileError(f"{name}: {found}") from None
@@ -156,9 +156,9 @@ class ModuleConfig:
 
 def _check_kinds(entry: Mapping[str, Any]) -> None:
     kinds = {"condition": str, "separable_gates": bool, **dict.fromkeys(_OPTIONAL, dict)}
-    for key, value in entry.items():
-        if not isinstance(value, kinds[key]):
-            raise TypeError(f"{key} is a {type(value).__name__}, wanted a {kinds[key].__name__}")
+    for key, kind in kinds.items():
+        if key in entry and not isinstance(entry[key], kind):
+            raise TypeError(f"{key} is a {type(entry[key]).__name__}, wanted a {kind.__name__}")
 
 
 def _emma_entry(metadata: Mapping[str, str], name: str) -> dict[str, Any]:

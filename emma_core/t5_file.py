@@ -6,7 +6,7 @@ the model and of one layer, not of the file twice.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,11 +129,16 @@ def open_t5_file(path: str | Path) -> T5File:
 
 def load_parts(
     encoder: nn.Module, t5_file: T5File, dtype: torch.dtype, device: torch.device | str = "cpu",
-    float32_names: tuple[str, ...] = (),
+    float32_names: tuple[str, ...] = (), after_part: Callable[[], None] | None = None,
 ) -> None:
-    """Put a file's weights, strictly, in place of those of an encoder that names its layers as transformers does."""
+    """Put a file's weights, strictly, in place of those of an encoder that names its layers as transformers does.
+
+    ``after_part`` is called after each layer, for progress; what it raises ends the loading.
+    """
     for part, tensors in t5_file.parts(dtype, device, float32_names):
         encoder.get_submodule(part).load_state_dict(tensors, strict=True, assign=True)
+        if after_part is not None:
+            after_part()
 
 
 def _files_of(path: Path) -> list[Path]:

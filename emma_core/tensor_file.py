@@ -71,7 +71,7 @@ def read_tensors(
         error: missing, folder, empty, pickle, truncated, not safetensors.
     """
     with open_tensors(path, what, error) as tensors:
-        return {key: tensors.get_tensor(key) for key in tensors.keys()}, dict(tensors.metadata() or {})
+        return {key: tensors.get_tensor(key) for key in list(tensors.keys())}, dict(tensors.metadata() or {})
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], name: str, error: type[FileError] = FileError) -> None:

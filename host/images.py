@@ -26,7 +26,8 @@ def rgb_pictures(image_BHWC: torch.Tensor) -> torch.Tensor:
         raise ImageInputError("a reference picture holds NaN or infinite values; wanted 0 to 1. The node that made it "
                               "failed (a VAE in float16 is a common cause): repair it there.")
     if image_BHWC.max() > 2.0:
-        raise ImageInputError(f"a reference picture holds values up to {image_BHWC.max():.0f}; wanted 0 to 1. Divide it by 255.")
+        raise ImageInputError(f"a reference picture holds values up to {image_BHWC.max():.0f}; wanted 0 to 1. "
+                              "Divide it by 255.")
     image_BHWC = image_BHWC.float().clamp(0, 1)
     channels = image_BHWC.shape[-1]
     if channels == 3:

@@ -80,8 +80,9 @@ def _what_was_appended(context_BSW: torch.Tensor, payload: EmmaPayload) -> torch
     """
     placeholder_1KW = payload.placeholder_1KW
     count = placeholder_1KW.shape[1]
-    found = context_BSW[:1, :count].to(placeholder_1KW.device, placeholder_1KW.dtype)
-    if not torch.equal(found, placeholder_1KW):
+    found = context_BSW[:1, :count]
+    # the host may have moved or cast it
+    if not torch.equal(found, placeholder_1KW.to(found.device, found.dtype)):
         raise ConnectorMismatchError(
             "the conditioning was changed after EMMA Connector (by Conditioning Average, Zero Out or a similar node). Its "
             "tokens are made anew at every step, so such a change would be lost. Put that node before EMMA Connector, on "

@@ -8,6 +8,7 @@ from pathlib import Path
 import comfy.model_management
 import comfy.sd
 import comfy.text_encoders.t5
+import comfy.utils
 import torch
 from comfy.cli_args import args
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
@@ -101,7 +102,13 @@ class EllaT5Encoder(SDClipModel):
             special_tokens={"end": tokenizer.eos_id, "pad": tokenizer.pad_id}, enable_attention_masks=True,
             zero_out_masked=False, model_options=model_options,
         )
-        load_parts(self.transformer, t5_file, dtype, device)
+        progress = comfy.utils.ProgressBar(t5_file.config.num_layers)
+
+        def after_part() -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            progress.update(1)
+
+        load_parts(self.transformer, t5_file, dtype, device, after_part=after_part)
         self.freeze()
 
 

@@ -18,7 +18,7 @@ class EMMAAssembleModules(io.ComfyNode):
             description="Adds a module and its reference to an assembly. Modules trained apart are summed, without any "
                         "training; chain this node once per module, the order does not matter.",
             inputs=[
-                Module.Input("module", tooltip="The module."),
+                Module.Input("module", tooltip="The EMMA module, from Load EMMA Module."),
                 Reference.Input("reference", tooltip="Its reference, from Encode Reference Image with the same module."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05,
                                tooltip="How much the reference counts. 0 is as if the module were not there, 1 as trained."),

@@ -20,7 +20,7 @@ class EMMAConnector(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A checkpoint of the ELLA's family (SD1.5 for the released one), with its "
                                                 "LoRAs and other patches."),
-                Ella.Input("ella", tooltip="Load ELLA."),
+                Ella.Input("ella", tooltip="The connector, from Load ELLA."),
                 io.Conditioning.Input("positive", tooltip="The prompt, encoded with Load ELLA Text Encoder."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt (often empty), encoded the same way. It gets no "
                                                           "references."),
@@ -34,8 +34,8 @@ class EMMAConnector(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="Sample with this model; the one you gave stays as it was."),
-                io.Conditioning.Output(display_name="positive", tooltip="Positive conditioning, for the sampler or ControlNet."),
-                io.Conditioning.Output(display_name="negative", tooltip="Negative conditioning, for the sampler or ControlNet."),
+                io.Conditioning.Output(display_name="positive", tooltip="For the sampler or ControlNet."),
+                io.Conditioning.Output(display_name="negative", tooltip="For the sampler or ControlNet."),
             ],
         )
 

@@ -15,8 +15,9 @@ class EMMAPlayground(io.ComfyNode):
             node_id="EMMAPlayground",
             display_name="Load EMMA Playground",
             category=CATEGORY,
-            description="A small world of emoji people that runs at once on any CPU, with nothing to download: a tiny SD1.5-like "
-                        "model with its T5, VAE, ELLA, a style and a face module and their encoder. Pictures are 128 x 128.",
+            description="A small world of emoji people that runs at once on any CPU, with nothing to download: a tiny "
+                        "SD1.5-like model with its T5, VAE, ELLA, a style and a face module and their encoder. Pictures are "
+                        "128 x 128.",
             inputs=[],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="Tiny UNet in SD1.5 layout; use latents of 128 x 128."),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .icons import DATASOURCE, VENDORS, IconSet, Vendor, read_json, render
+from .icons import DATASOURCE, VENDORS, EmojiPackageError, IconSet, Vendor, read_json, render
 from .people import TONES, Person, select_people
 
 IMAGE_SIZE_PX = 128
@@ -50,7 +50,7 @@ def _draw(*parts: str) -> float:
 
 
 def split_of(person: Person, vendor: Vendor, tone: str) -> str:
-    """Whole (role, vendor) pairs and single (role, vendor, tone) triples are held out; a vendor family goes together."""
+    """Whole (role, vendor) pairs and single (role, vendor, tone) triples are held out, per family of vendors."""
     if _draw("pair", person.role, person.gender if not person.role else "", vendor.family) < _PAIR_SHARE:
         return "heldout-pair"
     if _draw("triple", person.caption, vendor.family, tone) < _TRIPLE_SHARE:
@@ -59,7 +59,7 @@ def split_of(person: Person, vendor: Vendor, tone: str) -> str:
 
 
 def build(packages: Path, out: Path, size_px: int = IMAGE_SIZE_PX) -> dict:
-    """Renders every person in every tone by every vendor; writes images, index and card into `out`; returns the card."""
+    """Renders every person in every tone by every vendor into images, index and card in `out`; returns the card."""
     people = select_people(read_json(packages, f"{DATASOURCE}/emoji.json"))
     icon_sets = {vendor: IconSet(packages, vendor) for vendor in VENDORS}
     rows, images, missing = [], [], []
@@ -113,6 +113,8 @@ def _card(rows: list[Row], missing: list[str], versions: dict[str, str], size_px
 def load(folder: Path) -> EmojiPeople:
     """Reads what `build` wrote; the pictures are memory-mapped."""
     if not (folder / INDEX_FILE).is_file():
-        raise FileNotFoundError(f"{folder} has no {INDEX_FILE}: make it with `python -m emma_core.emoji build --out {folder}`")
+        raise EmojiPackageError(
+            f"{folder} has no {INDEX_FILE}: make it with `python -m emma_core.emoji build --out {folder}`"
+        )
     lines = (folder / INDEX_FILE).read_text(encoding="utf-8").splitlines()
     return EmojiPeople(np.load(folder / IMAGES_FILE, mmap_mode="r"), [Row(**json.loads(line)) for line in lines])

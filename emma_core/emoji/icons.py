@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import FileError
 from .people import plain_codepoints
 
 
-class EmojiPackageError(Exception):
-    """A package is missing or isn't what it should be; the message says which one and how to get it."""
+class EmojiPackageError(FileError):
+    """A package, or the data made of them, is missing; the message says which one and how to get it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class IconSet:
         chars = read_json(packages, f"@iconify-json/{_NAMES_FROM.get(vendor.name, vendor.name)}/chars.json")
         self.version = read_json(packages, f"@iconify-json/{vendor.name}/package.json")["version"]
         self._icons, self._size = icons["icons"], (icons["width"], icons["height"])
-        self._parents = {name: alias["parent"] for name, alias in icons["aliases"].items() if alias.keys() == {"parent"}}
+        aliases = icons.get("aliases", {})
+        self._parents = {name: alias["parent"] for name, alias in aliases.items() if alias.keys() == {"parent"}}
         self._names = {plain_codepoints(codepoints): name for codepoints, name in chars.items()}
 
     def svg(self, codepoints: str) -> str | None:

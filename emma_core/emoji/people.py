@@ -78,7 +78,7 @@ def _gender_and_role(name: str) -> tuple[str, str] | None:
 
 
 def select_people(datasource: list[dict]) -> list[Person]:
-    """The people of `emoji-datasource-google`'s emoji.json that have five tones and a (wo)man or a name of their own."""
+    """The people of `emoji-datasource-google`'s emoji.json with five tones and a (wo)man or a name of their own."""
     known = {plain_codepoints(entry["unified"]) for entry in datasource}
     people = []
     for entry in datasource:

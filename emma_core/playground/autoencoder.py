@@ -73,7 +73,7 @@ class Autoencoder(nn.Module):
         self.register_buffer("latent_deviation", torch.ones(LATENT_CHANNELS, **placement))
 
     def encode(self, image_B3HW: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1], H and W divisible by 8 -> latents (B, 4, h, w); times 0.18215 they have deviation 1."""
+        """(B, 3, H, W) in [-1, 1], sides divisible by 8 -> latents (B, 4, h, w); times 0.18215 of deviation 1."""
         raw_B4hw = self.encoder(image_B3HW)
         mean = self.latent_mean.to(raw_B4hw)[:, None, None]
         deviation = self.latent_deviation.to(raw_B4hw)[:, None, None]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ..connector_file import save_connector
 from ..emoji.dataset import EmojiPeople, load
+from ..errors import ImageInputError
 from . import PLAYGROUND_DIR
 from .files import save_tensors
 from .text import t5_metadata
@@ -20,11 +21,11 @@ from .train_base import Base
 from .training import load_checkpoint
 from .unet import UNET_CONFIG
 
-# reference pictures: style from a vendor's "old woman" and "man detective", face from the oldest two vendors
+# All of the train split. None of them is a caption of the demo, so what the pictures show cannot come from here.
 STYLE_PICTURES = {"noto": ("man guard", "medium"), "twemoji": ("man guard", "medium"),
                   "fluent-emoji-flat": ("man guard", "medium"), "fluent-emoji": ("man guard", "medium")}
 FACE_PICTURES = {"light": ("woman", "twemoji"), "medium-light": ("man", "noto"), "medium": ("woman", "noto"),
-                 "medium-dark": ("man", "twemoji"), "dark": ("woman", "fluent-emoji-flat")}
+                 "medium-dark": ("man", "twemoji"), "dark": ("girl", "fluent-emoji-flat")}
 
 
 def averaged_base(checkpoint: Path) -> Base:
@@ -62,8 +63,11 @@ def export_references(data: EmojiPeople, out: Path) -> None:
 
 
 def _save_picture(data: EmojiPeople, caption: str, vendor: str, tone: str, path: Path) -> None:
-    found = [index for index, row in enumerate(data.rows) if (row.caption, row.vendor, row.tone) == (caption, vendor, tone)]
-    Image.fromarray(data.images_NHWC[found[0]]).save(path, optimize=True)
+    wanted = (caption, vendor, tone)
+    found = next(index for index, row in enumerate(data.rows) if (row.caption, row.vendor, row.tone) == wanted)
+    if data.rows[found].split != "train":
+        raise ImageInputError(f"{wanted} is held out: choose a picture of the train split as a reference.")
+    Image.fromarray(data.images_NHWC[found]).save(path, optimize=True)
 
 
 def main() -> None:

@@ -56,7 +56,8 @@ def unet_tensors_and_config(path: str | Path | None = None) -> tuple[dict[str, t
     path = Path(path or PLAYGROUND_DIR / "unet.safetensors")
     tensors, metadata = read_tensors(path, _UNET)
     if "unet" not in metadata:
-        raise FileError(f"{path.name} has no `unet` metadata, so it is not {_UNET}. Restore the file from the repository.")
+        raise FileError(f"{path.name} has no `unet` metadata, so it is not {_UNET}. "
+                        "Restore the file from the repository.")
     check_finite(tensors, path.name)
     return tensors, json.loads(metadata["unet"])
 

@@ -102,7 +102,9 @@ def train(options: argparse.Namespace) -> None:
         model.load_state_dict(read_tensors(options.decoder_only, "an autoencoder")[0])
     model = model.to(memory_format=torch.channels_last)
     learning = model.decoder if options.decoder_only else model
-    optimizer = torch.optim.AdamW([{"params": learning.parameters(), "base_lr": options.rate}], weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": learning.parameters(), "base_lr": options.rate}], weight_decay=0.01, fused=True
+    )
     log = Log(options.out.with_suffix(".jsonl"))
     for step in range(options.steps):
         set_rate(optimizer, cosine_rate(step, options.steps, WARMUP_STEPS))

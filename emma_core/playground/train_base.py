@@ -65,6 +65,12 @@ def bucket_losses(loss_B: torch.Tensor, timestep_B: torch.Tensor) -> list[tuple[
             for timestep, loss in zip(timestep_B, loss_B, strict=True)]
 
 
+def mean_of_buckets(losses: list[tuple[int, float]]) -> list[float]:
+    """Mean loss of each bucket; 0 for one without rows."""
+    totals = [[value for bucket, value in losses if bucket == wanted] for wanted in range(BUCKETS)]
+    return [round(sum(values) / max(1, len(values)), 4) for values in totals]
+
+
 def train(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -111,9 +117,8 @@ def train(options: argparse.Namespace) -> None:
         average.update(base, step)
         recent += bucket_losses(loss_B.detach(), timestep_B)
         if step % 100 == 0:
-            means = [sum(v for b, v in recent if b == k) / max(1, sum(b == k for b, _ in recent)) for k in range(BUCKETS)]
             log.write(step=step, share=round(share, 3), loss=round(sum(v for _, v in recent) / len(recent), 4),
-                      buckets=[round(mean, 4) for mean in means])
+                      buckets=mean_of_buckets(recent))
             recent = []
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             saved = time.monotonic()

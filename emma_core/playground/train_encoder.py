@@ -86,9 +86,12 @@ def augmented(image_B3SS: torch.Tensor, generator: torch.Generator) -> torch.Ten
 
 
 @torch.no_grad()
-def accuracy(encoder: PlaygroundEncoder, heads: Heads, image: torch.Tensor, wanted: dict[str, torch.Tensor]) -> dict[str, float]:
-    scores = heads(encoder(image))
-    return {name: round((s.argmax(1) == wanted[name.split()[1]]).float().mean().item(), 3) for name, s in scores.items()}
+def accuracy(
+    encoder: PlaygroundEncoder, heads: Heads, image: torch.Tensor, wanted: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Share of right answers of each head."""
+    right = {name: scores.argmax(1) == wanted[name.split()[1]] for name, scores in heads(encoder(image)).items()}
+    return {name: round(hits.float().mean().item(), 3) for name, hits in right.items()}
 
 
 def train(options: argparse.Namespace) -> None:

@@ -216,7 +216,8 @@ def train(options: argparse.Namespace) -> None:
         batch, loss_B = training.step(cosine_rate(int(1000 * spent / limit), 1000, int(WARMUP * 1000)))
         buckets.add(batch.timestep_B, loss_B)
         if training.steps % REPORT_STEPS == 0:
-            log.write(step=training.steps, share=round(spent / limit, 3), losses=buckets.means(), gates=gates_of(training.module))
+            log.write(step=training.steps, share=round(spent / limit, 3), losses=buckets.means(),
+                      gates=gates_of(training.module))
             buckets = Buckets()
         if training.steps % (REPORT_STEPS * 4) == 0:
             log.write(step=training.steps, **gain_of_reference(training))
@@ -238,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--condition", choices=CONDITIONS, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder made by `python -m emma_core.emoji build`")
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoint and log; a run goes on from there")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoint (a run goes on from it) and log")
     parser.add_argument("--out", type=Path, help="module file to write; default: into the playground folder")
     parser.add_argument("--playground", type=Path, default=PLAYGROUND_DIR, help="folder of the frozen base")
     parser.add_argument("--minutes", type=float, default=25, help="wall-clock time of the whole run")

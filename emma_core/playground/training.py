@@ -17,7 +17,7 @@ from ..tensor_file import write_atomically
 
 def to_float(images_NHWC: np.ndarray) -> torch.Tensor:
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images_NHWC, order="C")).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def random_shift(image_B3HW: torch.Tensor, most_px: int, generator: torch.Generator) -> torch.Tensor:

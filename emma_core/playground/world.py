@@ -28,7 +28,9 @@ class World:
     modules: dict[str, GatedResampler]
     encoder: PlaygroundEncoder
 
-    def encode_reference(self, condition: str, image_BHW3: torch.Tensor, mask_BHW: torch.Tensor | None = None) -> Reference:
+    def encode_reference(
+        self, condition: str, image_BHW3: torch.Tensor, mask_BHW: torch.Tensor | None = None
+    ) -> Reference:
         """One reference of the `style` or the `face` module, from pictures in [0, 1]; several are shown side by side.
 
         Raises:

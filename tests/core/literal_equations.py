@@ -7,7 +7,7 @@ Shapes: K latent tokens, N text tokens, S context tokens, W width, D dim of a fe
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -67,6 +67,9 @@ class EmmaModule(nn.Module):
         self.proj = nn.ModuleDict({name: nn.Linear(spec.dim, spec.tokens_per_vector * config.width)
                                    for name, spec in config.features.items()})
 
+    def block(self, index: int) -> GatedBlock:
+        return cast(GatedBlock, self.blocks[index])
+
     def context(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         tokens = [self.proj[name](features[name]).reshape(1, -1, self.config.width) for name in self.config.features]
         return torch.cat(tokens, dim=1)
@@ -80,6 +83,18 @@ class Used(NamedTuple):
     strength: float
 
 
+class Perceiver(nn.Module):
+    """The resampler's weights; its layout gives the file its key names."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.latents = nn.Parameter(torch.zeros(config.latents, config.width))
+        self.time_aware_linear = nn.Linear(config.time_width, config.width)
+        self.proj_in = nn.Linear(config.text_dim, config.width)
+        self.perceiver_blocks = nn.ModuleList(Block(config.width, config.heads, config.time_width)
+                                              for _ in range(config.layers))
+
+
 class EllaConnector(nn.Module):
     """The connector of an ELLA file with EMMA blocks after its own; ``config`` is its `ConnectorConfig`."""
 
@@ -88,12 +103,7 @@ class EllaConnector(nn.Module):
         self.config = config
         self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(config.time_channels, config.time_width),
                                              "linear_2": nn.Linear(config.time_width, config.time_width)})
-        self.connector = nn.Module()
-        self.connector.latents = nn.Parameter(torch.zeros(config.latents, config.width))
-        self.connector.time_aware_linear = nn.Linear(config.time_width, config.width)
-        self.connector.proj_in = nn.Linear(config.text_dim, config.width)
-        self.connector.perceiver_blocks = nn.ModuleList(Block(config.width, config.heads, config.time_width)
-                                                        for _ in range(config.layers))
+        self.connector = Perceiver(config)
 
     def time(self, timestep: float) -> torch.Tensor:
         half = self.config.time_channels // 2
@@ -117,12 +127,12 @@ class EllaConnector(nn.Module):
 
 def separable_gate(used: Used, index: int, entry_1KW) -> torch.Tensor:
     """g = Linear(L0), or 1 in the paper's ablation."""
-    return used.module.blocks[index].gate(entry_1KW) if used.module.config.separable_gates else torch.ones(1)
+    return used.module.block(index).gate(entry_1KW) if used.module.config.separable_gates else torch.ones(1)
 
 
 def gated_block(index: int, entry_1KW, used: Used, context_1SW, temb_1E):
     """Eqs. (3) to (6); a user's strength multiplies lambda."""
-    block = used.module.blocks[index]
+    block = used.module.block(index)
     scale = used.strength * used.module.config.gate_scale
     g = separable_gate(used, index, entry_1KW)
     first_1KW = entry_1KW + scale * g * block.attn_gate * block.attention(entry_1KW, context_1SW, temb_1E)  # (3), (5)
@@ -133,12 +143,12 @@ def assembled_block(index: int, entry_1KW, assembly: Sequence[Used], contexts, t
     """Eqs. (7) and (8)."""
     first_1KW = entry_1KW
     for used, context_1SW in zip(assembly, contexts, strict=True):  # (7)
-        block = used.module.blocks[index]
+        block = used.module.block(index)
         first_1KW = first_1KW + (used.strength * used.module.config.gate_scale * separable_gate(used, index, entry_1KW)
                                  * block.attn_gate * block.attention(entry_1KW, context_1SW, temb_1E))
     second_1KW = first_1KW
     for used in assembly:  # (8)
-        block = used.module.blocks[index]
+        block = used.module.block(index)
         second_1KW = second_1KW + (used.strength * used.module.config.gate_scale
                                    * separable_gate(used, index, entry_1KW)
                                    * block.ffn_gate * block.feed_forward(first_1KW, temb_1E))

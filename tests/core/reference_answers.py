@@ -13,7 +13,7 @@ TOLERANCE = 1e-4
 
 def read(name: str):
     with safe_open(str(DATA / f"{name}.safetensors"), "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        return {key: file.get_tensor(key) for key in list(file.keys())}, file.metadata()
 
 
 def filled(shapes, prefix: str = "") -> dict[str, torch.Tensor]:

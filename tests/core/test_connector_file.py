@@ -90,7 +90,7 @@ def test_a_failing_write_leaves_the_old_file_as_it_was(saved, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(connector_file, "save_file", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left"):
         save_connector(small_connector(seed=9), saved)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
@@ -115,7 +115,7 @@ def test_a_checkpoint_is_refused(tmp_path):
 
 def test_a_module_is_refused(tmp_path):
     save_module(small_module(), tmp_path / "style.safetensors")
-    with pytest.raises(ConnectorFileError, match="style.safetensors holds .* none of an ELLA connector .*EMMA modules"):
+    with pytest.raises(ConnectorFileError, match=r"style.safetensors holds .* none of an ELLA connector .*EMMA modules"):
         load_connector(tmp_path / "style.safetensors")
 
 
@@ -157,7 +157,7 @@ def test_a_misshapen_weight_is_named(saved):
 
 def test_weights_that_are_not_numbers_are_refused(saved):
     path = changed(saved, lambda tensors: tensors["connector.latents"][3].fill_(float("nan")))
-    with pytest.raises(ConnectorFileError, match="connector.latents holds NaN or infinite values"):
+    with pytest.raises(ConnectorFileError, match=r"connector.latents holds NaN or infinite values"):
         load_connector(path)
 
 
@@ -168,5 +168,5 @@ def test_weights_that_are_not_numbers_are_refused(saved):
     ({"ella": "{broken"}, "does not name the heads; wanted JSON"),
 ])
 def test_an_impossible_number_of_heads_is_refused(saved, metadata, message):
-    with pytest.raises(ConnectorFileError, match=f"changed.safetensors.*{message}"):
+    with pytest.raises(ConnectorFileError, match=rf"changed.safetensors.*{message}"):
         load_connector(changed(saved, metadata=metadata))

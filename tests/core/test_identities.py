@@ -141,8 +141,8 @@ def test_gate_scale_and_strength_multiply(connector, style):
 
 def test_gate_map_values_are_those_of_the_equation(connector, style):
     entry_BKW = small_text(2, 8)[..., :1].expand(-1, -1, SMALL.width).contiguous()
-    block = style.blocks[1]
-    wanted_BK1 = entry_BKW @ block.gate.weight[0][:, None] + block.gate.bias
+    weights = style.state_dict()
+    wanted_BK1 = entry_BKW @ weights["blocks.1.gate.weight"].T + weights["blocks.1.gate.bias"]
     assert relative_error(style.separable_gate(1, entry_BKW), wanted_BK1) <= EXACT
     assert relative_error(style.gate(1, entry_BKW), 0.7 * wanted_BK1) <= EXACT
 
@@ -203,7 +203,7 @@ def test_a_schedule_longer_than_a_pass_equals_its_timesteps_one_by_one(connector
     timestep_T = torch.linspace(999, 0, 150)
     assembly = Assembly([reference(style, start_percent=0.3)])
     schedule = tokens_over_schedule(connector, small_text(), timestep_T, assembly)
-    for step in (0, 63, 64, 149):
+    for step in (0, 14, 15, 149):
         alone = connector.tokens(small_text(), timestep_T[step], assembly)
         assert relative_error(schedule[step], alone) <= 1e-5
 
@@ -254,18 +254,20 @@ def test_a_new_module_learns_its_gates_first(connector):
     module = GatedResampler(small_config())
     fill_(module, seed=6)
     with torch.no_grad():
-        for block in module.blocks:
-            block.attn_gate.zero_()
-            block.ffn_gate.zero_()
+        for name, weight in module.named_parameters():
+            if name.endswith(("attn_gate", "ffn_gate")):
+                weight.zero_()
     target = small_connector(seed=7).tokens(small_text(), 500)
 
     def gradients():
         module.zero_grad()
         found = connector.tokens(small_text(), 500, Assembly([reference(module)]))
         torch.nn.functional.mse_loss(found, target).backward()
-        return {name: weight.grad.abs().max().item() for name, weight in module.named_parameters()}
+        return {name: float(weight.grad.abs().max()) for name, weight in module.named_parameters()
+                if weight.grad is not None}
 
     first = gradients()
+    assert set(first) == set(dict(module.named_parameters()))
     for name, size in first.items():
         assert (size > 0) == name.endswith(("attn_gate", "ffn_gate")), name
     torch.optim.SGD(module.parameters(), lr=0.1).step()
@@ -284,47 +286,47 @@ def test_text_of_another_width_is_refused(connector):
 def test_a_module_of_another_shape_is_refused(connector, changes):
     config = small_config(**changes)
     module = GatedResampler(config)
-    with pytest.raises(ConnectorMismatchError, match=f"width {config.width}, {config.layers} blocks and time width "
+    with pytest.raises(ConnectorMismatchError, match=rf"width {config.width}, {config.layers} blocks and time width "
                                                      f"{config.time_width}; .* width 64, 3 blocks and time width 48"):
         connector.tokens(small_text(), 500, Assembly([reference(module)]))
 
 
 def test_unequal_rows_are_refused(connector, style):
-    with pytest.raises(ReferenceMismatchError, match="2 references for a batch of 3 rows; wanted 1 or 3"):
+    with pytest.raises(ReferenceMismatchError, match=r"2 references for a batch of 3 rows; wanted 1 or 3"):
         connector.tokens(small_text(3), 500, Assembly([reference(style, rows=2)]))
-    with pytest.raises(ReferenceMismatchError, match="2 timesteps for a batch of 3 rows"):
+    with pytest.raises(ReferenceMismatchError, match=r"2 timesteps for a batch of 3 rows"):
         connector.tokens(small_text(3), torch.tensor([1.0, 2.0]))
-    with pytest.raises(ReferenceMismatchError, match="2 references for 3 frames; wanted 1 or 3"):
+    with pytest.raises(ReferenceMismatchError, match=r"2 references for 3 frames; wanted 1 or 3"):
         tokens_over_schedule(connector, small_text(3), torch.tensor([1.0]), Assembly([reference(style, rows=2)]))
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.5, 0.2), (-0.1, 1.0), (0.0, 1.5)])
 def test_an_impossible_range_is_refused(style, start, end):
-    with pytest.raises(ReferenceMismatchError, match=f"from {start} to {end} of the sampling"):
+    with pytest.raises(ReferenceMismatchError, match=rf"from {start} to {end} of the sampling"):
         reference(style, start_percent=start, end_percent=end)
 
 
 def test_strengths_and_features_of_unequal_rows_are_refused(style):
-    with pytest.raises(ReferenceMismatchError, match="3 strengths for 2 references"):
+    with pytest.raises(ReferenceMismatchError, match=r"3 strengths for 2 references"):
         reference(style, rows=2, strength=torch.ones(3))
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), torch.tensor([1.0, float("nan")])])
 def test_a_strength_that_is_not_a_number_is_refused(style, strength):
-    with pytest.raises(ReferenceMismatchError, match="strength .* finite"):
+    with pytest.raises(ReferenceMismatchError, match=r"strength .* finite"):
         reference(style, strength=strength)
 
 
 def test_features_of_other_names_sizes_or_values_are_refused(style, portrait):
     assert set(STYLE) != set(OBJECT)
-    with pytest.raises(ReferenceMismatchError, match="holds the features global; the object module needs global, local"):
+    with pytest.raises(ReferenceMismatchError, match=r"holds the features global; the object module needs global, local"):
         Reference(portrait, small_features(style))
     wrong = {"global": torch.zeros(1, 1, 25)}
     with pytest.raises(ReferenceMismatchError, match=r"'global' has shape \(1, 1, 25\).*needs .*vectors, 24\)"):
         Reference(style, wrong)
     with pytest.raises(ReferenceMismatchError, match=r"shape \(0, 1, 24\)"):
         Reference(style, {"global": torch.zeros(0, 1, 24)})
-    with pytest.raises(ReferenceMismatchError, match="NaN or infinite"):
+    with pytest.raises(ReferenceMismatchError, match=r"NaN or infinite"):
         Reference(style, {"global": torch.full((1, 1, 24), float("nan"))})
-    with pytest.raises(ReferenceMismatchError, match="unequal numbers of references"):
+    with pytest.raises(ReferenceMismatchError, match=r"unequal numbers of references"):
         Reference(portrait, {"global": torch.zeros(2, 1, 24), "local": torch.zeros(3, 5, 20)})

@@ -71,23 +71,23 @@ def test_no_pictures_are_refused(how):
 
 
 def test_no_features_are_refused():
-    with pytest.raises(ReferenceMismatchError, match="without features"):
+    with pytest.raises(ReferenceMismatchError, match=r"without features"):
         combine_features({}, "concat")
 
 
 def test_unequal_numbers_of_pictures_are_refused():
     given = {"global": torch.zeros(2, 1, 24), "local": torch.zeros(3, 5, 20)}
-    with pytest.raises(ReferenceMismatchError, match="unequal numbers of pictures .*'global': 2, 'local': 3"):
+    with pytest.raises(ReferenceMismatchError, match=r"unequal numbers of pictures .*'global': 2, 'local': 3"):
         combine_features(given, "average")
 
 
 def test_an_unknown_way_is_refused_with_the_known_ones():
-    with pytest.raises(ReferenceMismatchError, match="'median'; choose one of concat, average, normalised average"):
+    with pytest.raises(ReferenceMismatchError, match=r"'median'; choose one of concat, average, normalised average"):
         combine_features(features(2), "median")
 
 
 def test_several_references_for_one_row_are_refused():
-    with pytest.raises(ReferenceMismatchError, match="2 references that are not one per frame; wanted 1"):
+    with pytest.raises(ReferenceMismatchError, match=r"2 references that are not one per frame; wanted 1"):
         ReferenceFeatures(features(2))
 
 
@@ -109,10 +109,10 @@ def test_another_encoder_is_refused_even_if_the_shapes_agree(changes, named):
     config = small_config("object", OBJECT, encoder=CLIP)
     reference = combine_features(features(1), "concat", {**CLIP, **changes})
     needed = r"the object module needs clip-vit-h-14 \(fingerprint aaaa1111bbbb\)"
-    with pytest.raises(ReferenceMismatchError, match=f"encoded by {named}; {needed}. Load that encoder"):
+    with pytest.raises(ReferenceMismatchError, match=rf"encoded by {named}; {needed}. Load that encoder"):
         check_for_module(reference, config)
 
 
 def test_features_of_other_names_are_refused():
-    with pytest.raises(ReferenceMismatchError, match="holds the features global, local; the style module needs global"):
+    with pytest.raises(ReferenceMismatchError, match=r"holds the features global, local; the style module needs global"):
         check_for_module(combine_features(features(1), "concat"), small_config())

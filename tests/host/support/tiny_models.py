@@ -5,7 +5,9 @@ Shapes: N text tokens, D text width, V vectors, R references.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import comfy.cldm.cldm
 import comfy.controlnet
@@ -14,7 +16,9 @@ import comfy.ops
 import comfy.supported_models
 import pytest
 import torch
+from safetensors.torch import save_file
 from token_check import Answer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 TEXT_DIM = 24
 WIDTH = 64
@@ -57,6 +61,8 @@ class TinyWorld:
         self._connector = pack_import("emma_core.connector")
         self._resampler = pack_import("emma_core.gated_resampler")
         self._config = pack_import("emma_core.module_config")
+        self._connector_file = pack_import("emma_core.connector_file")
+        self._module_file = pack_import("emma_core.module_file")
         self._features = pack_import("emma_core.reference_features")
         self._loaded = pack_import("host.loaded")
         self.connecting = pack_import("host.connecting")
@@ -106,6 +112,13 @@ class TinyWorld:
         """CONDITIONING as the checkpoint's own CLIP gives it."""
         return [[noise((1, tokens, WIDTH), seed), {"pooled_output": None}]]
 
+    def save_files(self, folder: Path, ella, module) -> None:
+        """ella.safetensors, module.safetensors and t5/model.safetensors with its tokenizer, as users have them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._connector_file.save_connector(ella.connector, folder / "ella.safetensors")
+        self._module_file.save_module(module.module, folder / "module.safetensors")
+        save_t5(folder / "t5")
+
     def controlnet(self, seed: int = 6) -> comfy.controlnet.ControlNet:
         """CONTROL_NET for `model`, from the host's own class."""
         names = ("image_size", "in_channels", "model_channels", "channel_mult", "num_res_blocks", "transformer_depth",
@@ -142,6 +155,27 @@ def wire(tiny: TinyWorld, model, ella, text, negative_text, assembly=None, **app
         0: answers(text, references, appended.get("clip_positive")),
         1: answers(negative_text, None, appended.get("clip_negative")),
     })
+
+
+def save_t5(folder: Path, width: int = TEXT_DIM) -> None:
+    """A Hugging Face folder with a random T5 encoder of two layers that knows six words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "cat", "dog", "blue"]
+    sizes = {"vocab_size": len(words), "d_model": width, "d_kv": 8, "num_heads": 3, "d_ff": 32, "num_layers": 2}
+    shapes = {"shared.weight": (len(words), width), "encoder.final_layer_norm.weight": (width,),
+              "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 3)}
+    for block in ("encoder.block.0", "encoder.block.1"):
+        shapes |= {f"{block}.layer.0.SelfAttention.{name}.weight": (24, width) for name in "qkv"}
+        shapes |= {f"{block}.layer.0.SelfAttention.o.weight": (width, 24), f"{block}.layer.0.layer_norm.weight": (width,),
+                   f"{block}.layer.1.layer_norm.weight": (width,), f"{block}.layer.1.DenseReluDense.wo.weight": (width, 32)}
+        shapes |= {f"{block}.layer.1.DenseReluDense.{name}.weight": (32, width) for name in ("wi_0", "wi_1")}
+    state = {name: noise(shape, seed) * 0.4 + (len(shape) == 1) for seed, (name, shape) in enumerate(shapes.items())}
+    save_file(state, folder / "model.safetensors")
+    config = {**sizes, "feed_forward_proj": "gated-gelu", "architectures": ["T5EncoderModel"], "model_type": "t5"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def empty_latent(batch: int = 1, size: int = 8) -> dict:

@@ -1,0 +1,60 @@
+"""The saved workflow in the server's API format."""
+
+import json
+
+import pytest
+
+from emma_core.demo import ROWS, VARIANTS, WORKFLOW, reference_path
+from emma_core.server_client import ServerError, api_prompt, node_titled
+
+OBJECT_INFO = {
+    "Load": {"input": {"required": {"name": [["a", "b"]]}}},
+    "Sample": {"input": {
+        "required": {"model": ["MODEL"], "seed": ["INT", {"control_after_generate": True}], "steps": ["INT", {}],
+                     "kind": ["COMBO", {"options": ["x"]}]},
+        "optional": {"mask": ["MASK"], "text": ["STRING", {"multiline": True}]},
+    }},
+}
+GRAPH = {
+    "nodes": [
+        {"id": 1, "type": "Load", "inputs": [], "widgets_values": ["b"]},
+        {"id": 2, "type": "Sample", "title": "sampler", "widgets_values": [7, "fixed", 20, "x", "words"],
+         "inputs": [{"name": "mask", "link": None}, {"name": "model", "link": 5}]},
+        {"id": 3, "type": "MarkdownNote", "widgets_values": ["read me"]},
+    ],
+    "links": [[5, 1, 0, 2, 1, "MODEL"]],
+}
+
+
+def test_widgets_and_links_reach_their_inputs():
+    prompt = api_prompt(GRAPH, OBJECT_INFO)
+    assert set(prompt) == {"1", "2"}
+    assert prompt["1"]["inputs"] == {"name": "b"}
+    assert prompt["2"]["inputs"] == {"model": ["1", 0], "seed": 7, "steps": 20, "kind": "x", "text": "words"}
+    assert node_titled(prompt, "sampler") == "2"
+
+
+def test_unknown_nodes_and_titles_are_refused():
+    with pytest.raises(ServerError, match="no node Sample"):
+        api_prompt(GRAPH, {"Load": OBJECT_INFO["Load"]})
+    with pytest.raises(ServerError, match="no node titled 'prompt'"):
+        node_titled(api_prompt(GRAPH, OBJECT_INFO), "prompt")
+
+
+def test_the_shipped_workflow_has_what_the_demo_changes():
+    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    titles = [node.get("title") for node in workflow["nodes"]]
+    for title in ("prompt", "style reference", "face reference", *VARIANTS):
+        assert titles.count(title) == 1
+    assert len(ROWS) >= 4
+    for row in ROWS:
+        assert reference_path(row.style).is_file() and reference_path(row.face).is_file()
+
+
+def test_links_of_the_shipped_workflow_agree_with_its_sockets():
+    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for link_id, source, source_slot, target, target_slot, kind in workflow["links"]:
+        assert link_id in nodes[source]["outputs"][source_slot]["links"]
+        assert nodes[target]["inputs"][target_slot]["link"] == link_id
+        assert nodes[source]["outputs"][source_slot]["type"] in kind.split(",")

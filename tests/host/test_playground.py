@@ -1,0 +1,110 @@
+"""The shipped playground in the host's own UNet, T5, VAE and sampler, against the bare machine."""
+
+import itertools
+import json
+import urllib.parse
+import urllib.request
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ("woman astronaut", "man cook")
+MOST_TOKEN_ERROR = 1e-4
+LEAST_PSNR_DB = 40.0
+
+
+def psnr_db(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(-10 * torch.log10((found - wanted).square().mean().clamp_min(1e-12)))
+
+
+@pytest.fixture(scope="module")
+def world(pack_import):
+    return pack_import("emma_core.playground.world").load_world()
+
+
+@pytest.fixture(scope="module")
+def playground(pack_import):
+    return pack_import("host.playground").load_playground()
+
+
+@pytest.fixture(scope="module")
+def pictures(pack_import):
+    load = pack_import("host.playground").reference_picture
+    return {"style": load("style-twemoji"), "face": load("face-dark")}
+
+
+@pytest.fixture(scope="module")
+def host_assembly(pack_import, playground, pictures):
+    encoders, connecting = pack_import("host.encoders"), pack_import("host.connecting")
+    assembly = None
+    for condition, module in (("style", playground.style), ("face", playground.face)):
+        reference, _ = encoders.encode_reference(module, playground.encoder, pictures[condition], None, "concat")
+        assembly = connecting.assemble(module, reference, 1.0, 0.0, 1.0, assembly)
+    return assembly
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_host_and_bare_machine_give_the_same_tokens(
+    pack_import, world, playground, pictures, host_assembly, host_nodes, prompt
+):
+    conditioning, = host_nodes.CLIPTextEncode().encode(playground.clip, prompt)
+    payload = pack_import("host.payload").EmmaPayload(playground.ella, conditioning[0][0], host_assembly)
+    text_1ND, = world.pipeline.encode_text([prompt])
+    for timestep in (981, 500, 1):
+        wanted_1KW = world.pipeline.connector.tokens(text_1ND, torch.tensor([timestep]), world.assembly(pictures))
+        found_1KW = payload.tokens(torch.tensor([timestep]), [], None)
+        assert ((found_1KW - wanted_1KW).abs().max() / wanted_1KW.std()).item() <= MOST_TOKEN_ERROR
+
+
+@pytest.mark.parametrize("with_references", [False, True])
+def test_host_and_bare_machine_give_the_same_picture(
+    pack_import, world, playground, pictures, host_assembly, host_nodes, with_references
+):
+    generate = pack_import("emma_core.generate")
+    assembly = world.assembly(pictures if with_references else {})
+    wanted_1HW3 = generate.generate(world.pipeline, [generate.Request(PROMPTS[0], assembly, seed=3)])
+    encode = host_nodes.CLIPTextEncode().encode
+    model, positive, negative = pack_import("host.connecting").connect(
+        playground.model, playground.ella, encode(playground.clip, PROMPTS[0])[0], encode(playground.clip, "")[0],
+        host_assembly if with_references else None, None, None,
+    )
+    latent, = host_nodes.EmptyLatentImage().generate(128, 128, 1)
+    sampled, = host_nodes.KSampler().sample(model, 3, 20, 4.0, "ddim", "ddim_uniform", positive, negative, latent, 1.0)
+    found_1HW3, = host_nodes.VAEDecode().decode(playground.vae, sampled)
+    assert psnr_db(found_1HW3, wanted_1HW3) >= LEAST_PSNR_DB
+
+
+def test_vae_nodes_take_the_autoencoder(playground, host_nodes, pictures):
+    latent, = host_nodes.VAEEncode().encode(playground.vae, pictures["style"])
+    assert latent["samples"].shape == (1, 4, 16, 16)
+    restored, = host_nodes.VAEDecode().decode(playground.vae, latent)
+    assert psnr_db(restored, pictures["style"]) > 20
+    tiled, = host_nodes.VAEDecodeTiled().decode(playground.vae, latent, 64, 0)
+    assert tiled.shape == restored.shape
+    mask = torch.zeros(1, 128, 128)
+    mask[:, 32:96, 32:96] = 1
+    inpaint, = host_nodes.VAEEncodeForInpaint().encode(playground.vae, pictures["style"], mask)
+    assert inpaint["samples"].shape == (1, 4, 16, 16) and "noise_mask" in inpaint
+
+
+def test_playground_workflow_runs_on_the_server(server, pack_import):
+    client_module = pack_import("emma_core.server_client")
+    client = client_module.ComfyClient(server.url)
+    workflow = json.loads((ROOT / "workflows" / "playground.json").read_text(encoding="utf-8"))
+    prompt = client_module.api_prompt(workflow, client.object_info())
+    outputs = client.run(prompt)
+    found = {}
+    for title in ("text only", "+ style", "+ face", "+ style + face", "gate map"):
+        image = outputs[client_module.node_titled(prompt, title)]["images"][0]
+        query = urllib.parse.urlencode(image)
+        with urllib.request.urlopen(f"{server.url}/view?{query}") as answer:
+            found[title] = np.asarray(Image.open(BytesIO(answer.read())).convert("RGB"), dtype=np.float32)
+    assert found["text only"].shape == (128, 128, 3)
+    titles = ("text only", "+ style", "+ face", "+ style + face")
+    for first, second in itertools.pairwise(titles):
+        assert np.abs(found[first] - found[second]).mean() > 1, (first, second)
