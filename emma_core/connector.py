@@ -51,8 +51,9 @@ class TimeEmbedding(nn.Module):
     def forward(self, timestep_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Timesteps 0 to 999 (not sigmas) -> temb (B, E) in ``dtype``."""
         half = self.channels // 2
-        exponent_H = torch.arange(half, dtype=torch.float32, device=timestep_B.device) / half
-        angle_BH = timestep_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponent_H)
+        # multiplied before divided, as the UNet's embedding does: the other order rounds to other angles
+        exponent_H = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=timestep_B.device) / half
+        angle_BH = timestep_B.float()[:, None] * torch.exp(exponent_H)
         wave_BC = torch.cat([angle_BH.cos(), angle_BH.sin()], dim=-1).to(dtype)
         return self.linear_2(F.silu(self.linear_1(wave_BC)))
 

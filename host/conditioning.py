@@ -52,7 +52,10 @@ def _clip_entries(ella: LoadedConnector, clip_conditioning: list | None, count: 
         raise ConnectorMismatchError(f"the CLIP conditioning has {len(clip_conditioning)} entries for {count} of T5; wanted 1 "
                                      "or as many. Combine them in the same way.")
     width = ella.connector.width
-    for tokens_1SW, _ in clip_conditioning:
+    for tokens_1SW, options in clip_conditioning:
+        if KEY in options.get("model_conds", {}):
+            raise ConnectorMismatchError("the CLIP conditioning comes from an EMMA Connector, whose tokens cannot be appended. "
+                                         "Wire the conditioning of a CLIP Text Encode with the checkpoint's own CLIP.")
         if tokens_1SW.shape[-1] != width:
             raise ConnectorMismatchError(f"the CLIP conditioning has width {tokens_1SW.shape[-1]}, the ELLA's tokens {width}. "
                                          "Encode it with the CLIP of the checkpoint that samples.")

@@ -1,6 +1,7 @@
 """Models of ours as the host's memory management sees them: each has one ModelPatcher for its life."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -52,7 +53,7 @@ class LoadedModule:
 class LoadedEncoder:
     """The EMMA_ENCODER that travels through the graph: a reference encoder under the host's memory management."""
 
-    encoder: object
+    encoder: Any
     patcher: comfy.model_patcher.ModelPatcher
     description: dict = field(default_factory=dict)
 

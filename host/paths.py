@@ -34,9 +34,9 @@ class ModelFolder:
         Raises:
             FileError: naming every folder looked into and file names known to work.
         """
-        for root in self.roots() if name else ():
-            path = os.path.normpath(os.path.join(root, name))
-            if os.path.exists(path) and Path(path).is_relative_to(os.path.normpath(root)):
+        for root in self.roots():
+            path = os.path.normpath(os.path.join(root, name or ""))
+            if name and os.path.exists(path) and Path(path).is_relative_to(os.path.normpath(root)):
                 return path
         raise FileError(
             f"{name or 'no file'} was not found for {self.what}; looked into {', '.join(self.roots())}. Put {self.known} "

@@ -3,6 +3,7 @@
 Shapes: F frames (or 1), N text tokens, D text width, T timesteps, K latent tokens, W token width.
 """
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,9 @@ class HostAssembly:
         return HostAssembly((*self.references, reference), tuple(patchers))
 
 
+_payloads: "weakref.WeakSet[EmmaPayload]" = weakref.WeakSet()
+
+
 class EmmaPayload:
     """One conditioning entry: its text, its references, its connector, and the placeholder that stands for them.
 
@@ -77,6 +81,7 @@ class EmmaPayload:
         self.placeholder_1KW = self._compute((MIDDLE_TIMESTEP,), device)[0, :1].to(
             comfy.model_management.intermediate_device(), torch.float32
         )
+        _payloads.add(self)
 
     def tokens(
         self, timestep_B: torch.Tensor, schedule: Sequence[float], frame_indices: Sequence[int] | None
@@ -122,6 +127,18 @@ class EmmaPayload:
         timestep_T = torch.tensor(timesteps, dtype=torch.float32, device=device)
         with torch.no_grad():
             return tokens_over_schedule(self.connector, self.text_FND.to(device), timestep_T, self.assembly)
+
+
+def holds_placeholder(context_BSW: torch.Tensor) -> bool:
+    """Whether the placeholder of any connected conditioning begins somewhere in this context."""
+    for payload in list(_payloads):
+        first_W = payload.placeholder_1KW[0, 0]
+        if first_W.shape[0] == context_BSW.shape[-1]:
+            # the host may have moved or cast the context
+            same_SW = context_BSW[0] == first_W.to(context_BSW.device, context_BSW.dtype)
+            if bool(same_SW.all(-1).any()):
+                return True
+    return False
 
 
 def _chunk_with(timestep: float, schedule: Sequence[float], size: int) -> tuple[float, ...]:

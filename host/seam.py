@@ -12,7 +12,7 @@ import comfy.utils
 import torch
 
 from ..emma_core.errors import ConnectorMismatchError
-from .payload import KEY, EmmaPayload
+from .payload import KEY, EmmaPayload, holds_placeholder
 
 WRAPPER = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
 
@@ -38,7 +38,11 @@ def connect_model(
 
 def swap_in_tokens(executor, model, conds, x_in, timestep, model_options):
     """CALC_COND_BATCH wrapper: ``timestep`` is the host's sigma (B,), ``conds`` lists of entries (or None)."""
-    if any(KEY in entry["model_conds"] for entries in conds for entry in entries or ()):
+    all_model_conds = [entry["model_conds"] for entries in conds for entry in entries or ()]
+    for model_conds in all_model_conds:
+        if KEY not in model_conds and "c_crossattn" in model_conds:
+            _check_stray_tokens(model_conds["c_crossattn"].cond)
+    if any(KEY in model_conds for model_conds in all_model_conds):
         sampling = model.model_sampling
         _check_timesteps(sampling)  # it may have been exchanged after the connector
         transformer_options = model_options.get("transformer_options", {})
@@ -88,7 +92,17 @@ def _what_was_appended(context_BSW: torch.Tensor, payload: EmmaPayload) -> torch
             "tokens are made anew at every step, so such a change would be lost. Put that node before EMMA Connector, on "
             "the text encoder's conditioning, or encode an empty prompt for an empty negative."
         )
+    _check_stray_tokens(context_BSW[:, count:])
     return context_BSW[:, count:]
+
+
+def _check_stray_tokens(context_BSW: torch.Tensor) -> None:
+    if holds_placeholder(context_BSW):
+        raise ConnectorMismatchError(
+            "tokens of EMMA Connector were appended to another conditioning (by Conditioning Concat or a similar node). They "
+            "are made anew at every step, and would stay at one timestep there. Concatenate before EMMA Connector, on the "
+            "text encoder's conditioning; CLIP's goes into the connector's clip inputs."
+        )
 
 
 def _join(tokens_BKW: torch.Tensor, appended_CSW: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,10 @@ class FrozenBase:
             self._known_texts[prompt] = self._text_encoder.encode([prompt])[0]
         return self._known_texts[prompt]
 
+    def text_tokens(self, prompt: str) -> int:
+        """N, the number of tokens of a prompt."""
+        return self.text(prompt).shape[1]
+
     def tokens(
         self, prompts: Sequence[str], timestep_B: torch.Tensor, module: GatedResampler,
         features: Mapping[str, torch.Tensor], strength_B: torch.Tensor,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import nn
 
 from ..connector import Connector, ConnectorConfig
@@ -59,6 +60,13 @@ def unit_latents(autoencoder: Autoencoder, data: EmojiPeople) -> torch.Tensor:
     return torch.cat(parts) * LATENT_SCALE
 
 
+def saved_or_new_tokenizer(path: Path, data: EmojiPeople) -> Tokenizer:
+    """A resumed run must keep its tokenizer: trained again, equally likely pieces may change places."""
+    if not path.exists():
+        train_tokenizer(text for row in data.rows for text in wordings(row)).save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
 def bucket_losses(loss_B: torch.Tensor, timestep_B: torch.Tensor) -> list[tuple[int, float]]:
     """(bucket, loss) of each row, the timesteps cut into BUCKETS equal parts."""
     return [(int(timestep) * BUCKETS // TIMESTEPS, float(loss))
@@ -80,8 +88,7 @@ def train(options: argparse.Namespace) -> None:
     autoencoder = Autoencoder()
     autoencoder.load_state_dict(load_file(options.autoencoder))
     latents = unit_latents(autoencoder.eval(), data)
-    tokenizer = train_tokenizer(text for row in data.rows for text in wordings(row))
-    tokenizer.save(str(options.out / "tokenizer.json"))
+    tokenizer = saved_or_new_tokenizer(options.out / "tokenizer.json", data)
     eos = tokenizer.token_to_id("</s>")
     base = Base(tokenizer.get_vocab_size())
     optimizer = torch.optim.AdamW(

@@ -1,7 +1,8 @@
 """`python -m emma_core.playground.train_module --condition style`: one EMMA module on the frozen, shipped playground.
 
-Only the module learns. Captions name neither style nor tone, so what the loss gains comes from the reference. With
-`--minutes 0` the module is written as it starts: blocks copied from ELLA's, gates shut, so that it does nothing yet.
+Only the module learns. Captions name neither style nor tone, so what the loss gains comes from the reference. A run
+can be stopped and called again: it goes on from its last checkpoint in --work. A new module starts with blocks copied
+from ELLA's and gates shut, so that it does nothing yet.
 
 Shapes: B pictures, latents 4 x h x w.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,10 +81,29 @@ def make_optimizer(module: GatedResampler, rate: float) -> torch.optim.Optimizer
     ], lr=rate, fused=True)
 
 
+def prompts_of_few_lengths(
+    choices: Sequence[Sequence[str]], length_of: Callable[[str], int], chance: random.Random
+) -> list[str]:
+    """One prompt for each row, chosen so that few token counts occur: each count is a pass through the connector."""
+    lengths = [{length_of(text) for text in texts} for texts in choices]
+    prompts = [""] * len(choices)
+    open_rows = set(range(len(choices)))
+    while open_rows:
+        counts = Counter(length for row in open_rows for length in lengths[row])
+        commonest = max(counts, key=lambda length: (counts[length], -length))
+        for row in sorted(row for row in open_rows if commonest in lengths[row]):
+            prompts[row] = chance.choice([text for text in choices[row] if length_of(text) == commonest])
+            open_rows.remove(row)
+    return prompts
+
+
 class Batches:
     """Draws batches; `state` is all there is to its randomness."""
 
-    def __init__(self, condition: str, data: EmojiPeople, latent_size: torch.Size, seed: int):
+    def __init__(
+        self, condition: str, data: EmojiPeople, latent_size: torch.Size, length_of: Callable[[str], int], seed: int
+    ):
+        self.length_of = length_of
         self.condition, self.rows, self.latent_size = condition, data.rows, latent_size
         self.seen = data.positions("train")
         self.picker = ReferencePicker(data.rows, self.seen)
@@ -94,8 +116,9 @@ class Batches:
         drops = [self.chance.random() for _ in targets]
         without_text = DROP_TEXT + DROP_BOTH
         without_reference = (DROP_TEXT, without_text + DROP_REFERENCE)
-        prompts = ["" if drop < without_text else self.chance.choice(wordings(self.rows[target]))
+        choices = [[""] if drop < without_text else wordings(self.rows[target])
                    for target, drop in zip(targets, drops, strict=True)]
+        prompts = prompts_of_few_lengths(choices, self.length_of, self.chance)
         strength = [float(not without_reference[0] <= drop < without_reference[1]) for drop in drops]
         timestep_B = ((TIMESTEPS - 1) * torch.rand(BATCH, generator=self.generator) ** NOISE_POWER).round().long()
         noise_B4hw = torch.randn((BATCH, *self.latent_size), generator=self.generator)
@@ -127,7 +150,7 @@ class ModuleTraining:
         self.module = new_module(condition, self.base.connector, encoder, {})
         self.optimizer = make_optimizer(self.module, rate)
         self.average = AveragedWeights(self.module, AVERAGE_DECAY)
-        self.batches = Batches(condition, data, self.latents.shape[1:], seed)
+        self.batches = Batches(condition, data, self.latents.shape[1:], self.base.text_tokens, seed)
         self.steps = 0
 
     def losses(self, batch: Batch, with_reference: bool = True) -> torch.Tensor:
@@ -165,18 +188,18 @@ class ModuleTraining:
         self.average.values, self.batches.state, self.steps = state["average"], state["batches"], state["steps"]
         return state["spent"]
 
-    def export(self, path: Path) -> None:
-        """The averaged weights as a module file in float16."""
+    def export(self, path: Path, gate_scale: float) -> None:
+        """The averaged weights as a module file in float16; training itself has a gate scale of 1."""
         recipe = {"steps": self.steps, "base": "EMMA playground", "data": "emoji people", "batch": BATCH,
                   "recipe": "frozen base, noise loss weighted toward high noise, averaged weights"}
-        module = GatedResampler(self.module.config.replace(training=recipe))
+        module = GatedResampler(self.module.config.replace(training=recipe, gate_scale=gate_scale))
         module.load_state_dict(self.module.state_dict())
         self.average.copy_to(module)
         save_module(module, path, torch.float16)
 
 
 class Buckets:
-    """Mean loss with the reference, and what the reference gains, per equal part of the timesteps."""
+    """Mean loss in each of BUCKETS equal parts of the timesteps."""
 
     def __init__(self):
         self.sums, self.counts = torch.zeros(BUCKETS), torch.zeros(BUCKETS)
@@ -225,7 +248,7 @@ def train(options: argparse.Namespace) -> None:
             training.save(checkpoint, spent)
             saved = time.monotonic()
     training.save(checkpoint, spent)
-    training.export(options.out or options.playground / f"emma-{options.condition}.safetensors")
+    training.export(options.out or options.playground / f"emma-{options.condition}.safetensors", options.gate_scale)
     log.write(step=training.steps, done=True, **gain_of_reference(training, batches=8))
 
 
@@ -243,6 +266,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="module file to write; default: into the playground folder")
     parser.add_argument("--playground", type=Path, default=PLAYGROUND_DIR, help="folder of the frozen base")
     parser.add_argument("--minutes", type=float, default=25, help="wall-clock time of the whole run")
+    parser.add_argument("--gate-scale", type=float, default=1.0,
+                        help="lambda of eqs. (3) to (8) in the file: strength 1 then means this strength. To change it "
+                             "afterwards, call again with --minutes 0")
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())

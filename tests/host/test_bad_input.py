@@ -44,6 +44,20 @@ def ella(tiny):
     return tiny.ella()
 
 
+@pytest.fixture(scope="module")
+def connect(run_node, tiny, model, ella):
+    """EMMA Connector with some inputs exchanged."""
+    usual = {"model": model, "ella": ella, "positive": tiny.text(), "negative": tiny.text(1)}
+    return lambda **inputs: run_node("EMMAConnector", **{**usual, **inputs})
+
+
+@pytest.fixture(scope="module")
+def assemble(run_node):
+    """Assemble EMMA Modules with some settings exchanged."""
+    usual = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    return lambda **inputs: run_node("EMMAAssembleModules", **{**usual, **inputs})
+
+
 def picture(batch=1, channels=3):
     return noise((batch, 48, 48, channels), 81).sigmoid()
 
@@ -150,7 +164,7 @@ def test_small_overshoot_of_resampling_is_clipped(encode):
 
 def test_grey_picture_is_repeated(encode):
     grey = picture(channels=1)
-    assert torch.equal(encode(grey).features["global"], encode(grey.repeat(1, 1, 1, 3)).features["global"])
+    torch.testing.assert_close(encode(grey).features["global"], encode(grey.repeat(1, 1, 1, 3)).features["global"])
 
 
 def test_transparent_pixels_are_white(encode):
@@ -195,8 +209,8 @@ def test_white_mask_of_any_shape_keeps_the_picture(encode, shape):
 
 def test_encoder_of_another_family_is_refused(encode, errors, tiny):
     clip_module = tiny.module("object", {"global": (256, 4)}, encoder={"family": "clip-vit-h-14"})
-    with pytest.raises(errors.ReferenceMismatchError,
-                       match=r"encoded by playground \(fingerprint .*the object module needs clip-vit-h-14\. Load that encoder"):
+    found = r"encoded by playground \(fingerprint .*the object module needs clip-vit-h-14\. Load that encoder"
+    with pytest.raises(errors.ReferenceMismatchError, match=found):
         encode(picture(), module=clip_module)
 
 
@@ -208,89 +222,82 @@ def test_encoder_with_other_weights_is_refused(encode, errors, tiny):
 
 def test_feature_the_encoder_lacks_is_named(encode, errors, tiny):
     other = tiny.module("pose", {"skeleton": (256, 4)})
-    with pytest.raises(errors.ReferenceMismatchError, match="needs the features skeleton; this encoder gives face, global, local"):
+    with pytest.raises(errors.ReferenceMismatchError, match="needs the features skeleton; this encoder gives face, global, lo"):
         encode(picture(), module=other)
 
 
-def test_reference_for_another_module_is_refused(run_node, encode, errors, tiny):
+def test_reference_for_another_module_is_refused(assemble, encode, errors, tiny):
     other = tiny.module("object", {"local": (128, 1)})
-    with pytest.raises(errors.ReferenceMismatchError,
-                       match="holds the features global; the object module needs local. Encode the picture again"):
-        run_node("EMMAAssembleModules", module=other, reference=encode(picture()), strength=1.0, start_percent=0.0,
-                 end_percent=1.0)
+    with pytest.raises(errors.ReferenceMismatchError, match="holds the features global; the object module needs local. Encode"):
+        assemble(module=other, reference=encode(picture()))
 
 
-def test_reference_of_another_encoder_is_refused_when_assembled(run_node, errors, tiny, module):
+def test_reference_of_another_encoder_is_refused_when_assembled(assemble, errors, tiny, module):
     foreign = tiny.reference(tiny.module("portrait", {"global": (256, 4)}, encoder={"family": "adaface"}))
     with pytest.raises(errors.ReferenceMismatchError, match="encoded by adaface; the portrait module needs playground"):
-        run_node("EMMAAssembleModules", module=module, reference=foreign, strength=1.0, start_percent=0.0, end_percent=1.0)
+        assemble(module=module, reference=foreign)
 
 
 @pytest.mark.parametrize(("settings", "found"), [
     ({"start_percent": 0.7, "end_percent": 0.2}, r"acts from 0\.7 to 0\.2 of the sampling; wanted 0 <= start <= end <= 1"),
     ({"strength": float("nan")}, "strength nan is not finite"),
 ])
-def test_impossible_settings_are_refused(run_node, encode, errors, module, settings, found):
-    usual = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+def test_impossible_settings_are_refused(assemble, encode, errors, module, settings, found):
     with pytest.raises(errors.ReferenceMismatchError, match=found):
-        run_node("EMMAAssembleModules", module=module, reference=encode(picture()), **{**usual, **settings})
+        assemble(module=module, reference=encode(picture()), **settings)
 
 
 def test_module_for_another_ella_is_refused(errors, tiny, model):
     module = tiny.module()
     larger = tiny.ella(layers=3)
-    with pytest.raises(errors.ConnectorMismatchError, match="made for a connector of width 64, 2 blocks.*has width 64, 3 blocks"):
+    with pytest.raises(errors.ConnectorMismatchError, match="a connector of width 64, 2 blocks.*has width 64, 3 blocks"):
         wire(tiny, model, larger, tiny.text(), tiny.text(1), tiny.assemble((module, tiny.reference(module))))
 
 
 def test_module_trained_on_another_ella_warns_once(caplog, tiny, model):
     module, ella = tiny.module(ella={"sha256": "a" * 64}), tiny.ella()
     ella.connector.sha256 = "b" * 64
-    wire(tiny, model, ella, [*tiny.text(), *tiny.text(3, seed=9)], tiny.text(1), tiny.assemble((module, tiny.reference(module))))
+    assembly = tiny.assemble((module, tiny.reference(module)))
+    wire(tiny, model, ella, [*tiny.text(), *tiny.text(3, seed=9)], tiny.text(1), assembly)
     warnings = [record.message for record in caplog.records if "was trained on another ELLA" in record.message]
     assert len(warnings) == 1 and "EMMA Connector" in warnings[0] and "aaaaaaaaaaaa" in warnings[0]
 
 
 @pytest.mark.parametrize("which", ["positive", "negative"])
-def test_clip_conditioning_as_text_is_refused(run_node, errors, tiny, model, ella, which):
-    texts = {"positive": tiny.text(), "negative": tiny.text(1)}
-    texts[which] = tiny.clip_text()
-    with pytest.raises(errors.ConnectorMismatchError,
-                       match=rf"shape \(1, 77, {WIDTH}\).*wants \(prompts, tokens, 24\).*not with CLIP"):
-        run_node("EMMAConnector", model=model, ella=ella, **texts)
+def test_clip_conditioning_as_text_is_refused(connect, errors, tiny, which):
+    found = rf"shape \(1, 77, {WIDTH}\).*wants \(prompts, tokens, 24\).*not with CLIP"
+    with pytest.raises(errors.ConnectorMismatchError, match=found):
+        connect(**{which: tiny.clip_text()})
 
 
 @pytest.mark.parametrize("which", ["positive", "negative"])
-def test_connected_conditioning_is_refused_as_text(run_node, errors, tiny, model, ella, which):
-    texts = {"positive": tiny.text(), "negative": tiny.text(1)}
-    connected = run_node("EMMAConnector", model=model, ella=ella, **texts)
-    texts[which] = connected[1]
-    with pytest.raises(errors.ConnectorMismatchError, match="went through EMMA Connector before.*assemble all modules before it"):
-        run_node("EMMAConnector", model=connected[0], ella=ella, **texts)
+def test_connected_conditioning_is_refused_as_text(connect, errors, which):
+    model, connected, _ = connect()
+    with pytest.raises(errors.ConnectorMismatchError, match="went through EMMA Connector before.*assemble all modules before"):
+        connect(model=model, **{which: connected})
 
 
-def test_conditioning_without_text_is_refused(run_node, errors, tiny, model, ella):
+def test_conditioning_without_text_is_refused(connect, errors):
     with pytest.raises(errors.ConnectorMismatchError, match="holds no text features. Wire a CLIP Text Encode node"):
-        run_node("EMMAConnector", model=model, ella=ella, positive=[[None, {}]], negative=tiny.text(1))
+        connect(positive=[[None, {}]])
 
 
-def test_clip_tokens_of_another_width_are_refused(run_node, errors, tiny, model, ella):
-    with pytest.raises(errors.ConnectorMismatchError,
-                       match=r"CLIP conditioning has width 24, the ELLA's tokens 64\. Encode it with the CLIP of the checkpoint"):
-        run_node("EMMAConnector", model=model, ella=ella, positive=tiny.text(), negative=tiny.text(1), clip_positive=tiny.text())
+@pytest.mark.parametrize("which", ["clip_positive", "clip_negative"])
+def test_clip_tokens_of_another_width_are_refused(connect, errors, tiny, which):
+    with pytest.raises(errors.ConnectorMismatchError, match="has width 24, the ELLA's tokens 64. Encode it with the CLIP of"):
+        connect(**{which: tiny.text()})
 
 
-def test_connected_conditioning_is_refused_as_clip(run_node, errors, tiny, model, ella):
-    connected = run_node("EMMAConnector", model=model, ella=ella, positive=tiny.text(), negative=tiny.text(1))
-    with pytest.raises(errors.ConnectorMismatchError, match="EMMA Connector"):
-        run_node("EMMAConnector", model=model, ella=ella, positive=tiny.text(), negative=tiny.text(1), clip_positive=connected[1])
+def test_connected_conditioning_is_refused_as_clip(connect, errors):
+    connected = connect()[1]
+    with pytest.raises(errors.ConnectorMismatchError, match="from an EMMA Connector, whose tokens cannot be appended. Wire"):
+        connect(clip_positive=connected)
 
 
-def test_other_number_of_clip_entries_is_refused(run_node, errors, tiny, model, ella):
+def test_other_number_of_clip_entries_is_refused(connect, errors, tiny):
     three = [*tiny.clip_text(), *tiny.clip_text(seed=6), *tiny.clip_text(seed=7)]
     with pytest.raises(errors.ConnectorMismatchError, match="has 3 entries for 2 of T5; wanted 1 or as many"):
-        run_node("EMMAConnector", model=model, ella=ella, positive=[*tiny.text(), *tiny.text(3)], negative=tiny.text(1),
-                 clip_positive=three)
+        connect(positive=[*tiny.text(), *tiny.text(3)], clip_positive=three)
 
 
 def test_clip_vision_that_is_no_clip_is_refused(encode, errors, tiny):

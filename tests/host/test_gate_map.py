@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import LATENTS, SIZES, noise
+from tiny_models import LATENTS, SIZES
 
 TIMESTEP = 640
 
@@ -27,8 +27,8 @@ def gate_values(pack_import):
 @pytest.fixture
 def draw(run_node, ella, tiny):
     """EMMA Gate Map."""
-    return lambda assembly, timestep=TIMESTEP: run_node(
-        "EMMAGateMap", ella=ella, assembly=assembly, conditioning=tiny.text(), timestep=timestep)[0]
+    return lambda assembly, timestep=TIMESTEP, text=None: run_node(
+        "EMMAGateMap", ella=ella, assembly=assembly, conditioning=text or tiny.text(), timestep=timestep)[0]
 
 
 def literal_values(connector, references, text_1ND) -> list[torch.Tensor]:
@@ -102,34 +102,41 @@ def test_picture_is_an_image_with_a_panel_per_module(tiny, modules, draw):
     three = draw(tiny.assemble(*((module, tiny.reference(module)) for module in (*modules, modules[0]))))
     for image in (one, two, three):
         assert image.ndim == 4 and image.shape[0] == 1 and image.shape[-1] == 3
-        assert image.dtype == torch.float32 and 0 <= image.min() and image.max() <= 1
+        assert image.dtype == torch.float32 and image.min() >= 0 and image.max() <= 1
     panel = two.shape[1] - one.shape[1]
     assert panel > 80 and three.shape[1] - two.shape[1] == panel
 
 
-def test_colours_show_sign_and_zero(tiny, modules, draw):
-    """Red is positive, blue negative, white nothing."""
-    image = draw(tiny.assemble((modules[0], tiny.reference(modules[0]))))[0]
-    zero = draw(tiny.assemble((modules[0], tiny.reference(modules[0]), 0.0)))[0]
+def test_colours_show_sign_and_zero(tiny, ella, modules, draw, gate_values, pack_import):
+    """Red is positive, blue negative, white nothing: as many pixels as there are cells of that sign."""
+    layout = pack_import("emma_core.gate_map")
+    assembly = tiny.assemble((modules[0], tiny.reference(modules[0])))
+    (values_IK,) = gate_values(ella.connector, tiny.text()[0][0], TIMESTEP, tiny.assembly_class(assembly.references))
+    share_IK = values_IK / values_IK.abs().max()
+    cell_px = 320 // LATENTS * layout._CELL_HEIGHT
 
-    def coloured(image_HW3, strong, weak):
-        left = image_HW3[:, : int(image_HW3.shape[1] * 0.7)]  # without the colour bar
-        return int((left[..., strong] - left[..., weak] > 0.3).sum())
+    def pixels(image_1HW3):
+        map_HW3 = image_1HW3[0, :, : -(layout._BAR_GAP + layout._BAR_WIDTH + layout._BAR_LABELS)]
+        redness_HW = (map_HW3[..., 0] - map_HW3[..., 2]) * 255
+        return int((redness_HW > 1.5).sum()), int((redness_HW < -1.5).sum())
 
-    assert coloured(image, 0, 2) > 500 and coloured(image, 2, 0) > 500
-    assert coloured(zero, 0, 2) == coloured(zero, 2, 0) == 0
+    # 135 and 139 levels of red and blue at the extremes
+    red, blue = int(((share_IK * 135).round() > 1.5).sum()), int(((share_IK * 139).round() < -1.5).sum())
+    assert red > 3 and blue > 3
+    assert pixels(draw(assembly)) == pytest.approx((red * cell_px, blue * cell_px), rel=0.02)
+    assert pixels(draw(tiny.assemble((modules[0], tiny.reference(modules[0]), 0.0)))) == (0, 0)
 
 
-def test_map_depends_on_timestep_and_prompt(run_node, tiny, ella, modules, draw):
+def test_map_depends_on_timestep_and_prompt(tiny, modules, draw):
     assembly = tiny.assemble((modules[0], tiny.reference(modules[0])))
     first = draw(assembly)
     assert torch.equal(first, draw(assembly))
     assert not torch.equal(first, draw(assembly, 100))
-    other = [[noise((1, 7, 24), 93), {}]]
-    assert not torch.equal(first, run_node("EMMAGateMap", ella=ella, assembly=assembly, conditioning=other, timestep=TIMESTEP)[0])
+    assert not torch.equal(first, draw(assembly, text=tiny.text(seed=93)))
 
 
 def test_per_frame_references_are_refused(tiny, modules, draw, pack_import):
     frames = tiny.assemble((modules[0], tiny.reference(modules[0], references=3)))
-    with pytest.raises(pack_import("emma_core.errors").ReferenceMismatchError, match="Encode a single picture, or combine them"):
+    error = pack_import("emma_core.errors").ReferenceMismatchError
+    with pytest.raises(error, match="Encode a single picture, or combine them"):
         draw(frames)

@@ -40,6 +40,11 @@ def spy(model):
         yield spy
 
 
+@pytest.fixture(scope="module")
+def mismatch(pack_import):
+    return pack_import("emma_core.errors").ConnectorMismatchError
+
+
 @pytest.fixture
 def both(one, other):
     """Answers where both prompts are positive entries."""
@@ -107,6 +112,16 @@ def test_concatenated_tokens_stay_behind_ours(spy, run_node, tiny, ksample, one)
     positive = run_node("ConditioningConcat", conditioning_to=one.positive, conditioning_from=appended)[0]
     ksample(one.model, positive, one.negative)
     check(spy.calls, {0: [one.answers[0][0].followed_by(appended[0][0])], 1: one.answers[1]})
+
+
+@pytest.mark.parametrize("first", ["emma", "clip"])
+def test_our_tokens_behind_others_are_refused(run_node, tiny, ksample, one, other, mismatch, first):
+    """Behind another conditioning they would stay at one timestep."""
+    positive = run_node("ConditioningConcat", conditioning_to=one.positive if first == "emma" else tiny.clip_text(9),
+                        conditioning_from=other.positive)[0]
+    for negative in (one.negative, tiny.clip_text(9)):
+        with pytest.raises(mismatch, match="were appended to another conditioning.*Concatenate before EMMA Connector"):
+            ksample(other.model, positive, negative)
 
 
 def test_ella_plus_clip(spy, tiny, ksample, model, ella):

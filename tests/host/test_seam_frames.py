@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import comfy.context_windows
 import comfy.samplers
@@ -40,12 +41,12 @@ class WindowGuider(comfy.samplers.CFGGuider):
     ``announce`` writes the window's frames into transformer_options, as the packs that make windows do.
     """
 
-    announce = None
+    announce: Callable
     frames_of_calls: list
 
-    def predict_noise(self, x, timestep, model_options={}, seed=None):
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
         total, count = torch.zeros_like(x), torch.zeros(x.shape[0], 1, 1, 1)
-        options = model_options["transformer_options"]
+        options = (model_options or {})["transformer_options"]
         for window in WINDOWS:
             self.announce(options, window)
             self.frames_of_calls.append(window)

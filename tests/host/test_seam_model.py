@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import comfy.model_management
 import comfy.supported_models
 import pytest
 import torch
+from comfy.ldm.flux.model import FluxParams
 from tiny_models import UNET, empty_latent, noise, wire
 from token_check import CallSpy, check
 
+# newer hosts ask for one size more
+_NEW_FLUX = "txt_ids_dims" in {field.name for field in dataclasses.fields(FluxParams)}
 FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 16, "context_in_dim": 64,
     "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 4, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6],
-    "theta": 10000, "qkv_bias": True, "guidance_embed": False,
+    "theta": 10000, "qkv_bias": True, "guidance_embed": False, **({"txt_ids_dims": []} if _NEW_FLUX else {}),
 }
 SD20 = {"model_channels": 64, "context_dim": 1024, "use_linear_in_transformer": True}
 SDXL = {"model_channels": 64, "adm_in_channels": 2816, "context_dim": 2048, "use_linear_in_transformer": True}
@@ -76,11 +80,11 @@ def snapshot(model) -> dict:
     }
 
 
-def test_given_model_stays_as_it_was(tiny, model, wired, ella, assembly, ksample):
-    plain = tiny.clip_text(), tiny.clip_text(seed=36)
+def test_given_model_stays_as_it_was(tiny, ella, assembly, ksample):
+    model, plain = tiny.model(), (tiny.clip_text(), tiny.clip_text(seed=36))
     before, samples_before = snapshot(model), ksample(model, *plain)
-    again = wire(tiny, model, ella, tiny.text(), tiny.text(1, seed=8), assembly)
-    ksample(again.model, again.positive, again.negative)
+    wired = wire(tiny, model, ella, tiny.text(), tiny.text(1, seed=8), assembly)
+    ksample(wired.model, wired.positive, wired.negative)
     after = snapshot(model)
     weights_before, weights_after = before.pop("weights"), after.pop("weights")
     assert after == before
@@ -213,7 +217,8 @@ def test_edm_model_is_refused(run_node, tiny, model, ella, mismatch):
 
 
 def test_edm_after_the_connector_is_refused(run_node, wired, ksample, mismatch):
-    edm = run_node("ModelSamplingContinuousEDM", model=wired.model, sampling="v_prediction", sigma_max=120.0, sigma_min=0.002)[0]
+    edm = run_node("ModelSamplingContinuousEDM", model=wired.model, sampling="v_prediction", sigma_max=120.0,
+                   sigma_min=0.002)[0]
     with pytest.raises(mismatch, match="ELLA needs timesteps 0 to 999"):
         ksample(edm, wired.positive, wired.negative)
 
@@ -254,16 +259,41 @@ def test_connector_and_modules_are_loaded_and_unloaded_with_the_model(model, wir
     assert not any(is_loaded(part) for part in parts)
 
 
-def test_connector_and_modules_count_in_the_models_own_load(monkeypatch, wired, model, ella, modules, ksample):
-    """One load call holds all: the host sees what it needs together, and does not throw one out for another."""
+@pytest.fixture
+def loads_with_the_model(monkeypatch, model):
+    """What each load call held in which the UNet was."""
     calls, original = [], comfy.model_management.load_models_gpu
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu",
-                        lambda models, *args, **options: (calls.append(list(models)), original(models, *args, **options))[1])
-    ksample(wired.model, wired.positive, wired.negative)
-    sampled = [models for models in calls if any(part.is_clone(model) for part in models)]
-    assert len(sampled) == 1
+
+    def watched(models, *arguments, **options):
+        if any(part.is_clone(model) for part in models):
+            calls.append(list(models))
+        return original(models, *arguments, **options)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", watched)
+    return calls
+
+
+def without_models(conditioning: list) -> list:
+    return [[context, {key: value for key, value in options.items() if key != "additional_models"}]
+            for context, options in conditioning]
+
+
+def test_connector_and_modules_load_in_one_call_with_the_model(loads_with_the_model, wired, ella, modules, ksample):
+    """The host sees what it needs together, and does not throw one out for another: the MODEL alone says so."""
+    ksample(wired.model, without_models(wired.positive), without_models(wired.negative))
+    assert len(loads_with_the_model) == 1
     for part in (ella.patcher, *(module.patcher for module in modules)):
-        assert any(part.is_clone(loaded) for loaded in sampled[0])
+        assert sum(part.is_clone(loaded) for loaded in loads_with_the_model[0]) == 1
+
+
+def test_conditioning_brings_its_own_connector_and_modules(tiny, loads_with_the_model, model, wired, ksample):
+    """A MODEL connected for other prompts does not know them."""
+    ella, module = tiny.ella(seed=51), tiny.module(seed=54)
+    another = wire(tiny, model, ella, tiny.text(), tiny.text(1), tiny.assemble((module, tiny.reference(module))))
+    ksample(wired.model, another.positive, another.negative)
+    assert len(loads_with_the_model) == 1
+    for part in (ella.patcher, module.patcher):
+        assert sum(part.is_clone(loaded) for loaded in loads_with_the_model[0]) == 1
 
 
 def test_partly_loaded_connector_gives_the_same_tokens(tiny, ella):

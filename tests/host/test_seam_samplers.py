@@ -181,7 +181,7 @@ class PerRowGuider(comfy.samplers.CFGGuider):
 
     factors_B = torch.tensor([1.0, 0.5, 0.11])
 
-    def predict_noise(self, x, timestep, model_options={}, seed=None):
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
         entries = [self.conds["positive"], self.conds["negative"]]
         sigma_B = timestep * self.factors_B
         return comfy.samplers.calc_cond_batch(self.inner_model, entries, x, sigma_B, model_options)[0]

@@ -31,7 +31,7 @@ class CallSpy:
         self._network = network
         self._to_k = next(layer for name, layer in network.named_modules() if name.endswith("attn2.to_k"))
         self._handles = []
-        self._entered = None
+        self._entered: tuple[torch.Tensor, tuple[int, ...]]
         self.calls: list[Call] = []
 
     def __enter__(self) -> CallSpy:
