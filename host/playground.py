@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..emma_core.errors import FileError
 from ..emma_core.playground import PLAYGROUND_DIR, load_autoencoder, unet_tensors_and_config
+from ..emma_core.playground.autoencoder import Autoencoder
 from .encoders import load_playground_reference_encoder
 from .loaded import LoadedConnector, LoadedEncoder, LoadedModule, load_ella, load_emma_module, patcher_for
 from .text_encoder import load_text_encoder_clip
@@ -85,7 +86,9 @@ def host_unet_config(config: dict) -> dict:
 class _HostAutoencoder(torch.nn.Module):
     """The methods that the host's VAE calls on its model."""
 
-    def __init__(self, autoencoder: torch.nn.Module):
+    autoencoder: Autoencoder
+
+    def __init__(self, autoencoder: Autoencoder):
         super().__init__()
         self.autoencoder = autoencoder
 
