@@ -1,0 +1,116 @@
+"""Set-up and test running behind `python run.py`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.environment import InstallStep, SetupError, ensure_environment, explain_failure, python_of
+from harness.hosts import find_hosts, read_host, without_torch
+from harness.suites import SuiteResult, complaints, read_report, split_arguments, total_line
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = '<testsuites><testsuite tests="7" failures="1" errors="1" skipped="2"/></testsuites>'
+
+
+def make_host(folder: Path, version: str = "0.3.64") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "main.py").touch()
+    (folder / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    return tmp_path / "home"
+
+
+def test_hosts_are_found_in_order_and_once(home, tmp_path, monkeypatch):
+    near = make_host(tmp_path / "installed")
+    at_home = make_host(home / "ComfyUI", "0.33.0")
+    chosen = make_host(tmp_path / "chosen")
+    (home / "ComfyUI-notes").mkdir()
+    monkeypatch.setenv("COMFYUI_PATH", f"{chosen}{';' if sys.platform == 'win32' else ':'}{at_home}")
+    found = find_hosts(root=near / "custom_nodes" / "ComfyUI-EMMA")
+    assert [host.path for host in found] == [chosen.resolve(), at_home.resolve(), near.resolve()]
+    assert found[1].version == "0.33.0"
+    assert [host.path for host in find_hosts([str(near)])] == [near.resolve()]
+
+
+def test_a_named_folder_without_comfyui_is_refused(home, tmp_path):
+    with pytest.raises(SetupError, match="holds ComfyUI's main.py"):
+        find_hosts([str(tmp_path)])
+    assert read_host(tmp_path) is None
+    assert find_hosts(root=tmp_path) == []
+
+
+def test_torch_lines_of_a_host_are_left_out():
+    text = "torch\ntorchsde\ntorchvision>=0.2\n torchaudio\nnumpy>=1.25\n#torch"
+    assert without_torch(text) == ["torchsde", "numpy>=1.25", "#torch"]
+
+
+def test_arguments_are_sorted_into_suites():
+    choice = split_arguments([str(ROOT / "tests/core/test_run.py") + "::test_x", str(ROOT / "tests/host"), "-k", "seam"])
+    assert choice.core_paths == (f"{ROOT / 'tests/core/test_run.py'}::test_x",)
+    assert choice.host_paths == (str(ROOT / "tests/host"),)
+    assert choice.options == ("-k", "seam")
+
+
+def test_report_counts_errors_as_failures(tmp_path):
+    (tmp_path / "report.xml").write_text(REPORT)
+    result = read_report("core", tmp_path / "report.xml", 1, 2.0)
+    assert (result.passed, result.failed, result.skipped) == (3, 2, 2)
+    assert total_line([result, result]) == "6 passed, 4 failed, 4 skipped"
+
+
+def test_a_process_without_report_is_a_failure(tmp_path):
+    assert read_report("core", tmp_path / "none.xml", 0, 1.0).failed == 1
+
+
+@pytest.mark.parametrize(("result", "fails"), [
+    (SuiteResult("core", 5, 0, 1, 0), False),
+    (SuiteResult("core", 5, 1, 0, 1), True),
+    (SuiteResult("ComfyUI", 0, 0, 9, 0), True),   # a host was found, and all of its tests were skipped
+    (SuiteResult("ComfyUI", 0, 0, 0, 5), True),   # a host was found, and nothing was collected
+])
+def test_what_makes_a_run_fail(result, fails):
+    assert bool(complaints([result], chosen=False)) == fails
+
+
+def test_an_environment_is_made_once_and_again_when_its_needs_change(tmp_path, monkeypatch):
+    made, installed = [], []
+    monkeypatch.setattr("harness.environment.pip_install", lambda python, arguments: installed.append(tuple(arguments)))
+    venv, needs = tmp_path / "venv", tmp_path / "needs.txt"
+    needs.write_text("a")
+
+    def create():
+        made.append(1)
+        python_of(venv).parent.mkdir(parents=True)
+        python_of(venv).touch()
+        (venv / "pyvenv.cfg").write_text("version = 3.11.7\n")
+
+    steps = [InstallStep("needs", ("-r", str(needs)))]
+    for _ in range(2):
+        assert ensure_environment(venv, steps, create) == python_of(venv)
+    assert len(made) == len(installed) == 1
+    needs.write_text("b")
+    ensure_environment(venv, steps, create)
+    assert len(made) == 1 and len(installed) == 2
+
+
+@pytest.mark.parametrize(("output", "advice"), [
+    ("OSError: [Errno 28] No space left on device", "Make room"),
+    ("NewConnectionError: failed", "check the network"),
+    ("No matching distribution found for torch==9", "EMMA_TORCH"),
+    ("Permission denied: x", "a folder you own"),
+])
+def test_failures_of_the_set_up_say_what_to_do(output, advice):
+    assert advice in (explain_failure(output, ROOT) or "")
+
+
+def test_help_needs_nothing_but_python():
+    finished = subprocess.run([sys.executable, "-S", str(ROOT / "run.py"), "--help"], capture_output=True, text=True)
+    assert finished.returncode == 0 and "demo" in finished.stdout and "test" in finished.stdout
