@@ -22,7 +22,9 @@ def filled(shapes, prefix: str = "") -> dict[str, torch.Tensor]:
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(zlib.crc32((prefix + name).encode()))
         noise = torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
-        if len(shape) >= 2:
+        if name.endswith("running_var"):
+            weights[name] = 1 + 0.1 * noise.abs()
+        elif len(shape) >= 2:
             weights[name] = noise / noise[0].numel() ** 0.5
         elif name.endswith("weight"):
             weights[name] = 1 + 0.1 * noise

@@ -1,0 +1,136 @@
+"""AdaFace (arXiv 2204.00964): an aligned face becomes a 512-d identity embedding.
+
+The published weights have no clear licence of their own; check it before you use or share what is made with them.
+
+Shapes: B faces, C channels, 112 x 112 pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import EncoderFileError, ImageInputError
+from ..tensor_file import check_finite, check_shapes, read_tensors, sha256_of_tensors
+
+FAMILY = "adaface"
+INPUT_SIZE_PX = 112
+EMBEDDING_DIM, MAP_DIM = 512, 512
+BLOCKS_OF_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}
+_STAGE_WIDTHS = (64, 128, 256, 512)
+_FINAL_CELLS = 7 * 7
+_WHAT = "an AdaFace IR-18, 34, 50 or 101"
+_BLOCK = re.compile(r"body\.(\d+)\.")
+
+
+class _Block(nn.Module):
+    """A residual block of the improved ResNet (ArcFace, arXiv 1801.07698, section 3.2.2)."""
+
+    def __init__(self, inputs: int, width: int, stride: int, operations: ModuleType | type):
+        super().__init__()
+        if inputs == width:
+            self.shortcut_layer: nn.Module = nn.MaxPool2d(1, stride)
+        else:
+            self.shortcut_layer = nn.Sequential(
+                operations.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+        self.res_layer = nn.Sequential(
+            nn.BatchNorm2d(inputs), operations.Conv2d(inputs, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width),
+            nn.PReLU(width), operations.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width),
+        )
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.res_layer(x_BCHW) + self.shortcut_layer(x_BCHW)
+
+
+class AdaFace(nn.Module):
+    """The backbone, under the key names of the published checkpoints."""
+
+    family = FAMILY
+    input_size_px = INPUT_SIZE_PX
+
+    def __init__(self, layers: int = 101, operations: ModuleType | type = nn):
+        super().__init__()
+        self.layers = layers
+        self.fingerprint = ""
+        self.input_layer = nn.Sequential(
+            operations.Conv2d(3, _STAGE_WIDTHS[0], 3, 1, 1, bias=False), nn.BatchNorm2d(_STAGE_WIDTHS[0]),
+            nn.PReLU(_STAGE_WIDTHS[0]),
+        )
+        blocks, inputs = [], _STAGE_WIDTHS[0]
+        for width, count in zip(_STAGE_WIDTHS, BLOCKS_OF_STAGES[layers], strict=True):
+            for index in range(count):
+                blocks.append(_Block(inputs, width, 2 if index == 0 else 1, operations))
+                inputs = width
+        self.body = nn.Sequential(*blocks)
+        self.output_layer = nn.Sequential(
+            nn.BatchNorm2d(MAP_DIM), nn.Dropout(0.4), nn.Flatten(),
+            operations.Linear(MAP_DIM * _FINAL_CELLS, EMBEDDING_DIM), nn.BatchNorm1d(EMBEDDING_DIM, affine=False),
+        )
+
+    def forward(self, face_B3HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Aligned faces, blue-green-red in [-1, 1], (B, 3, 112, 112).
+
+        Returns:
+            Embedding (B, 512) of unit length, its length before (B, 1), and the map before the head (B, 512, 7, 7).
+        Raises:
+            ImageInputError: pictures of another shape.
+        """
+        if face_B3HW.ndim != 4 or tuple(face_B3HW.shape[1:]) != (3, INPUT_SIZE_PX, INPUT_SIZE_PX):
+            raise ImageInputError(f"faces of shape {tuple(face_B3HW.shape)}; wanted (faces, 3, {INPUT_SIZE_PX}, "
+                                  f"{INPUT_SIZE_PX}). Detect and align the face first.")
+        map_BChw = self.body(self.input_layer(face_B3HW))
+        raw_BD = self.output_layer(map_BChw)
+        norm_B1 = raw_BD.norm(dim=1, keepdim=True)
+        return F.normalize(raw_BD, dim=1), norm_B1, map_BChw
+
+
+def load_adaface(path: str | Path, operations: ModuleType | type = nn) -> AdaFace:
+    """An AdaFace backbone from the published .ckpt or a .safetensors, recognised by its tensors, loaded strictly.
+
+    Raises:
+        EncoderFileError: not such a file, a pickle that holds more than tensors, missing or misshapen weights.
+    """
+    path = Path(path)
+    tensors = _tensors_of(path)
+    blocks = {int(match.group(1)) for key in tensors if (match := _BLOCK.match(key))}
+    layers = {sum(counts): layers for layers, counts in BLOCKS_OF_STAGES.items()}.get(len(blocks))
+    if layers is None:
+        raise EncoderFileError(f"{path.name} has {len(blocks)} residual blocks and {len(tensors)} tensors; wanted {_WHAT} "
+                               f"({', '.join(str(sum(counts)) for counts in BLOCKS_OF_STAGES.values())} blocks). Choose an "
+                               "AdaFace backbone.")
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in AdaFace(layers).state_dict().items()}
+    check_shapes(tensors, shapes, path.name, _WHAT, EncoderFileError)
+    check_finite(tensors, path.name, EncoderFileError)
+    encoder = AdaFace(layers, operations)
+    encoder.load_state_dict(tensors)
+    encoder.fingerprint = sha256_of_tensors(tensors)
+    return encoder.eval().requires_grad_(False)
+
+
+def _tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix.lower() in (".safetensors", ".sft"):
+        return _backbone(read_tensors(path, _WHAT, EncoderFileError)[0])
+    if not path.is_file():
+        raise EncoderFileError(f"{path} does not exist; wanted {_WHAT}. Check the path.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as found:  # torch raises several kinds for a pickle it will not open
+        raise EncoderFileError(f"{path.name} cannot be opened as weights alone ({found}); wanted {_WHAT}. Get the file "
+                               "again, or its safetensors version.") from found
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    return _backbone({key: value for key, value in state.items() if isinstance(value, torch.Tensor)})
+
+
+def _backbone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the ``model.`` of the training code, and without its classification head."""
+    if any(key.startswith("model.") for key in tensors):
+        return {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+    return dict(tensors)

@@ -1,0 +1,73 @@
+"""AdaFace backbones against answers of the published code, and their files."""
+
+import json
+
+import pytest
+import torch
+from reference_answers import filled, read
+from safetensors.torch import save_file
+
+from emma_core.encoders.adaface import AdaFace, load_adaface
+from emma_core.errors import EncoderFileError, ImageInputError
+
+LEAST_COSINE = 0.9999
+
+
+def weights_of(layers: int) -> dict[str, torch.Tensor]:
+    """By the fill rule; counters keep 0."""
+    shapes = json.loads(read(f"adaface_ir_{layers}")[1]["keys"])
+    counters = {key for key in shapes if key.endswith("num_batches_tracked")}
+    weights = filled({key: shape for key, shape in shapes.items() if key not in counters})
+    return weights | {key: torch.tensor(0) for key in counters}
+
+
+@pytest.fixture(scope="module")
+def ir18():
+    return weights_of(18)
+
+
+@pytest.mark.parametrize("layers", [18, 50, 101])
+def test_backbone_gives_the_reference_embedding(tmp_path, layers):
+    answers, _ = read(f"adaface_ir_{layers}")
+    save_file(weights_of(layers), str(tmp_path / "face.safetensors"))
+    embedding_BD, norm_B1, map_BChw = load_adaface(tmp_path / "face.safetensors")(answers["image_bgr"])
+    assert torch.nn.functional.cosine_similarity(embedding_BD, answers["embedding"]).min() >= LEAST_COSINE
+    torch.testing.assert_close(norm_B1, answers["norm"], rtol=1e-3, atol=1e-4)
+    assert map_BChw.shape == (2, 512, 7, 7)
+    assert torch.nn.functional.cosine_similarity(*answers["embedding"].unsqueeze(1)).item() < LEAST_COSINE
+
+
+def test_published_checkpoint_layout_gives_the_same_weights(tmp_path, ir18):
+    state = {f"model.{key}": value for key, value in ir18.items()} | {"head.kernel": torch.zeros(512, 10)}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "adaface.ckpt")
+    save_file(ir18, str(tmp_path / "adaface.safetensors"))
+    first, second = load_adaface(tmp_path / "adaface.ckpt"), load_adaface(tmp_path / "adaface.safetensors")
+    assert first.fingerprint == second.fingerprint and first.layers == 18
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path, capsys):
+    torch.save({"state_dict": Payload()}, tmp_path / "bad.ckpt")
+    with pytest.raises(EncoderFileError, match="weights alone"):
+        load_adaface(tmp_path / "bad.ckpt")
+    assert "run" not in capsys.readouterr().out.split()
+
+
+def test_wrong_files_are_refused(tmp_path, ir18):
+    save_file({"a": torch.zeros(1)}, str(tmp_path / "other.safetensors"))
+    with pytest.raises(EncoderFileError, match="0 residual blocks"):
+        load_adaface(tmp_path / "other.safetensors")
+    save_file({key: value for key, value in ir18.items() if key != "input_layer.0.weight"}, str(tmp_path / "less.safetensors"))
+    with pytest.raises(EncoderFileError, match=r"input_layer\.0\.weight"):
+        load_adaface(tmp_path / "less.safetensors")
+    with pytest.raises(EncoderFileError, match="does not exist"):
+        load_adaface(tmp_path / "none.ckpt")
+
+
+def test_unaligned_pictures_are_refused():
+    with pytest.raises(ImageInputError, match="align the face"):
+        AdaFace(18).eval()(torch.zeros(1, 3, 128, 128))
