@@ -38,7 +38,8 @@ TITLES = {"style": "EMMA playground style", "face": "EMMA playground face"}
 BATCH, RATE, GATE_RATE_FACTOR, WARMUP, AVERAGE_DECAY = 32, 2e-3, 5.0, 0.03, 0.995
 DROP_TEXT, DROP_REFERENCE, DROP_BOTH = 0.05, 0.05, 0.05
 NOISE_POWER = 0.4  # timestep = 999 * u^0.4: most of them high, where the picture's colours and shapes are decided
-LARGEST_WEIGHT = 5.0
+LEAST_PLACE_WEIGHT = 0.2
+LARGEST_WEIGHT = 60.0
 BUCKETS, REPORT_STEPS, CHECKPOINT_SECONDS = 5, 50, 120.0
 
 
@@ -140,12 +141,31 @@ def loss_weight(timestep_B: torch.Tensor) -> torch.Tensor:
     return ((1 - kept_B) / kept_B).clamp(max=LARGEST_WEIGHT)
 
 
+def place_weights(condition: str, data: EmojiPeople, latents_P4hw: torch.Tensor) -> torch.Tensor:
+    """(P, 1, h, w) of mean 1: where a condition shows. Tone shows where a vendor's drawings of a role differ by tone.
+
+    The least loss is the same with any weights; its gradient tells more about the reference.
+    """
+    weight_P1hw = torch.ones_like(latents_P4hw[:, :1])
+    if condition != "face":
+        return weight_P1hw
+    groups: dict[tuple[str, str], list[int]] = {}
+    for position in data.positions("train"):
+        groups.setdefault((data.rows[position].caption, data.rows[position].vendor), []).append(position)
+    for positions in groups.values():
+        if len(positions) > 1:
+            variance_1hw = latents_P4hw[positions].var(dim=0).mean(dim=0, keepdim=True)
+            weight_P1hw[positions] = LEAST_PLACE_WEIGHT + (1 - LEAST_PLACE_WEIGHT) * variance_1hw / variance_1hw.mean()
+    return weight_P1hw
+
+
 class ModuleTraining:
     """Frozen base, module, optimizer and averages: one `step` is one update."""
 
     def __init__(self, condition: str, data: EmojiPeople, folder: Path, rate: float = RATE, seed: int = 0):
         self.base = FrozenBase(folder)
         self.latents = latents_of(data, folder)
+        self.place_weights = place_weights(condition, data, self.latents)
         self.features, encoder = features_of(data, folder)
         self.module = new_module(condition, self.base.connector, encoder, {})
         self.optimizer = make_optimizer(self.module, rate)
@@ -154,14 +174,15 @@ class ModuleTraining:
         self.steps = 0
 
     def losses(self, batch: Batch, with_reference: bool = True) -> torch.Tensor:
-        """(B,) mean squared error of the predicted noise."""
+        """(B,) squared error of the predicted noise, its mean weighted by place."""
         unit_B4hw = self.latents[batch.targets]
         features = {name: self.features[name][batch.references] for name in self.module.config.features}
         strength_B = batch.strength_B if with_reference else torch.zeros_like(batch.strength_B)
         context_BKW = self.base.tokens(batch.prompts, batch.timestep_B, self.module, features, strength_B)
         noised_B4hw = add_noise(unit_B4hw, batch.noise_B4hw, batch.timestep_B)
         predicted_B4hw = self.base.predict_noise(noised_B4hw, batch.timestep_B, context_BKW)
-        return F.mse_loss(predicted_B4hw, batch.noise_B4hw, reduction="none").mean((1, 2, 3))
+        error_B4hw = F.mse_loss(predicted_B4hw, batch.noise_B4hw, reduction="none")
+        return (error_B4hw * self.place_weights[batch.targets]).mean((1, 2, 3))
 
     def step(self, rate_factor: float) -> tuple[Batch, torch.Tensor]:
         """One update; returns what it was made of and the losses (B,)."""
@@ -227,7 +248,7 @@ def gain_of_reference(training: ModuleTraining, batches: int = 4) -> dict[str, l
 
 
 def train(options: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     options.work.mkdir(parents=True, exist_ok=True)
     training = ModuleTraining(options.condition, load(options.data), options.playground, options.rate, options.seed)
@@ -270,6 +291,7 @@ def main() -> None:
                         help="lambda of eqs. (3) to (8) in the file: strength 1 then means this strength. To change it "
                              "afterwards, call again with --minutes 0")
     parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
 

@@ -16,10 +16,12 @@ from emma_core.playground.train_module import (
     DROP_REFERENCE,
     DROP_TEXT,
     GATE_RATE_FACTOR,
+    LARGEST_WEIGHT,
     RATE,
     Batches,
     ModuleTraining,
     loss_weight,
+    place_weights,
     prompts_of_few_lengths,
 )
 
@@ -155,8 +157,8 @@ def test_the_module_file_holds_the_averaged_weights_and_says_what_it_belongs_to(
 
 def test_loss_weights_count_errors_of_the_picture_up_to_a_limit():
     # where the variances of picture and noise are equal the weight is 1; it grows with the noise, up to the limit
-    weights = loss_weight(torch.tensor([0, 300, 999]))
-    assert weights[0] < 0.001 and 0.5 < weights[1] < 1.5 and weights[2] == 5
+    weights = loss_weight(torch.tensor([0, 300, 600, 999]))
+    assert weights[0] < 0.001 and 0.5 < weights[1] < 1.5 and 5 < weights[2] < 20 and weights[3] == LARGEST_WEIGHT
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
@@ -204,3 +206,20 @@ def test_prompts_are_of_few_lengths_and_each_of_its_own_row():
 def test_all_wordings_of_a_length_are_drawn():
     drawn = {prompts_of_few_lengths([["aa", "bb", "c"], ["dd"]], len, random.Random(seed))[0] for seed in range(20)}
     assert drawn == {"aa", "bb"}
+
+
+def test_place_weights_stress_where_tones_differ_and_have_mean_one():
+    data = small_data()
+    latents = torch.zeros(len(data.rows), 4, 2, 2)
+    for position, row in enumerate(data.rows):
+        latents[position, :, 0, 1] = TONES.index(row.tone)  # only this place depends on the tone
+    weights = place_weights("face", data, latents)
+    train = data.positions("train")
+    torch.testing.assert_close(weights[train].mean((1, 2, 3)), torch.ones(len(train)))
+    torch.testing.assert_close(weights[train[0], 0], torch.tensor([[0.2, 3.4], [0.2, 0.2]]))
+
+
+def test_style_is_learnt_from_every_place_alike():
+    data = small_data()
+    latents = torch.randn(len(data.rows), 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(place_weights("style", data, latents), torch.ones(len(data.rows), 1, 2, 2))
