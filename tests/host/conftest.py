@@ -50,6 +50,16 @@ prepare_base_directory(BASE_DIRECTORY)
 sys.path[:] = [str(HOST.path), *(entry for entry in sys.path if Path(entry or ".").resolve() != PACK)]
 sys.argv = ["main.py", *isolated_arguments(BASE_DIRECTORY)]
 
+
+
+def files_of(folder: Path) -> set[tuple[str, int]]:
+    """Path and time of change of every file below `folder`, its version control aside."""
+    files = (file for file in folder.rglob("*") if file.is_file() and ".git" not in file.parts)
+    return {(str(file), file.stat().st_mtime_ns) for file in files}
+
+
+FILES_BEFORE = files_of(HOST.path)
+
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
@@ -61,6 +71,12 @@ pytest_plugins = ["token_check", "tiny_models"]
 def host_path() -> Path:
     """The ComfyUI folder under test: read only."""
     return HOST.path
+
+
+@pytest.fixture(scope="session")
+def changed_host_files():
+    """A function: the files of the ComfyUI folder that are new, gone or changed since before it was imported."""
+    return lambda: FILES_BEFORE ^ files_of(HOST.path)
 
 
 @pytest.fixture(scope="session")

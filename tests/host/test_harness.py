@@ -8,11 +8,6 @@ from pathlib import Path
 PACK = Path(__file__).resolve().parents[2]
 
 
-def _files_of(folder: Path) -> set[tuple[str, int]]:
-    files = (file for file in folder.rglob("*") if file.is_file() and ".git" not in file.parts)
-    return {(str(file), file.stat().st_mtime_ns) for file in files}
-
-
 def test_server_is_the_named_comfyui(server, host_version):
     assert server.get_json("/system_stats")["system"]["comfyui_version"] == host_version
 
@@ -23,10 +18,8 @@ def test_server_lists_nodes_of_the_pack_folder_once(server):
     assert modules == {f"custom_nodes.{PACK.name}"}
 
 
-def test_server_writes_nothing_into_the_comfyui_folder(server, host_path):
-    before = _files_of(host_path)
-    server.get_json("/object_info")
-    assert _files_of(host_path) == before
+def test_nothing_is_written_into_the_comfyui_folder(server, pack, changed_host_files):
+    assert changed_host_files() == set()
     assert server.log_path.is_file() and (server.work_dir / "comfyui.db").is_file()
 
 
