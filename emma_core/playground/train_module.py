@@ -230,12 +230,14 @@ class Buckets:
         self.sums.index_add_(0, bucket_B, loss_B)
         self.counts.index_add_(0, bucket_B, torch.ones_like(loss_B))
 
-    def means(self) -> list[float]:
-        return [round(value, 4) for value in (self.sums / self.counts.clamp(min=1)).tolist()]
+    def means(self) -> list[float | None]:
+        """None where no row fell."""
+        pairs = zip(self.sums.tolist(), self.counts.tolist(), strict=True)
+        return [round(total / count, 4) if count else None for total, count in pairs]
 
 
 @torch.no_grad()
-def gain_of_reference(training: ModuleTraining, batches: int = 4) -> dict[str, list[float]]:
+def gain_of_reference(training: ModuleTraining, batches: int = 4) -> dict[str, list[float | None]]:
     """Losses with and without the reference on the same noise, per bucket; training's randomness stays as it was."""
     state = training.batches.state
     with_reference, without = Buckets(), Buckets()
