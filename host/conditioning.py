@@ -34,14 +34,13 @@ def connect_conditioning(
         context_1SW = payload.placeholder_1KW
         if clip_1SW is not None:
             context_1SW = torch.cat([context_1SW.expand(clip_1SW.shape[0], -1, -1), clip_1SW.to(context_1SW)], dim=1)
-        connected.append([context_1SW, options])
-        connected[-1] = node_helpers.conditioning_set_values(
-            [connected[-1]],
+        connected += node_helpers.conditioning_set_values(
+            [[context_1SW, options]],
             {
                 "model_conds": {**options.get("model_conds", {}), KEY: CONDEmma(payload)},
                 "additional_models": [*options.get("additional_models", []), *payload.patchers],
             },
-        )[0]
+        )
     return connected
 
 

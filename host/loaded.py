@@ -1,6 +1,6 @@
 """Models of ours as the host's memory management sees them: each has one ModelPatcher for its life."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -55,7 +55,6 @@ class LoadedEncoder:
 
     encoder: Any
     patcher: comfy.model_patcher.ModelPatcher
-    description: dict = field(default_factory=dict)
 
 
 def load_ella(path: str) -> LoadedConnector:
