@@ -25,6 +25,10 @@ class EncoderFileError(FileError):
     """A file that should hold a reference encoder does not."""
 
 
+class ReferenceFileError(FileError):
+    """A file that should hold encoded reference features does not."""
+
+
 class ReferenceMismatchError(EmmaError):
     """Reference features do not belong to the module, the encoder or the batch they are used with."""
 
@@ -39,6 +43,18 @@ class ImageInputError(EmmaError):
 
 class UnconnectedModelError(EmmaError):
     """EMMA conditioning reached a MODEL that was not connected through EMMA Connector."""
+
+
+class TrainingConfigError(EmmaError):
+    """A training configuration names something unknown, or holds a value that cannot be used."""
+
+
+class TrainingDataError(EmmaError):
+    """Pictures, captions or references of a training set cannot be used; every problem is listed."""
+
+
+class TrainingError(EmmaError):
+    """Training cannot go on: a non-finite loss, a checkpoint of another run, a full disk."""
 
 
 class EmmaWarning(UserWarning):

@@ -4,16 +4,22 @@ Shapes: R references (pictures), V vectors of one picture, D dim of a feature.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .encoders.families import encoder_title
+from .encoders.options import AS_TRAINED, EncodeOptions, FaceChoice, Framing
 from .errors import ReferenceMismatchError
 from .module_config import ModuleConfig
 
 COMBINATIONS = ("concat", "average", "normalised average", "per frame")
+
+
+_AGAIN = " and encode the picture again"
+_DEFAULTS = {"layer": "last"}  # what an encoder means that does not say
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,25 +90,46 @@ def check_for_module(reference: ReferenceFeatures, config: ModuleConfig) -> None
     config.check_features(reference.features)
 
 
-def check_encoder(encoder: Mapping[str, Any], config: ModuleConfig) -> None:
-    """Refuse an encoder of another family, or with other weights, than the module was trained with.
+def encode_options(config: ModuleConfig, framing: Framing | None = None, faces: FaceChoice | None = None) -> EncodeOptions:
+    """What a module wants of its encoder: its features, its layer, and pictures framed as in its training.
 
+    Args:
+        config: the module's metadata; its encoder's ``frame`` and ``background`` stand for "as trained" where it has them.
+        framing, faces: the user's choices.
+    Raises:
+        ImageInputError: the metadata names an unknown layer, frame or background.
+    """
+    framing = framing or Framing()
+    trained = {name: config.encoder[name] for name in ("frame", "background")
+               if getattr(framing, name) == AS_TRAINED and name in config.encoder}
+    layer = config.encoder.get("layer", _DEFAULTS["layer"])
+    return EncodeOptions(tuple(config.features), layer, replace(framing, **trained), faces or FaceChoice())
+
+
+def check_encoder(encoder: Mapping[str, Any], config: ModuleConfig, before: bool = False) -> None:
+    """Refuse an encoder of another family, with other weights, or read at another layer than in the module's training.
+
+    Args:
+        encoder: {family, fingerprint, layer} as in the metadata.
+        config: the module's.
+        before: nothing was encoded yet, so no layer was chosen.
     Raises:
         ReferenceMismatchError: what was found and what is needed.
     """
-    for key in ("family", "fingerprint"):
-        needed, found = config.encoder.get(key), encoder.get(key)
+    keys = ("family", "fingerprint", "layer") if "local" in config.features and not before else ("family", "fingerprint")
+    for key in keys:
+        needed, found = config.encoder.get(key), encoder.get(key, _DEFAULTS.get(key))
         if needed is not None and found != needed:
-            raise ReferenceMismatchError(
-                f"the reference was encoded by {_encoder_name(encoder)}; the {config.condition} module needs "
-                f"{_encoder_name(config.encoder)}. Load that encoder and encode the picture again."
-            )
+            made = "this encoder is" if before else "the reference was encoded by"
+            raise ReferenceMismatchError(f"{made} {_encoder_name(encoder)}; the {config.condition} module needs "
+                                         f"{_encoder_name(config.encoder)}. Load that encoder{'' if before else _AGAIN}.")
 
 
 def _encoder_name(encoder: Mapping[str, Any]) -> str:
-    family = encoder.get("family") or "an unnamed encoder"
-    fingerprint = encoder.get("fingerprint")
-    return f"{family} (fingerprint {str(fingerprint)[:12]})" if fingerprint else str(family)
+    title = encoder_title(encoder.get("family"))
+    details = [f"fingerprint {str(encoder['fingerprint'])[:12]}"] if encoder.get("fingerprint") else []
+    details += [f"{encoder['layer']} layer"] if encoder.get("layer") else []
+    return f"{title}, {', '.join(details)}" if details else title
 
 
 def _checked(features: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

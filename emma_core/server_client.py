@@ -114,7 +114,10 @@ def _widget_values(node: Mapping[str, Any], specs: Mapping[str, Any]) -> dict[st
         options = spec[1] if len(spec) > 1 else {}
         if not (isinstance(spec[0], list) or spec[0] in _WIDGET_TYPES) or options.get("forceInput"):
             continue
-        values[name] = next(saved)
+        value = next(saved, options.get("default"))  # a graph may be older than the widget
+        if value is None:
+            continue
+        values[name] = value
         if options.get("control_after_generate"):
             next(saved)  # what the editor does to a seed after each run
     return values

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 from .errors import FileError
 
 _LARGEST_HEADER = 100_000_000
+PICKLE_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth"}
+# whose classes stand in published checkpoints beside the weights
+_TRAINER_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "argparse.Namespace")
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -74,6 +78,42 @@ def read_tensors(
         return {key: tensors.get_tensor(key) for key in list(tensors.keys())}, dict(tensors.metadata() or {})
 
 
+def read_weights(path: str | Path, what: str, error: type[FileError] = FileError) -> dict[str, torch.Tensor]:
+    """All tensors of a published weights file: safetensors, or a PyTorch file opened as weights alone.
+
+    Of a training checkpoint only its ``state_dict`` is read.
+
+    Raises:
+        error: missing, folder, empty, damaged, a pickle that holds more than tensors, or no tensors.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in PICKLE_SUFFIXES or not path.is_file():
+        return read_tensors(path, what, error)[0]
+    try:
+        content = _load_weights_alone(path)
+    except Exception as found:  # torch raises several kinds for a pickle it will not open
+        reason = str(found).strip().splitlines()[0] if str(found).strip() else type(found).__name__
+        raise error(f"{path.name} cannot be opened as weights alone ({reason}); wanted {what}. Get the file again, or its "
+                    "safetensors version.") from found
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    entries = state.items() if isinstance(state, Mapping) else ()
+    tensors = {key: value for key, value in entries if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise error(f"{path.name} holds no weights; wanted {what}. Choose another file.")
+    return tensors
+
+
+def _load_weights_alone(path: Path):
+    """`torch.load` that builds tensors only; what a trainer left beside them becomes empty objects."""
+    listed = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: [])(str(path))
+    mapped = zipfile.is_zipfile(path)  # tensors stay in the file until they are used
+    leftovers = [name for name in listed if name.startswith(_TRAINER_MODULES)]
+    if not leftovers:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    with torch.serialization.safe_globals([(type("Leftover", (), {}), name) for name in leftovers]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
 def check_finite(tensors: Mapping[str, torch.Tensor], name: str, error: type[FileError] = FileError) -> None:
     """Raise ``error`` naming the first tensor that holds NaN or infinity."""
     for key, tensor in tensors.items():
@@ -125,6 +165,16 @@ def sha256_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
         value = tensors[key].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{key}{tuple(value.shape)}".encode())
         digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_of_weights(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hex SHA-256 over names, shapes and float16 values: float32 and float16 files of the same weights agree."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().to("cpu", torch.float16).contiguous()
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(memoryview(value.view(torch.uint8).numpy() if value.ndim else value.numpy()))
     return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 Shapes: N tokens of a prompt with its `</s>`, D width of the features.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,17 +14,19 @@ from .t5_file import T5File, load_parts, open_t5_file
 from .t5_layout import T5EncoderConfig
 from .t5_tokenizer import PromptTokenizer, load_tokenizer
 
+_REMEMBERED = 64  # prompts
 # fp16 overflows in this layer of the larger T5, so that transformers keeps it in fp32 too.
 _FLOAT32_IN_HALF_PRECISION = ("wo.weight",)
 
 
 class TextEncoder:
-    """A T5 encoder and its tokenizer: prompts -> last hidden states."""
+    """A T5 encoder and its tokenizer: prompts -> last hidden states; the latest prompts are remembered."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: PromptTokenizer, config: T5EncoderConfig):
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
+        self._known: OrderedDict[tuple[tuple[int, ...], int], torch.Tensor] = OrderedDict()
 
     @property
     def width(self) -> int:
@@ -33,16 +36,10 @@ class TextEncoder:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         """Features (1,N,D) of each prompt at its natural length: no padding, no truncation."""
-        features = []
-        for prompt in prompts:
-            ids_1N = torch.tensor([self.tokenizer.ids(prompt)], device=self.device)
-            features.append(self.model(input_ids=ids_1N).last_hidden_state)
-        return features
+        return [self._features(self.tokenizer.ids(prompt)) for prompt in prompts]
 
-    @torch.no_grad()
     def encode_padded(self, prompt: str, length: int = 128) -> torch.Tensor:
         """Features (1,length,D) of a prompt padded as in ELLA's training: padding is not attended to, but is returned.
 
@@ -52,10 +49,20 @@ class TextEncoder:
         ids = self.tokenizer.ids(prompt)
         if len(ids) > length:
             raise EmmaError(f"The prompt has {len(ids)} tokens, more than {length}: encode it at its natural length.")
-        padding = length - len(ids)
-        ids_1N = torch.tensor([ids + [self.tokenizer.pad_id] * padding], device=self.device)
-        mask_1N = torch.tensor([[1] * len(ids) + [0] * padding], device=self.device)
-        return self.model(input_ids=ids_1N, attention_mask=mask_1N).last_hidden_state
+        return self._features(ids, length - len(ids))
+
+    @torch.no_grad()
+    def _features(self, ids: list[int], padding: int = 0) -> torch.Tensor:
+        """Features of token ids and padding, computed once for each prompt among the latest."""
+        key = (tuple(ids), padding)
+        if key not in self._known:
+            ids_1N = torch.tensor([ids + [self.tokenizer.pad_id] * padding], device=self.device)
+            mask_1N = torch.tensor([[1] * len(ids) + [0] * padding], device=self.device)
+            self._known[key] = self.model(input_ids=ids_1N, attention_mask=mask_1N).last_hidden_state
+            if len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key].clone()
 
 
 def load_text_encoder(

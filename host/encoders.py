@@ -1,7 +1,14 @@
 """Reference encoders under the host's memory management.
 
-Shapes: B pictures of height H and width W; features are (B, vectors, dim).
+Shapes: B pictures of height H and width W, S the encoder's input size; features are (B, vectors, dim).
 """
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import comfy.clip_vision
 import comfy.model_management
@@ -9,137 +16,183 @@ import comfy.ops
 import comfy.utils
 import torch
 
-from ..emma_core.encoders.playground import FAMILY as PLAYGROUND
+from ..emma_core.encoders.base import Encoded, FeatureCache, PictureEncoder, ReferenceEncoder, encode_pictures
+from ..emma_core.encoders.clip_vision import (
+    bytes_per_picture,
+    canonical_names,
+    clip_preparation,
+    read_clip_vision,
+    recognise_clip,
+)
+from ..emma_core.encoders.families import CLIP_TOWERS, MEAN, STD
+from ..emma_core.encoders.loading import encoder_kind, load_encoder, weights_path
+from ..emma_core.encoders.options import FaceChoice, Framing
+from ..emma_core.encoders.pictures import Preparation
 from ..emma_core.encoders.playground import load_playground_encoder
-from ..emma_core.errors import EncoderFileError, ReferenceMismatchError
-from ..emma_core.module_config import ModuleConfig
+from ..emma_core.errors import EncoderFileError
 from ..emma_core.playground import PLAYGROUND_DIR
-from ..emma_core.reference_features import ReferenceFeatures, check_encoder, combine_features
-from ..emma_core.tensor_file import open_tensors
-from .images import WHITE, object_masks, rgb_pictures
+from ..emma_core.reference_features import ReferenceFeatures, check_encoder, check_for_module, combine_features, encode_options
+from ..emma_core.tensor_file import fingerprint_of_weights
+from .images import object_masks, rgb_pictures
 from .loaded import LoadedEncoder, LoadedModule, patcher_for
 
-PICTURES_AT_ONCE = 16
-# (hidden width, projected width) of CLIP vision towers -> the family name that modules declare
-CLIP_FAMILIES = {(1280, 1024): "clip-vit-h-14", (1024, 768): "clip-vit-l-14", (1664, 1280): "clip-vit-g-14"}
+MOST_AT_ONCE = 16
+FREE_SHARE = 0.5  # of the free memory that one chunk of pictures may take
+_UNKNOWN_TOWER_BYTES = 128 << 20
+# what is kept of the host's own CLIP_VISION objects, for as long as they live
+_STOCK: weakref.WeakKeyDictionary[Any, tuple[Mapping[str, Any], FeatureCache]] = weakref.WeakKeyDictionary()
 
 
-class PlaygroundReferenceEncoder:
-    """The playground's small encoder."""
-
-    def __init__(self, encoder, patcher):
-        self._encoder = encoder
-        self._patcher = patcher
-        self.description = {"family": PLAYGROUND, "fingerprint": encoder.fingerprint, "input_size": encoder.input_size_px}
-
-    def encode(self, image_BHW3, mask_BHW) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Features by name, and what the encoder saw (B, S, S, 3)."""
-        comfy.model_management.load_models_gpu([self._patcher])
-        device = self._patcher.load_device
-        features, seen_BSS3 = self._encoder.encode(
-            image_BHW3.to(device), None if mask_BHW is None else mask_BHW.to(device)
-        )
-        return features, seen_BSS3
-
-
-class ClipVisionReferenceEncoder:
+class HostClipVision(PictureEncoder):
     """The host's CLIP_VISION: `global` is the projected embedding, `local` the hidden states of the declared layer.
 
-    Raises:
-        EncoderFileError: a model of another kind.
+    Args:
+        clip_vision: the host's object.
+        description: {family, fingerprint, input_size}.
     """
 
-    def __init__(self, clip_vision):
-        self._clip_vision = clip_vision
-        tower = getattr(clip_vision.model, "vision_model", None)
-        class_token = getattr(getattr(tower, "embeddings", None), "class_embedding", None)
-        if class_token is None:
-            raise EncoderFileError("this CLIP_VISION is no CLIP model (SigLIP and DINOv2 are others). Load the image encoder "
-                                   "named by the EMMA module (CLIP ViT-H/14 for the released conditions).")
-        hidden = class_token.shape[-1]
-        projection = getattr(clip_vision.model.visual_projection, "weight", None)
-        projected = hidden if projection is None else projection.shape[0]
-        family = CLIP_FAMILIES.get((hidden, projected), f"clip-{hidden}-{projected}")
-        self.description = {"family": family, "input_size": clip_vision.image_size}
+    feature_names = ("global", "local")
 
-    def encode(self, image_BHW3, mask_BHW):
-        """As `PlaygroundReferenceEncoder.encode`; the background becomes white, the picture is cropped to a square."""
-        if mask_BHW is not None:
-            keep = mask_BHW[..., None].to(image_BHW3)
-            image_BHW3 = image_BHW3 * keep + WHITE * (1 - keep)
-        output = self._clip_vision.encode_image(image_BHW3, crop=True)
-        features = {
-            "global": output["image_embeds"][:, None],
-            "local": output["last_hidden_state"],
-            "local_penultimate": output["penultimate_hidden_states"],
-        }
-        size = self._clip_vision.image_size
-        seen_B3SS = comfy.utils.common_upscale(image_BHW3.movedim(-1, 1), size, size, "bicubic", "center")
-        return features, seen_B3SS.movedim(1, -1).clamp(0, 1)
+    def __init__(self, clip_vision, description: Mapping[str, Any]):
+        self._clip_vision = clip_vision
+        self.model = clip_vision.model
+        self.description = description
+        tower = CLIP_TOWERS.get(description["family"])
+        self.preparation = clip_preparation(tower) if tower else Preparation(clip_vision.image_size, MEAN, STD)
+        self.bytes_per_picture = bytes_per_picture(tower) if tower else _UNKNOWN_TOWER_BYTES
+
+    def features_of(self, seen_B3SS, options) -> dict[str, torch.Tensor]:
+        # pictures that have the right size already are only normalised by the host
+        output = self._clip_vision.encode_image(seen_B3SS.permute(0, 2, 3, 1), crop=True)
+        local = output["penultimate_hidden_states" if options.layer == "penultimate" else "last_hidden_state"]
+        return {"global": output["image_embeds"][:, None], "local": local}
+
+
+class ManagedEncoder:
+    """A reference encoder that the host loads before use; short of memory, it encodes fewer pictures at once."""
+
+    def __init__(self, encoder: ReferenceEncoder, patcher):
+        self._encoder = encoder
+        self._patcher = patcher
+        self.model = encoder.model
+        self.description = encoder.description
+        self.feature_names = encoder.feature_names
+        self.bytes_per_picture = encoder.bytes_per_picture
+
+    def at_once(self) -> int:
+        """Pictures that fit into the free memory together."""
+        free = comfy.model_management.get_free_memory(self._patcher.load_device)
+        return int(min(MOST_AT_ONCE, max(1, free * FREE_SHARE // self.bytes_per_picture)))
+
+    def encode(self, image_BHW3, mask_BHW, options, labels: Sequence[str] = ()) -> list[Encoded]:
+        """As `ReferenceEncoder.encode`."""
+        count = len(image_BHW3)
+        # layers that are not the host's own cannot run in part on another device
+        comfy.model_management.load_models_gpu([self._patcher], memory_required=count * self.bytes_per_picture,
+                                               force_full_load=True)
+        try:
+            return self._encoder.encode(image_BHW3, mask_BHW, options, labels)
+        except torch.cuda.OutOfMemoryError:
+            if count == 1:
+                raise
+        comfy.model_management.soft_empty_cache()
+        logging.warning("EMMA: out of memory with %d reference pictures at once; encoding them in halves.", count)
+        encoded = []
+        for part in (slice(None, count // 2), slice(count // 2, None)):
+            encoded += self.encode(image_BHW3[part], None if mask_BHW is None else mask_BHW[part], options, labels[part])
+        return encoded
 
 
 def load_playground_reference_encoder(path=None) -> LoadedEncoder:
     """The shipped encoder, or another file of its kind."""
     encoder = load_playground_encoder(path or PLAYGROUND_DIR / "encoder.safetensors", operations=comfy.ops.manual_cast)
-    patcher = patcher_for(encoder)
-    return LoadedEncoder(PlaygroundReferenceEncoder(encoder, patcher), patcher)
+    return _managed(encoder, patcher_for(encoder.model))
 
 
-def load_reference_encoder(path: str) -> LoadedEncoder:
-    """A reference encoder file, recognised by its tensors.
+def load_reference_encoder(path: str, open_clip_model: str | None = None) -> LoadedEncoder:
+    """A reference encoder file or folder, recognised by its tensors; CLIP runs in the host's implementation.
 
     Raises:
-        EncoderFileError: a damaged file, or one that the host cannot read as a CLIP vision model.
+        EncoderFileError: see `emma_core.encoders.loading.load_encoder`.
     """
-    with open_tensors(path, "a reference encoder", EncoderFileError):  # refuses damaged files
-        clip_vision = comfy.clip_vision.load(path)
-    if clip_vision is None:
-        raise EncoderFileError(f"{path} is not a CLIP vision model that this ComfyUI reads. Choose the image encoder named "
-                               "by the EMMA module (CLIP ViT-H/14 for the released conditions).")
-    return LoadedEncoder(ClipVisionReferenceEncoder(clip_vision), clip_vision.patcher)
+    kind = encoder_kind(path, open_clip_model)
+    if kind == "playground":
+        return load_playground_reference_encoder(weights_path(path))
+    if kind == "clip":
+        tensors, family = read_clip_vision(weights_path(path))
+        description = _clip_description(tensors, family)
+        clip_vision = comfy.clip_vision.load_clipvision_from_sd(tensors)
+        return _managed(HostClipVision(clip_vision, description), clip_vision.patcher)
+    encoder = load_encoder(path, open_clip_model)
+    return _managed(encoder, patcher_for(encoder.model))
 
 
-def as_encoder(encoder) -> PlaygroundReferenceEncoder | ClipVisionReferenceEncoder:
-    """EMMA_ENCODER or the host's CLIP_VISION."""
+def as_encoder(encoder) -> LoadedEncoder:
+    """EMMA_ENCODER, or the host's CLIP_VISION as one.
+
+    Raises:
+        EncoderFileError: a CLIP_VISION that is no CLIP.
+    """
     if isinstance(encoder, LoadedEncoder):
-        return encoder.encoder
-    return ClipVisionReferenceEncoder(encoder)
+        return encoder
+    if encoder not in _STOCK:
+        _STOCK[encoder] = (_stock_description(encoder), FeatureCache())
+    description, cache = _STOCK[encoder]
+    return LoadedEncoder(ManagedEncoder(HostClipVision(encoder, description), encoder.patcher), encoder.patcher, cache)
 
 
 def encode_reference(
-    module: LoadedModule, encoder, image: torch.Tensor, mask: torch.Tensor | None, combine: str
+    module: LoadedModule, encoder, image: torch.Tensor, mask: torch.Tensor | None, combine: str,
+    framing: Framing | None = None, faces: FaceChoice | None = None,
 ) -> tuple[ReferenceFeatures, torch.Tensor]:
     """Features that the module needs, of one or several pictures, and what the encoder saw.
 
     Raises:
         ReferenceMismatchError: the encoder is not the one the module needs.
-        ImageInputError: unusable picture or mask.
+        ImageInputError: unusable picture or mask; no face.
     """
     image_BHW3 = rgb_pictures(image)
     mask_BHW = object_masks(mask, image_BHW3)
     config = module.module.config
-    encoder = as_encoder(encoder)
-    check_encoder(encoder.description, config)
-    parts, seen = [], []
-    progress = comfy.utils.ProgressBar(image_BHW3.shape[0])
-    for start in range(0, image_BHW3.shape[0], PICTURES_AT_ONCE):
+    loaded = as_encoder(encoder)
+    check_encoder(loaded.encoder.description, config, before=True)
+    if config.encoder.get("masked") and mask_BHW is None:
+        logging.warning("EMMA: the %s module was trained on objects without their background; connect a MASK of the object "
+                        "for the best likeness.", config.condition)
+    options = encode_options(config, framing, faces)
+    progress = comfy.utils.ProgressBar(len(image_BHW3))
+
+    def after_chunk(done: int) -> None:
+        if done:
+            progress.update(done)
         comfy.model_management.throw_exception_if_processing_interrupted()
-        chunk = slice(start, start + PICTURES_AT_ONCE)
-        features, seen_BSS3 = encoder.encode(image_BHW3[chunk], None if mask_BHW is None else mask_BHW[chunk])
-        parts.append({name: tensor.float().cpu() for name, tensor in _selected(features, config).items()})
-        seen.append(seen_BSS3.float().cpu())
-        progress.update(seen_BSS3.shape[0])
-    features = {name: torch.cat([part[name] for part in parts]) for name in config.features}
-    return combine_features(features, combine, encoder.description), torch.cat(seen)
+
+    features, seen = encode_pictures(loaded.encoder, image_BHW3, mask_BHW, options, loaded.cache, loaded.encoder.at_once(),
+                                     after_chunk)
+    description = {**loaded.encoder.description, **({"layer": options.layer} if "local" in features else {})}
+    reference = combine_features(features, combine, description)
+    check_for_module(reference, config)
+    return reference, seen
 
 
-def _selected(features: dict[str, torch.Tensor], config: ModuleConfig) -> dict[str, torch.Tensor]:
-    available = dict(features)
-    if config.encoder.get("layer") == "penultimate" and "local_penultimate" in available:
-        available["local"] = available["local_penultimate"]
-    missing = [name for name in config.features if name not in available]
-    if missing:
-        raise ReferenceMismatchError(f"the {config.condition} module needs the features {', '.join(missing)}; this encoder "
-                                     f"gives {', '.join(sorted(available))}. Load the encoder named in the module: "
-                                     f"{config.encoder.get('family', 'not stated')}.")
-    return {name: available[name] for name in config.features}
+def _managed(encoder: ReferenceEncoder, patcher) -> LoadedEncoder:
+    return LoadedEncoder(ManagedEncoder(encoder, patcher), patcher)
+
+
+def _clip_description(tensors: Mapping[str, torch.Tensor], family: str) -> dict[str, Any]:
+    return {"family": family, "fingerprint": fingerprint_of_weights(tensors), "input_size": CLIP_TOWERS[family].input_px}
+
+
+def _stock_description(clip_vision) -> dict[str, Any]:
+    tower = getattr(clip_vision.model, "vision_model", None)
+    if getattr(getattr(tower, "embeddings", None), "class_embedding", None) is None:
+        raise EncoderFileError("this CLIP_VISION is no CLIP model (SigLIP and DINOv2 are others). Load the image encoder "
+                               "named by the EMMA module (CLIP ViT-H/14 for the released conditions).")
+    tensors = canonical_names(clip_vision.get_sd())
+    family = recognise_clip(tensors)
+    if family is not None:
+        return _clip_description(tensors, family)
+    hidden = tower.embeddings.class_embedding.shape[-1]
+    projected = tensors["visual_projection.weight"].shape[0] if "visual_projection.weight" in tensors else hidden
+    return {"family": f"clip-{hidden}-{projected}", "fingerprint": fingerprint_of_weights(tensors),
+            "input_size": clip_vision.image_size}

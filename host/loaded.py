@@ -1,6 +1,6 @@
 """Models of ours as the host's memory management sees them: each has one ModelPatcher for its life."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
@@ -10,6 +10,7 @@ import torch
 
 from ..emma_core.connector import Connector
 from ..emma_core.connector_file import load_connector
+from ..emma_core.encoders.base import FeatureCache
 from ..emma_core.gated_resampler import GatedResampler
 from ..emma_core.module_file import load_module
 
@@ -51,10 +52,13 @@ class LoadedModule:
 
 @dataclass(frozen=True, eq=False)
 class LoadedEncoder:
-    """The EMMA_ENCODER that travels through the graph: a reference encoder under the host's memory management."""
+    """The EMMA_ENCODER that travels through the graph: a reference encoder under the host's memory management, and what it
+    encoded before.
+    """
 
     encoder: Any
     patcher: comfy.model_patcher.ModelPatcher
+    cache: FeatureCache = field(default_factory=FeatureCache)
 
 
 def load_ella(path: str) -> LoadedConnector:

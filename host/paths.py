@@ -6,9 +6,10 @@ from pathlib import Path
 
 import folder_paths
 
+from ..emma_core.encoders.loading import OPEN_CLIP_CONFIG, WEIGHT_SUFFIXES
 from ..emma_core.errors import FileError
 
-SAFETENSORS = {".safetensors", ".sft"}
+SAFETENSORS = frozenset({".safetensors", ".sft"})
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,20 @@ class ModelFolder:
     keys: tuple[str, ...]
     what: str
     known: str
-    folders_too: bool = False
+    folder_marks: tuple[str, ...] = ()
+    files_of_folders: bool = False
+    suffixes: frozenset[str] = SAFETENSORS
 
     def names(self) -> list[str]:
-        """What a combo shows: files below the folders and, where allowed, HF folders (holding a config.json)."""
+        """What a combo shows: files below the folders, and folders that hold one of the marks.
+
+        The files of such folders are shown only with ``files_of_folders``.
+        """
         found = [name for key in self.keys for name in folder_paths.get_filename_list(key)
-                 if os.path.splitext(name)[1].lower() in SAFETENSORS]
-        if self.folders_too:
-            found = [name for name in found if not self._inside_hf_folder(name)] + self._hf_folders()
-        return sorted(set(found), key=str.lower)
+                 if os.path.splitext(name)[1].lower() in self.suffixes]
+        if not self.files_of_folders:
+            found = [name for name in found if not self._inside_marked(name)]
+        return sorted({*found, *self._marked()}, key=str.lower)
 
     def path(self, name: str | None) -> str:
         """Absolute path of a name from `names`.
@@ -47,18 +53,19 @@ class ModelFolder:
         """Every folder that is looked into, without repeats."""
         return list(dict.fromkeys(root for key in self.keys for root in folder_paths.get_folder_paths(key)))
 
-    def _hf_folders(self) -> list[str]:
-        found = []
-        for root in self.roots():
+    def _marked(self) -> list[str]:
+        found: list[str] = []
+        for root in self.roots() if self.folder_marks else ():
             for folder, subfolders, files in os.walk(root, followlinks=True):
-                if folder != root and "config.json" in files:
+                if folder != root and not set(self.folder_marks).isdisjoint(files):
                     found.append(os.path.relpath(folder, root))
                     subfolders.clear()
         return found
 
-    def _inside_hf_folder(self, name: str) -> bool:
+    def _inside_marked(self, name: str) -> bool:
         folder = os.path.dirname(name)
-        return bool(folder) and any(os.path.exists(os.path.join(root, folder, "config.json")) for root in self.roots())
+        return bool(folder) and any(os.path.exists(os.path.join(root, folder, mark))
+                                    for root in self.roots() for mark in self.folder_marks)
 
 
 ELLA = ModelFolder(("ella",), "the ELLA connector", "ella-sd1.5-tsc-t5xl.safetensors")
@@ -66,16 +73,22 @@ MODULE = ModelFolder(("emma",), "the EMMA module", "an EMMA module (.safetensors
 TEXT_ENCODER = ModelFolder(
     ("text_encoders", "ella_encoder"), "the ELLA text encoder",
     "the flan-t5-xl encoder (a single .safetensors file, or the Hugging Face folder with its config.json)",
-    folders_too=True,
+    folder_marks=("config.json",),
 )
 REFERENCE_ENCODER = ModelFolder(
-    ("clip_vision",), "the reference encoder", "a reference encoder in safetensors format"
+    ("clip_vision", "open_clip", "adaface"), "the reference encoder",
+    "the encoder that the EMMA module names (CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors for the released conditions, "
+    "adaface_ir101_webface12m.ckpt for faces, or the file of an open_clip model)",
+    folder_marks=("config.json", OPEN_CLIP_CONFIG), files_of_folders=True, suffixes=frozenset(WEIGHT_SUFFIXES),
 )
+REFERENCE = ModelFolder(("emma_references",), "the encoded reference", "a file that Save Reference wrote")
+_OWN_FOLDERS = {"ella": SAFETENSORS, "emma": SAFETENSORS, "ella_encoder": SAFETENSORS, "emma_references": SAFETENSORS,
+                "open_clip": WEIGHT_SUFFIXES, "adaface": WEIGHT_SUFFIXES}
 
 
 def register_folders() -> None:
-    """Add ``models/ella``, ``models/emma`` and ``models/ella_encoder``; paths from the user's yaml stay first."""
-    for key in ("ella", "emma", "ella_encoder"):
+    """Add the pack's own folders below ``models``; paths from the user's yaml stay first."""
+    for key, suffixes in _OWN_FOLDERS.items():
         folder_paths.add_model_folder_path(key, os.path.join(folder_paths.models_dir, key))
         roots, extensions = folder_paths.folder_names_and_paths[key]
-        folder_paths.folder_names_and_paths[key] = (roots, set(extensions) | SAFETENSORS)
+        folder_paths.folder_names_and_paths[key] = (roots, set(extensions) | set(suffixes))

@@ -8,6 +8,7 @@ from .encode import EMMAEncodeReference
 from .gate_map import EMMAGateMap
 from .load import EMMALoadELLA, EMMALoadModule, EMMALoadReferenceEncoder, EMMALoadTextEncoder
 from .playground import EMMAPlayground, EMMAPlaygroundPicture
+from .references import EMMALoadReference, EMMASaveReference
 
 
 class EmmaExtension(ComfyExtension):
@@ -17,4 +18,5 @@ class EmmaExtension(ComfyExtension):
         return [
             EMMALoadELLA, EMMALoadTextEncoder, EMMALoadModule, EMMALoadReferenceEncoder, EMMAEncodeReference,
             EMMAAssembleModules, EMMAConnector, EMMAGateMap, EMMAPlayground, EMMAPlaygroundPicture,
+            EMMASaveReference, EMMALoadReference,
         ]

@@ -2,9 +2,11 @@
 
 from comfy_api.latest import io
 
+from ..emma_core.encoders.face_alignment import parse_keypoints
+from ..emma_core.encoders.options import BACKGROUNDS, FACES, FRAMES, FaceChoice, Framing
 from ..emma_core.reference_features import COMBINATIONS
 from ..host import encoders
-from .types import CATEGORY, Encoder, Module, Reference
+from .types import ADVANCED, CATEGORY, Encoder, Module, Reference
 
 
 class EMMAEncodeReference(io.ComfyNode):
@@ -27,8 +29,29 @@ class EMMAEncodeReference(io.ComfyNode):
                                tooltip="Several pictures: concat shows all of them to the module, average and normalised "
                                        "average blend them, per frame gives each picture to its own frame of the batch."),
                 io.Mask.Input("mask", optional=True,
-                              tooltip="Object-centric mask: white is kept, the background becomes white. One for all or one "
-                                      "per picture, any size."),
+                              tooltip="Object-centric mask: white is kept, the rest becomes the background colour. One for all "
+                                      "or one per picture, any size. For a face module: where the face is, instead of "
+                                      "detecting it."),
+                io.Combo.Input("frame", options=list(FRAMES), default=FRAMES[0], optional=True,
+                               tooltip="Which part of a picture that is not square the encoder sees: a crop at this position, "
+                                       "the whole picture padded, or stretched. As trained: what the module was trained with."),
+                io.Combo.Input("background", options=list(BACKGROUNDS), default=BACKGROUNDS[0], optional=True,
+                               extra_dict=ADVANCED,
+                               tooltip="Colour behind a masked object and beside a padded picture. Mean colour is what the "
+                                       "encoder reads as nothing."),
+                io.Boolean.Input("crop_to_mask", default=False, optional=True,
+                                 tooltip="Show the encoder only the masked object, as large as fits."),
+                io.Float.Input("margin", default=0.1, min=0.0, max=4.0, step=0.05, optional=True, extra_dict=ADVANCED,
+                               tooltip="Room around the object when cropping to the mask, in shares of its longer side."),
+                io.Combo.Input("face", options=list(FACES), default=FACES[0], optional=True,
+                               tooltip="Face modules: the largest face of a picture, one by its index, or all of them (each "
+                                       "becomes a reference of its own)."),
+                io.Int.Input("face_index", default=0, min=0, max=999, optional=True, extra_dict=ADVANCED,
+                             tooltip="For 'by index': 0 is the leftmost face."),
+                io.String.Input("keypoints", default="", multiline=True, optional=True, extra_dict=ADVANCED,
+                                tooltip="Face modules: five points instead of detection, in pixels: left eye, right eye, nose, "
+                                        "left and right corner of the mouth as the picture shows them. One line per picture "
+                                        "('x y x y x y x y x y'), faces separated by ';'. Empty: faces are detected."),
             ],
             outputs=[
                 Reference.Output(display_name="EMMA_REFERENCE", tooltip="Wire this into Assemble EMMA Modules."),
@@ -37,5 +60,10 @@ class EMMAEncodeReference(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, module, encoder, image, combine, mask=None) -> io.NodeOutput:
-        return io.NodeOutput(*encoders.encode_reference(module, encoder, image, mask, combine))
+    def execute(
+        cls, module, encoder, image, combine, mask=None, frame=FRAMES[0], background=BACKGROUNDS[0], crop_to_mask=False,
+        margin=0.1, face=FACES[0], face_index=0, keypoints="",
+    ) -> io.NodeOutput:
+        framing = Framing(frame, background, crop_to_mask, margin)
+        faces = FaceChoice(face, face_index, parse_keypoints(keypoints))
+        return io.NodeOutput(*encoders.encode_reference(module, encoder, image, mask, combine, framing, faces))

@@ -2,9 +2,11 @@
 
 from comfy_api.latest import io
 
+from ..emma_core.encoders.open_clip_models import model_names as open_clip_names
 from ..host import encoders, loaded, paths, text_encoder
-from .types import CATEGORY, Ella, Encoder, Module
+from .types import ADVANCED, CATEGORY, Ella, Encoder, Module
 
+RECOGNISE = "recognise"
 PLAYGROUND_ENCODER = "playground (shipped)"
 
 
@@ -94,16 +96,22 @@ class EMMALoadReferenceEncoder(io.ComfyNode):
             display_name="Load Reference Encoder",
             category=CATEGORY,
             description="Loads the encoder that reference pictures go through. Each EMMA module says which one it needs; a "
-                        "wrong one is refused.",
+                        "wrong one is refused. The kind of a file is recognised by its contents, whatever its name. (The "
+                        "licence of AdaFace's published weights is unclear: check it before you use or share what they make.)",
             inputs=[
                 io.Combo.Input("encoder_name", options=[PLAYGROUND_ENCODER, *paths.REFERENCE_ENCODER.names()],
-                               tooltip="The shipped playground encoder, or a CLIP vision file in models/clip_vision."),
+                               tooltip="The shipped playground encoder, a CLIP vision file in models/clip_vision, a model of "
+                                       "open_clip in models/open_clip, or AdaFace in models/adaface. Files or folders."),
+                io.Combo.Input("open_clip_model", options=[RECOGNISE, *open_clip_names()], default=RECOGNISE, optional=True,
+                               extra_dict=ADVANCED,
+                               tooltip="For open_clip models whose kind their file does not tell: open_clip's name of it."),
             ],
             outputs=[Encoder.Output(display_name="EMMA_ENCODER", tooltip="Wire this into Encode Reference Image.")],
         )
 
     @classmethod
-    def execute(cls, encoder_name) -> io.NodeOutput:
+    def execute(cls, encoder_name, open_clip_model=RECOGNISE) -> io.NodeOutput:
         if encoder_name == PLAYGROUND_ENCODER:
             return io.NodeOutput(encoders.load_playground_reference_encoder())
-        return io.NodeOutput(encoders.load_reference_encoder(paths.REFERENCE_ENCODER.path(encoder_name)))
+        name = None if open_clip_model == RECOGNISE else open_clip_model
+        return io.NodeOutput(encoders.load_reference_encoder(paths.REFERENCE_ENCODER.path(encoder_name), name))

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 CATEGORY = "EMMA"
+ADVANCED = {"advanced": True}  # shown by the editor on demand
 
 Ella = io.Custom("ELLA")
 Module = io.Custom("EMMA_MODULE")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import EncoderFileError, ImageInputError
-from ..tensor_file import check_finite, check_shapes, read_tensors, sha256_of_tensors
+from ..tensor_file import check_finite, check_shapes, fingerprint_of_weights, read_weights
 
 FAMILY = "adaface"
 INPUT_SIZE_PX = 112
@@ -98,7 +98,7 @@ def load_adaface(path: str | Path, operations: ModuleType | type = nn) -> AdaFac
         EncoderFileError: not such a file, a pickle that holds more than tensors, missing or misshapen weights.
     """
     path = Path(path)
-    tensors = _tensors_of(path)
+    tensors = _backbone(read_weights(path, _WHAT, EncoderFileError))
     blocks = {int(match.group(1)) for key in tensors if (match := _BLOCK.match(key))}
     layers = {sum(counts): layers for layers, counts in BLOCKS_OF_STAGES.items()}.get(len(blocks))
     if layers is None:
@@ -111,22 +111,8 @@ def load_adaface(path: str | Path, operations: ModuleType | type = nn) -> AdaFac
     check_finite(tensors, path.name, EncoderFileError)
     encoder = AdaFace(layers, operations)
     encoder.load_state_dict(tensors)
-    encoder.fingerprint = sha256_of_tensors(tensors)
+    encoder.fingerprint = fingerprint_of_weights(tensors)
     return encoder.eval().requires_grad_(False)
-
-
-def _tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix.lower() in (".safetensors", ".sft"):
-        return _backbone(read_tensors(path, _WHAT, EncoderFileError)[0])
-    if not path.is_file():
-        raise EncoderFileError(f"{path} does not exist; wanted {_WHAT}. Check the path.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as found:  # torch raises several kinds for a pickle it will not open
-        raise EncoderFileError(f"{path.name} cannot be opened as weights alone ({found}); wanted {_WHAT}. Get the file "
-                               "again, or its safetensors version.") from found
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    return _backbone({key: value for key, value in state.items() if isinstance(value, torch.Tensor)})
 
 
 def _backbone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

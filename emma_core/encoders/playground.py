@@ -1,6 +1,6 @@
 """The playground's reference encoder: a small CNN, trained on the emoji world, in the role of CLIP and AdaFace.
 
-Shapes: B pictures, H x W their size, S the encoder's input size, C channels, N feature vectors.
+Shapes: B pictures, S the encoder's input size, C channels, N feature vectors.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import EncoderFileError, ImageInputError
+from ..errors import EncoderFileError
 from ..tensor_file import check_finite, check_shapes, read_tensors, sha256_of_tensors
+from .base import PictureEncoder
+from .options import EncodeOptions
+from .pictures import Preparation
 
 FAMILY = "playground"
 INPUT_SIZE_PX = 64
@@ -21,6 +24,7 @@ GLOBAL_DIM, LOCAL_DIM, FACE_DIM = 256, 128, 128
 LOCAL_VECTORS = 16
 _WIDTHS = (48, 96, 160, 256)  # at 32, 16, 8 and 4 pixels
 _GROUPS = 8
+_HALF = (0.5, 0.5, 0.5)  # mean and deviation: [0, 1] -> [-1, 1]
 _WHAT = "the playground's reference encoder"
 
 
@@ -49,9 +53,6 @@ class PlaygroundEncoder(nn.Module):
     whoever drew it. `fingerprint` names the weights: features of one encoder are useless to modules of another.
     """
 
-    family = FAMILY
-    input_size_px = INPUT_SIZE_PX
-
     def __init__(self, operations: ModuleType | type = nn, dtype=None, device=None):
         super().__init__()
         placement = {"dtype": dtype, "device": device}
@@ -76,52 +77,26 @@ class PlaygroundEncoder(nn.Module):
             "face": _normalised(self.face_out(mean_B1C)),
         }
 
-    @torch.no_grad()
-    def encode(
-        self, image_BHW3: torch.Tensor, mask_BHW: torch.Tensor | None = None
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Pictures in [0, 1] -> (features, what the encoder saw (B, S, S, 3) in [0, 1]).
 
-        Args:
-            image_BHW3: RGB pictures of any size; made square with white.
-            mask_BHW: 1 where the object is; the rest becomes white. One mask serves all pictures if B is 1.
-        Raises:
-            ImageInputError: no picture, not RGB, or a mask of another size.
-        """
-        seen_B3SS = prepare(image_BHW3, mask_BHW)
-        weight = self.global_out.weight
-        features = self(seen_B3SS.to(weight) * 2 - 1)
-        return features, seen_B3SS.permute(0, 2, 3, 1)
+class PlaygroundReferenceEncoder(PictureEncoder):
+    """The playground's encoder for pictures of any size: padded to a square, the background white."""
 
+    feature_names = ("global", "local", "face")
+    bytes_per_picture = 8 << 20
 
-def prepare(image_BHW3: torch.Tensor, mask_BHW: torch.Tensor | None) -> torch.Tensor:
-    """What the encoder sees, (B, 3, S, S) in [0, 1]: background white, padded to a square, resized."""
-    if image_BHW3.ndim != 4 or image_BHW3.shape[-1] != 3 or 0 in image_BHW3.shape:
-        raise ImageInputError(
-            f"reference pictures of shape {tuple(image_BHW3.shape)}; wanted (pictures, height, width, 3) with at least "
-            "one picture. Give RGB pictures."
-        )
-    image_B3HW = image_BHW3.permute(0, 3, 1, 2).float()
-    if mask_BHW is not None:
-        if mask_BHW.ndim != 3 or mask_BHW.shape[1:] != image_BHW3.shape[1:3]:
-            raise ImageInputError(
-                f"a mask of shape {tuple(mask_BHW.shape)} for pictures of shape {tuple(image_BHW3.shape)}; wanted "
-                "(pictures, height, width) of the same size. Resize the mask to the picture."
-            )
-        keep_B1HW = mask_BHW.to(image_B3HW)[:, None]
-        image_B3HW = image_B3HW * keep_B1HW + (1 - keep_B1HW)
-    height, width = image_B3HW.shape[-2:]
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    square_B3SS = F.pad(image_B3HW, (left, side - width - left, top, side - height - top), value=1.0)
-    size = (INPUT_SIZE_PX, INPUT_SIZE_PX)
-    return F.interpolate(square_B3SS, size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+    def __init__(self, model: PlaygroundEncoder):
+        self.model = model
+        self.description = {"family": FAMILY, "fingerprint": model.fingerprint, "input_size": INPUT_SIZE_PX}
+        self.preparation = Preparation(INPUT_SIZE_PX, _HALF, _HALF, "bilinear", "pad", "white")
+
+    def features_of(self, seen_B3SS: torch.Tensor, options: EncodeOptions) -> dict[str, torch.Tensor]:
+        return self.model(self.preparation.normalise(seen_B3SS).to(self.model.global_out.weight))
 
 
 def load_playground_encoder(
     path: str | Path, dtype=None, device=None, operations: ModuleType | type = nn
-) -> PlaygroundEncoder:
-    """Loads strictly; `fingerprint` is the SHA-256 over the file's weights.
+) -> PlaygroundReferenceEncoder:
+    """Loads strictly; the fingerprint is the SHA-256 over the file's weights.
 
     Raises:
         EncoderFileError: not such a file; missing, extra, misshapen or non-finite weights.
@@ -135,7 +110,7 @@ def load_playground_encoder(
     encoder = PlaygroundEncoder(operations, dtype or torch.float32, device)
     encoder.load_state_dict(tensors)
     encoder.fingerprint = sha256_of_tensors(tensors)
-    return encoder.eval().requires_grad_(False)
+    return PlaygroundReferenceEncoder(encoder.eval().requires_grad_(False))
 
 
 def _normalised(x_BNC: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from ..assembly import Assembly, Reference
 from ..connector_file import load_connector
 from ..emoji.dataset import EmojiPeople
+from ..encoders.options import EncodeOptions
 from ..encoders.playground import load_playground_encoder
 from ..gated_resampler import GatedResampler
 from ..text_encoder import load_text_encoder
@@ -85,9 +86,10 @@ def latents_of(data: EmojiPeople, folder: Path) -> torch.Tensor:
 def features_of(data: EmojiPeople, folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Reference features (pictures, vectors, D) of every picture, and the encoder's description for the metadata."""
     encoder = load_playground_encoder(folder / "encoder.safetensors")
-    parts = [encoder.encode((chunk.permute(0, 2, 3, 1) + 1) / 2)[0] for chunk in _chunks(data)]
-    features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return features, {"family": encoder.family, "fingerprint": encoder.fingerprint, "input_size": encoder.input_size_px}
+    options = EncodeOptions(encoder.feature_names)
+    encoded = [one for chunk in _chunks(data) for one in encoder.encode((chunk.permute(0, 2, 3, 1) + 1) / 2, None, options)]
+    features = {name: torch.cat([one.features[name] for one in encoded]) for name in options.features}
+    return features, dict(encoder.description)
 
 
 def _chunks(data: EmojiPeople):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..emoji.dataset import EmojiPeople, load
-from ..encoders.playground import FACE_DIM, GLOBAL_DIM, INPUT_SIZE_PX, LOCAL_DIM, PlaygroundEncoder
+from ..encoders.playground import FACE_DIM, FAMILY, GLOBAL_DIM, INPUT_SIZE_PX, LOCAL_DIM, PlaygroundEncoder
 from .training import Log, cosine_rate, set_rate, to_float
 
 BATCH, RATE, WARMUP_STEPS = 64, 2e-3, 50
@@ -129,7 +129,7 @@ def train(options: argparse.Namespace) -> None:
                 labels = {label: numbers[positions] for label, numbers in wanted.items()}
                 log.write(step=step, split=split, **accuracy(encoder, heads, images[positions], labels))
     state = {name: tensor.detach().contiguous() for name, tensor in encoder.state_dict().items()}
-    save_file(state, options.out, metadata={"family": encoder.family, "steps": str(options.steps)})
+    save_file(state, options.out, metadata={"family": FAMILY, "steps": str(options.steps)})
 
 
 def main() -> None:

@@ -11,11 +11,13 @@ from PIL import Image
 
 from ..assembly import Assembly, Reference
 from ..connector_file import load_connector
-from ..encoders.playground import PlaygroundEncoder, load_playground_encoder
+from ..encoders.base import encode_pictures
+from ..encoders.options import EncodeOptions
+from ..encoders.playground import PlaygroundReferenceEncoder, load_playground_encoder
 from ..gated_resampler import GatedResampler
 from ..generate import Pipeline, sd15_scheduler
 from ..module_file import load_module
-from ..reference_features import ReferenceFeatures, check_for_module
+from ..reference_features import check_for_module, combine_features
 from ..text_encoder import load_text_encoder
 from . import PLAYGROUND_DIR, load_autoencoder, load_unet
 
@@ -26,7 +28,7 @@ class World:
 
     pipeline: Pipeline
     modules: dict[str, GatedResampler]
-    encoder: PlaygroundEncoder
+    encoder: PlaygroundReferenceEncoder
 
     def encode_reference(
         self, condition: str, image_BHW3: torch.Tensor, mask_BHW: torch.Tensor | None = None
@@ -38,11 +40,11 @@ class World:
             ReferenceMismatchError: the module was trained with another encoder.
         """
         module = self.modules[condition]
-        features, _ = self.encoder.encode(image_BHW3, mask_BHW)
-        needed = {name: features[name].flatten(0, 1).unsqueeze(0) for name in module.config.features}
-        description = {"family": self.encoder.family, "fingerprint": self.encoder.fingerprint}
-        check_for_module(ReferenceFeatures(needed, description), module.config)
-        return Reference(module, needed)
+        options = EncodeOptions(tuple(module.config.features))
+        features, _ = encode_pictures(self.encoder, image_BHW3, mask_BHW, options)
+        reference = combine_features(features, "concat", self.encoder.description)
+        check_for_module(reference, module.config)
+        return Reference(module, reference.features)
 
     def assembly(self, references: dict[str, torch.Tensor]) -> Assembly:
         """An assembly of pictures by condition: {"style": (B, H, W, 3), ...}."""

@@ -52,8 +52,7 @@ def test_modules_belong_to_the_shipped_ella_and_encoder(condition):
     encoder = load_playground_encoder(PLAYGROUND_DIR / "encoder.safetensors")
     assert module.config.condition == condition
     assert module.config.ella == {"sha256": connector.sha256, "latents": connector.latents}
-    assert module.config.encoder == {"family": encoder.family, "fingerprint": encoder.fingerprint,
-                                     "input_size": encoder.input_size_px}
+    assert module.config.encoder == encoder.description
     assert (module.config.width, module.config.layers) == (connector.width, connector.layers)
     assert module.config.file_metadata["modelspec.license"] == "Apache-2.0"
 

@@ -4,11 +4,20 @@ import pytest
 import torch
 from small_models import OBJECT, random_tensor, small_config, small_connector, small_module, small_text
 
-from emma_core import Assembly, Reference
-from emma_core.errors import ReferenceMismatchError
-from emma_core.reference_features import COMBINATIONS, ReferenceFeatures, check_for_module, combine_features
+from emma_core import Assembly, FeatureSpec, Reference
+from emma_core.encoders.families import encoder_title
+from emma_core.encoders.options import Framing
+from emma_core.errors import ImageInputError, ReferenceMismatchError
+from emma_core.reference_features import (
+    COMBINATIONS,
+    ReferenceFeatures,
+    check_encoder,
+    check_for_module,
+    combine_features,
+    encode_options,
+)
 
-CLIP = {"family": "clip-vit-h-14", "fingerprint": "aaaa1111bbbb2222", "input_size": 224, "layer": -2, "masked": True}
+CLIP = {"family": "clip-vit-h-14", "fingerprint": "aaaa1111bbbb2222", "input_size": 224, "layer": "penultimate", "masked": True}
 
 
 def features(pictures: int) -> dict[str, torch.Tensor]:
@@ -101,14 +110,15 @@ def test_a_module_without_encoder_takes_features_of_its_sizes():
 
 
 @pytest.mark.parametrize(("changes", "named"), [
-    ({"family": "adaface"}, r"adaface \(fingerprint aaaa1111bbbb\)"),
-    ({"fingerprint": "cccc3333dddd4444"}, r"clip-vit-h-14 \(fingerprint cccc3333dddd\)"),
-    ({"family": None, "fingerprint": None}, "an unnamed encoder"),
+    ({"family": "adaface-ir-101"}, r"adaface-ir-101, fingerprint aaaa1111bbbb, penultimate layer"),
+    ({"fingerprint": "cccc3333dddd4444"}, r"CLIP ViT-H/14 \(hidden 1280.*\), fingerprint cccc3333dddd, penultimate layer"),
+    ({"family": None, "fingerprint": None, "layer": None}, "an unnamed encoder"),
+    ({"layer": "last"}, r"CLIP ViT-H/14 \(hidden 1280.*\), fingerprint aaaa1111bbbb, last layer"),
 ])
 def test_another_encoder_is_refused_even_if_the_shapes_agree(changes, named):
     config = small_config("object", OBJECT, encoder=CLIP)
     reference = combine_features(features(1), "concat", {**CLIP, **changes})
-    needed = r"the object module needs clip-vit-h-14 \(fingerprint aaaa1111bbbb\)"
+    needed = r"the object module needs CLIP ViT-H/14 \(hidden 1280.*\), fingerprint aaaa1111bbbb, penultimate layer"
     with pytest.raises(ReferenceMismatchError, match=rf"encoded by {named}; {needed}. Load that encoder"):
         check_for_module(reference, config)
 
@@ -116,3 +126,48 @@ def test_another_encoder_is_refused_even_if_the_shapes_agree(changes, named):
 def test_features_of_other_names_are_refused():
     with pytest.raises(ReferenceMismatchError, match=r"holds the features global, local; the style module needs global"):
         check_for_module(combine_features(features(1), "concat"), small_config())
+
+
+# family -> its features, name -> dim; SigLIP's are those of an open_clip model
+ENCODERS = {
+    "clip-vit-h-14": {"global": 1024, "local": 1280}, "clip-vit-l-14": {"global": 768, "local": 1024},
+    "clip-vit-l-14-336": {"global": 768, "local": 1024}, "clip-vit-bigg-14": {"global": 1280, "local": 1664},
+    "adaface-ir-18": {"face": 512, "face_map": 512}, "adaface-ir-50": {"face": 512, "face_map": 512},
+    "adaface-ir-101": {"face": 512, "face_map": 512}, "open_clip:ViT-B-16-SigLIP2": {"global": 768, "local": 768},
+    "open_clip:ViT-H-14": {"global": 1024, "local": 1280}, "playground": {"global": 256, "local": 128},
+}
+
+
+@pytest.mark.parametrize("needed", ENCODERS)
+@pytest.mark.parametrize("found", ENCODERS)
+def test_every_wrong_pairing_of_encoder_and_module_is_refused(found, needed):
+    """By name where both say what they are; by the shapes of the features where the module does not."""
+    reference = ReferenceFeatures({name: torch.ones(1, 2, dim) for name, dim in ENCODERS[found].items()}, {"family": found})
+    specs = {name: FeatureSpec(dim) for name, dim in ENCODERS[needed].items()}
+    named, unnamed = (small_config("test", specs, encoder=encoder) for encoder in ({"family": needed}, {}))
+    for config in (named, unnamed):
+        if found == needed or (config is unnamed and ENCODERS[found] == ENCODERS[needed]):
+            check_for_module(reference, config)
+            continue
+        with pytest.raises(ReferenceMismatchError) as refusal:
+            check_for_module(reference, config)
+        if config is named:
+            assert encoder_title(found) in str(refusal.value) and f"needs {encoder_title(needed)}" in str(refusal.value)
+            with pytest.raises(ReferenceMismatchError, match="this encoder is .* Load that encoder"):
+                check_encoder(reference.encoder, config, before=True)
+
+
+def test_options_come_from_the_module_unless_the_user_chose():
+    trained = {"layer": "penultimate", "frame": "pad", "background": "white"}
+    config = small_config("object", OBJECT, encoder=trained)
+    options = encode_options(config)
+    assert (options.features, options.layer) == (("global", "local"), "penultimate")
+    assert (options.framing.frame, options.framing.background) == ("pad", "white")
+    chosen = encode_options(config, Framing("top", margin=0.3)).framing
+    assert (chosen.frame, chosen.background, chosen.margin) == ("top", "white", 0.3)
+    assert encode_options(small_config("object", OBJECT)).framing == Framing()
+
+
+def test_metadata_with_an_unknown_layer_is_refused():
+    with pytest.raises(ImageInputError, match="layer -2 is not known; choose one of last, penultimate"):
+        encode_options(small_config("object", OBJECT, encoder={"layer": -2}))

@@ -34,6 +34,13 @@ def test_widgets_and_links_reach_their_inputs():
     assert node_titled(prompt, "sampler") == "2"
 
 
+def test_a_graph_older_than_a_widget_gets_its_default():
+    older = {**GRAPH, "nodes": [{**GRAPH["nodes"][1], "widgets_values": [7, "fixed", 20]}]}
+    required = {**OBJECT_INFO["Sample"]["input"]["required"], "kind": ["COMBO", {"default": "y"}]}
+    info = {"Sample": {"input": {"required": required, "optional": {"text": ["STRING", {}]}}}}
+    assert api_prompt(older, info)["2"]["inputs"] == {"model": ["1", 0], "seed": 7, "steps": 20, "kind": "y"}
+
+
 def test_unknown_nodes_and_titles_are_refused():
     with pytest.raises(ServerError, match="no node Sample"):
         api_prompt(GRAPH, {"Load": OBJECT_INFO["Load"]})

@@ -224,3 +224,15 @@ def test_broken_tokenizer(tmp_path, state):
     (tmp_path / "t5.tokenizer.json").write_text("{")
     with pytest.raises(TextEncoderFileError, match=r"cannot be read as a tokenizer.json"):
         load_text_encoder(path)
+
+
+def test_the_same_prompt_twice_runs_the_encoder_once(tmp_path, state):
+    encoder = load_text_encoder(save_single(tmp_path, state))
+    runs = []
+    encoder.model.register_forward_hook(lambda module, inputs, output: runs.append(1))
+    first, other, again = encoder.encode([PROMPT, "", PROMPT])
+    assert len(runs) == 2 and torch.equal(first, again) and first.shape != other.shape
+    again.zero_()  # what a caller does to its features stays its own
+    assert torch.equal(encoder.encode([PROMPT])[0], first) and len(runs) == 2
+    padded = encoder.encode_padded(PROMPT, 12)
+    assert padded.shape[1] == 12 and torch.equal(encoder.encode_padded(PROMPT, 12), padded) and len(runs) == 3

@@ -1,0 +1,60 @@
+"""Save Reference and Load Reference."""
+
+import os
+
+from comfy_api.latest import io, ui
+
+from ..host import paths, references
+from .types import CATEGORY, Reference
+
+
+class EMMASaveReference(io.ComfyNode):
+    """EMMA_REFERENCE -> file in models/emma_references."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EMMASaveReference",
+            display_name="Save Reference",
+            category=CATEGORY,
+            description="Saves an encoded reference into models/emma_references, so that it can be used again, or shared, "
+                        "without the picture and its encoder.",
+            inputs=[
+                Reference.Input("reference", tooltip="From Encode Reference Image."),
+                io.String.Input("name", default="reference",
+                                tooltip="File name, with folders if you like: people/ada. A file of that name is never "
+                                        "overwritten; the new one gets a number."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, reference, name) -> io.NodeOutput:
+        return io.NodeOutput(ui=ui.PreviewText(f"saved as {references.save_named_reference(reference, name)}"))
+
+
+class EMMALoadReference(io.ComfyNode):
+    """File in models/emma_references -> EMMA_REFERENCE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EMMALoadReference",
+            display_name="Load Reference",
+            category=CATEGORY,
+            description="Loads a reference that Save Reference wrote. A module that was trained with another encoder refuses "
+                        "it.",
+            inputs=[io.Combo.Input("reference_name", options=paths.REFERENCE.names(),
+                                   tooltip="File in models/emma_references.")],
+            outputs=[Reference.Output(display_name="EMMA_REFERENCE", tooltip="Wire this into Assemble EMMA Modules.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, reference_name) -> str:
+        """A file that was replaced is read again."""
+        status = os.stat(paths.REFERENCE.path(reference_name))
+        return f"{status.st_mtime_ns} {status.st_size}"
+
+    @classmethod
+    def execute(cls, reference_name) -> io.NodeOutput:
+        return io.NodeOutput(references.load_named_reference(reference_name))
