@@ -6,7 +6,7 @@ from ..emma_core.encoders.face_alignment import parse_keypoints
 from ..emma_core.encoders.options import BACKGROUNDS, FACES, FRAMES, FaceChoice, Framing
 from ..emma_core.reference_features import COMBINATIONS
 from ..host import encoders
-from .types import ADVANCED, CATEGORY, Encoder, Module, Reference
+from .types import CATEGORY, Encoder, Module, Reference, advanced
 
 
 class EMMAEncodeReference(io.ComfyNode):
@@ -35,23 +35,25 @@ class EMMAEncodeReference(io.ComfyNode):
                 io.Combo.Input("frame", options=list(FRAMES), default=FRAMES[0], optional=True,
                                tooltip="Which part of a picture that is not square the encoder sees: a crop at this position, "
                                        "the whole picture padded, or stretched. As trained: what the module was trained with."),
-                io.Combo.Input("background", options=list(BACKGROUNDS), default=BACKGROUNDS[0], optional=True,
-                               extra_dict=ADVANCED,
-                               tooltip="Colour behind a masked object and beside a padded picture. Mean colour is what the "
-                                       "encoder reads as nothing."),
+                advanced(io.Combo.Input(
+                    "background", options=list(BACKGROUNDS), default=BACKGROUNDS[0], optional=True,
+                    tooltip="Colour behind a masked object and beside a padded picture. Mean colour is what the encoder reads "
+                            "as nothing.")),
                 io.Boolean.Input("crop_to_mask", default=False, optional=True,
                                  tooltip="Show the encoder only the masked object, as large as fits."),
-                io.Float.Input("margin", default=0.1, min=0.0, max=4.0, step=0.05, optional=True, extra_dict=ADVANCED,
-                               tooltip="Room around the object when cropping to the mask, in shares of its longer side."),
+                advanced(io.Float.Input(
+                    "margin", default=0.1, min=0.0, max=4.0, step=0.05, optional=True,
+                    tooltip="Room around the object when cropping to the mask, in shares of its longer side.")),
                 io.Combo.Input("face", options=list(FACES), default=FACES[0], optional=True,
                                tooltip="Face modules: the largest face of a picture, one by its index, or all of them (each "
                                        "becomes a reference of its own)."),
-                io.Int.Input("face_index", default=0, min=0, max=999, optional=True, extra_dict=ADVANCED,
-                             tooltip="For 'by index': 0 is the leftmost face."),
-                io.String.Input("keypoints", default="", multiline=True, optional=True, extra_dict=ADVANCED,
-                                tooltip="Face modules: five points instead of detection, in pixels: left eye, right eye, nose, "
-                                        "left and right corner of the mouth as the picture shows them. One line per picture "
-                                        "('x y x y x y x y x y'), faces separated by ';'. Empty: faces are detected."),
+                advanced(io.Int.Input("face_index", default=0, min=0, max=999, optional=True,
+                                      tooltip="For 'by index': 0 is the leftmost face.")),
+                advanced(io.String.Input(
+                    "keypoints", default="", optional=True,
+                    tooltip="Face modules: five points instead of detection, in pixels: left eye, right eye, nose, left and "
+                            "right corner of the mouth as the picture shows them: x y x y x y x y x y; faces divided by ';'. "
+                            "For several pictures as JSON: pictures, in each its faces, in each five [x, y].")),
             ],
             outputs=[
                 Reference.Output(display_name="EMMA_REFERENCE", tooltip="Wire this into Assemble EMMA Modules."),

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..emma_core.encoders.open_clip_models import model_names as open_clip_names
 from ..host import encoders, loaded, paths, text_encoder
-from .types import ADVANCED, CATEGORY, Ella, Encoder, Module
+from .types import CATEGORY, Ella, Encoder, Module, advanced
 
 RECOGNISE = "recognise"
 PLAYGROUND_ENCODER = "playground (shipped)"
@@ -102,9 +102,9 @@ class EMMALoadReferenceEncoder(io.ComfyNode):
                 io.Combo.Input("encoder_name", options=[PLAYGROUND_ENCODER, *paths.REFERENCE_ENCODER.names()],
                                tooltip="The shipped playground encoder, a CLIP vision file in models/clip_vision, a model of "
                                        "open_clip in models/open_clip, or AdaFace in models/adaface. Files or folders."),
-                io.Combo.Input("open_clip_model", options=[RECOGNISE, *open_clip_names()], default=RECOGNISE, optional=True,
-                               extra_dict=ADVANCED,
-                               tooltip="For open_clip models whose kind their file does not tell: open_clip's name of it."),
+                advanced(io.Combo.Input(
+                    "open_clip_model", options=[RECOGNISE, *open_clip_names()], default=RECOGNISE, optional=True,
+                    tooltip="For open_clip models whose kind their file does not tell: open_clip's name of it.")),
             ],
             outputs=[Encoder.Output(display_name="EMMA_ENCODER", tooltip="Wire this into Encode Reference Image.")],
         )

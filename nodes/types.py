@@ -3,10 +3,15 @@
 from comfy_api.latest import io
 
 CATEGORY = "EMMA"
-ADVANCED = {"advanced": True}  # shown by the editor on demand
 
 Ella = io.Custom("ELLA")
 Module = io.Custom("EMMA_MODULE")
 Encoder = io.Custom("EMMA_ENCODER")
 Reference = io.Custom("EMMA_REFERENCE")
 Assembly = io.Custom("EMMA_ASSEMBLY")
+
+
+def advanced(widget: io.Input) -> io.Input:
+    """A widget that the editor shows on demand; set afterwards, as the oldest host takes no such argument."""
+    widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
+    return widget

@@ -1,0 +1,1 @@
+"""Training EMMA modules and ELLA connectors: data, caches, loop, reports."""

@@ -1,0 +1,108 @@
+"""Modules that begin: exactly ELLA, from ELLA's blocks, at random, or from another module."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..connector import Connector
+from ..errors import TrainingConfigError
+from ..gated_resampler import GatedResampler
+from ..module_config import FeatureSpec, ModuleConfig
+from ..module_file import load_module
+from .config import TrainConfig
+
+# condition -> feature -> tokens per vector (paper, section 3; style as in IP-Adapter, arXiv 2308.06721, section 3.2.1)
+FEATURES_OF_CONDITION: dict[str, dict[str, int]] = {
+    "style": {"global": 4}, "object": {"global": 1, "local": 1}, "portrait": {"global": 1, "local": 1}, "face": {"face": 4},
+}
+# (standard deviation) of new weight matrices, where they are not copied
+_RANDOM_DEVIATION = 0.02
+
+
+def wanted_features(config: TrainConfig) -> dict[str, int]:
+    """Feature name -> tokens per vector, of `module.features` or of the condition.
+
+    Raises:
+        TrainingConfigError: no features given for a custom condition, or not JSON of that kind.
+    """
+    settings = config.module
+    if not settings.features:
+        if settings.condition not in FEATURES_OF_CONDITION:
+            raise TrainingConfigError('a custom condition needs module.features, for instance {"global": 4}. Name them.')
+        return dict(FEATURES_OF_CONDITION[settings.condition])
+    try:
+        features = {str(name): int(count) for name, count in json.loads(settings.features).items()}
+    except (AttributeError, TypeError, ValueError) as found:
+        raise TrainingConfigError(f'module.features = {settings.features!r}; wanted JSON such as {{"global": 4}}.') from found
+    if not features or min(features.values()) < 1:
+        raise TrainingConfigError(f"module.features = {settings.features!r}; wanted one feature or more, of 1 token or more.")
+    return features
+
+
+def begin_module(
+    config: TrainConfig, connector: Connector, dims: Mapping[str, int], encoder: Mapping[str, Any], generator: torch.Generator
+) -> GatedResampler:
+    """The module that learns, in float32; with `module.start` the other module's weights, else exactly ELLA (A = F = 0).
+
+    Args:
+        config: of the run.
+        connector: ELLA.
+        dims: dim of each feature that the encoder gives.
+        encoder: its description for the metadata.
+        generator: of new random weights.
+    Raises:
+        TrainingConfigError: the module to start from is of another size or reads other features.
+    """
+    settings, tokens = config.module, wanted_features(config)
+    missing = sorted(set(tokens) - set(dims))
+    if missing:
+        raise TrainingConfigError(f"the {settings.condition} module reads {', '.join(tokens)}; the encoder gives "
+                                  f"{', '.join(sorted(dims))}. Choose another encoder, or name module.features.")
+    described = ModuleConfig(
+        condition=settings.condition, width=connector.width, heads=connector.config.heads, layers=connector.layers,
+        features={name: FeatureSpec(dims[name], count) for name, count in tokens.items()}, gate_scale=settings.gate_scale,
+        separable_gates=settings.separable_gates, time_width=connector.time_width, encoder=encoder,
+        ella={"sha256": connector.sha256, "latents": connector.latents},
+    )
+    module = GatedResampler(described)
+    if settings.start:
+        _continue_from(module, load_module(settings.start), settings.start)
+    else:
+        _begin_blocks(module, connector, settings.blocks, settings.gate_bias, generator)
+    for block in module.blocks:
+        block.gate.requires_grad_(settings.separable_gates)  # without separable gates g = 1, whatever they hold
+    return module.train()
+
+
+@torch.no_grad()
+def _begin_blocks(module: GatedResampler, connector: Connector, kind: str, gate_bias: float, generator) -> None:
+    for block, source in zip(module.blocks, connector.connector.perceiver_blocks, strict=True):
+        weights = block.state_dict()
+        for name, value in source.state_dict().items():
+            if kind == "ella":
+                weights[name].copy_(value)
+            elif value.ndim > 1 and ".linear." not in name:
+                weights[name].normal_(0, _RANDOM_DEVIATION, generator=generator)
+            else:
+                weights[name].zero_()  # biases, and the adaptive norms, which then begin as plain norms
+        block.gate.bias.fill_(gate_bias)
+    for projection in module.proj.values():
+        projection.weight.normal_(0, projection.in_features ** -0.5, generator=generator)
+        projection.bias.zero_()
+
+
+@torch.no_grad()
+def _continue_from(module: GatedResampler, start: GatedResampler, name: str) -> None:
+    own, other = module.state_dict(), start.state_dict()
+    shapes = {key: tuple(value.shape) for key, value in own.items()}
+    if shapes != {key: tuple(value.shape) for key, value in other.items()}:
+        raise TrainingConfigError(
+            f"{name} has width {start.config.width}, {start.config.layers} blocks and the features "
+            f"{', '.join(start.config.features)}; this run has width {module.config.width}, {module.config.layers} blocks and "
+            f"{', '.join(module.config.features)}. Start from a module of the same sizes, or from none."
+        )
+    module.load_state_dict(other)

@@ -1,0 +1,125 @@
+"""What learns, with what stays frozen around it: one forward pass from a batch to its errors.
+
+Shapes: B rows, N text tokens, K cross-attention tokens of width W, V vectors of a feature, latents 4 x h x w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..assembly import Assembly, Reference
+from ..connector import Connector
+from ..gated_resampler import GatedResampler
+from .config import ObjectiveConfig
+from .draws import Batch, TrainingSet
+from .losses import add_noise, row_weights, squared_errors, target_of
+
+
+class Denoiser(Protocol):
+    """The frozen diffusion model; all that training knows of it."""
+
+    prediction: str
+    alphas_cumprod_T: torch.Tensor
+
+    def predict_noise(
+        self, noised_B4hw: torch.Tensor, timestep_B: torch.Tensor, context_BKW: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+# (noised latent, timestep, context without reference, captions, references) -> the target in place of the noise
+TeacherTarget = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[str], Sequence[int]], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A connector, the module that may be learning on it, and the frozen denoiser.
+
+    Args:
+        denoiser: the diffusion model.
+        connector: ELLA; learns if there is no module.
+        module: the EMMA module that learns, or None.
+        objective: weights of the loss.
+        teacher: gives the target in place of the noise.
+        places: (1, h, w) weights of a target by its index, or None.
+    """
+
+    denoiser: Denoiser
+    connector: Connector
+    module: GatedResampler | None
+    objective: ObjectiveConfig
+    teacher: TeacherTarget | None = None
+    places: Callable[[int], torch.Tensor] | None = None
+
+    @property
+    def learning(self) -> nn.Module:
+        """The only part with gradients."""
+        return self.connector if self.module is None else self.module
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that learn."""
+        return ((name, value) for name, value in self.learning.named_parameters() if value.requires_grad)
+
+    def freeze(self) -> None:
+        """Everything but what learns stays as it is."""
+        self.connector.requires_grad_(self.module is None)
+        self.learning.train()
+
+    def context(
+        self, data: TrainingSet, batch: Batch, device: torch.device, with_reference: bool = True
+    ) -> torch.Tensor:
+        """Cross-attention tokens (B, K, W); rows of equal text length share a pass, text is never padded."""
+        groups: dict[int, list[int]] = {}
+        texts = [data.text(row.caption) for row in batch.rows]
+        for index, text_1ND in enumerate(texts):
+            groups.setdefault(text_1ND.shape[1], []).append(index)
+        parts, order = [], []
+        for _, group in sorted(groups.items()):
+            text_GND = torch.cat([texts[index] for index in group]).to(device, torch.float32)
+            timestep_G = batch.timestep_B[group].to(device)
+            assembly = self._assembly(data, [batch.rows[index] for index in group], device) if with_reference else Assembly()
+            parts.append(self.connector.tokens(text_GND, timestep_G, assembly))
+            order += group
+        return torch.cat(parts)[torch.tensor(order, device=device).argsort()]
+
+    def errors(
+        self, data: TrainingSet, batch: Batch, device: torch.device, with_reference: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,) squared errors, and (B,) the weights that the objective gives them."""
+        latent_B4hw = torch.stack([data.latent(row.target, row.flipped) for row in batch.rows]).to(device, torch.float32)
+        noise_B4hw, timestep_B = batch.noise_B4hw.to(device), batch.timestep_B.to(device)
+        kept_B = self.denoiser.alphas_cumprod_T.to(device)[timestep_B]
+        noised_B4hw = add_noise(latent_B4hw, noise_B4hw, kept_B)
+        context_BKW = self.context(data, batch, device, with_reference)
+        predicted_B4hw = self.denoiser.predict_noise(noised_B4hw, timestep_B, context_BKW)
+        if self.teacher is None:
+            target_B4hw = target_of(self.denoiser.prediction, latent_B4hw, noise_B4hw, kept_B)
+        else:
+            target_B4hw = self._taught(data, batch, noised_B4hw, timestep_B, device)
+        error_B = squared_errors(predicted_B4hw, target_B4hw, self._places(batch, device))
+        return error_B, row_weights(self.denoiser.prediction, kept_B, self.objective)
+
+    def _assembly(self, data: TrainingSet, rows, device) -> Assembly:
+        if self.module is None:
+            return Assembly()
+        found = [data.features(row.reference, row.variant) for row in rows]
+        features: Mapping[str, torch.Tensor] = {
+            name: torch.stack([one[name] for one in found]).to(device, torch.float32) for name in self.module.config.features
+        }
+        return Assembly([Reference(self.module, features, torch.tensor([row.strength for row in rows], device=device))])
+
+    def _taught(self, data, batch: Batch, noised_B4hw, timestep_B, device) -> torch.Tensor:
+        with torch.no_grad():
+            plain_BKW = self.context(data, batch, device, with_reference=False)
+            captions = [row.caption for row in batch.rows]
+            return self.teacher(noised_B4hw, timestep_B, plain_BKW, captions, [row.reference for row in batch.rows])
+
+    def _places(self, batch: Batch, device) -> torch.Tensor | None:
+        if self.places is None:
+            return None
+        return torch.stack([self.places(row.target).flip(-1) if row.flipped else self.places(row.target)
+                            for row in batch.rows]).to(device)
