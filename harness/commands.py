@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     options, further = parser.parse_known_args(arguments)
     try:
         if options.command == "test":
-            return run_tests(options.comfyui, further)
+            return run_tests(options.comfyui, further, slow=options.slow)
         if further:
             parser.error(f"unknown arguments: {' '.join(further)}")
         return run_demo(options)
@@ -52,6 +52,7 @@ def command_parser() -> argparse.ArgumentParser:
     test.add_argument(
         "--comfyui", metavar="DIR", action="append", default=[], help="test in this ComfyUI alone (may be given again)"
     )
+    test.add_argument("--slow", action="store_true", help="also the core tests at full size (minutes, 10 GB of memory)")
     return parser
 
 

@@ -38,8 +38,11 @@ class SuiteResult:
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
 
-def run_tests(named_hosts: Sequence[str], pytest_arguments: Sequence[str]) -> int:
-    """All tests, or those that `pytest_arguments` choose; prints a summary and returns the exit status."""
+def run_tests(named_hosts: Sequence[str], pytest_arguments: Sequence[str], slow: bool = False) -> int:
+    """All tests, or those that `pytest_arguments` choose, then the slow core tests if `slow`.
+
+    Prints a summary and returns the exit status.
+    """
     hosts = find_hosts(named_hosts)
     choice = split_arguments(pytest_arguments)
     python = ensure_base_environment()
@@ -48,6 +51,8 @@ def run_tests(named_hosts: Sequence[str], pytest_arguments: Sequence[str]) -> in
         results.append(run_core(python, choice))
     for host in hosts if wants_host else ():
         results.append(run_host(host, choice))
+    if slow:
+        results.append(run_core(python, choice, slow=True))
     say("\n" + "=" * 100)
     for result in results:
         say(f"{result.label}: {result.counts} ({result.duration_s:.0f} s)")
@@ -83,10 +88,12 @@ def split_arguments(arguments: Sequence[str]) -> Choice:
     return Choice(tuple(core), tuple(host), tuple(options))
 
 
-def run_core(python: Path, choice: Choice) -> SuiteResult:
-    """The tests that need no ComfyUI."""
-    arguments = [*(choice.core_paths or (str(CORE_TESTS),)), *choice.options]
-    return run_pytest("core", python, arguments, ROOT, {"OMP_WAIT_POLICY": "passive", "PYTHONUTF8": "1", **os.environ})
+def run_core(python: Path, choice: Choice, slow: bool = False) -> SuiteResult:
+    """The tests that need no ComfyUI: those that pyproject.toml does not leave out, or the slow ones alone."""
+    # Last, as the last -m counts.
+    arguments = [*(choice.core_paths or (str(CORE_TESTS),)), *choice.options, *(("-m", "slow") if slow else ())]
+    environment = {"OMP_WAIT_POLICY": "passive", "PYTHONUTF8": "1", **os.environ}
+    return run_pytest("core, slow" if slow else "core", python, arguments, ROOT, environment)
 
 
 def run_host(host: Host, choice: Choice) -> SuiteResult:
@@ -132,7 +139,7 @@ def complaints(results: Sequence[SuiteResult], chosen: bool) -> list[str]:
         elif not result.passed and not chosen:
             lines.append(f"FAILED: {result.label}: none of its tests ran to the end ({result.counts})")
     if chosen and not any(result.passed or result.failed for result in results):
-        lines.append("FAILED: no test ran; no test matches the arguments")
+        lines.append("FAILED: no test ran; no test matches the arguments (those marked slow need --slow)")
     return lines
 
 

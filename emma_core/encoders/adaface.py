@@ -19,7 +19,6 @@ from torch import nn
 from ..errors import EncoderFileError, ImageInputError
 from ..tensor_file import check_finite, check_shapes, fingerprint_of_weights, read_weights
 
-FAMILY = "adaface"
 INPUT_SIZE_PX = 112
 EMBEDDING_DIM, MAP_DIM = 512, 512
 BLOCKS_OF_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}
@@ -52,7 +51,6 @@ class _Block(nn.Module):
 class AdaFace(nn.Module):
     """The backbone, under the key names of the published checkpoints."""
 
-    family = FAMILY
     input_size_px = INPUT_SIZE_PX
 
     def __init__(self, layers: int = 101, operations: ModuleType | type = nn):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import EncoderFileError
-from ..tensor_file import check_finite, check_shapes, read_tensors, sha256_of_tensors
+from ..tensor_file import check_finite, check_shapes, read_weights, sha256_of_tensors
 from .base import PictureEncoder
 from .options import EncodeOptions
 from .pictures import Preparation
@@ -102,7 +102,7 @@ def load_playground_encoder(
         EncoderFileError: not such a file; missing, extra, misshapen or non-finite weights.
     """
     name = Path(path).name
-    tensors, _ = read_tensors(path, _WHAT, EncoderFileError)
+    tensors = read_weights(path, _WHAT, EncoderFileError)
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in PlaygroundEncoder().state_dict().items()}
     check_shapes(tensors, shapes, name, _WHAT, EncoderFileError)

@@ -1,6 +1,9 @@
 """AdaFace backbones against answers of the published code, and their files."""
 
+import argparse
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -43,6 +46,19 @@ def test_published_checkpoint_layout_gives_the_same_weights(tmp_path, ir18):
     save_file(ir18, str(tmp_path / "adaface.safetensors"))
     first, second = load_adaface(tmp_path / "adaface.ckpt"), load_adaface(tmp_path / "adaface.safetensors")
     assert first.fingerprint == second.fingerprint and first.layers == 18
+
+
+def test_what_a_trainer_left_in_a_checkpoint_is_passed_over(tmp_path, ir18, monkeypatch):
+    """Published checkpoints hold classes of PyTorch Lightning, which users do not have installed."""
+    lightning = types.ModuleType("pytorch_lightning.callbacks")
+    lightning.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": lightning.__name__})
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
+    monkeypatch.setitem(sys.modules, lightning.__name__, lightning)
+    content = {"state_dict": {f"model.{key}": value for key, value in ir18.items()},
+               "callbacks": {lightning.ModelCheckpoint: {"best": 0.9}}, "hyper_parameters": argparse.Namespace(arch="ir_18")}
+    torch.save(content, tmp_path / "adaface.ckpt")
+    monkeypatch.delitem(sys.modules, lightning.__name__)
+    assert load_adaface(tmp_path / "adaface.ckpt").layers == 18
 
 
 class Payload:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.commands import main
 from harness.environment import InstallStep, SetupError, ensure_environment, explain_failure, python_of
 from harness.hosts import find_hosts, read_host, without_torch
 from harness.suites import SuiteResult, complaints, read_report, split_arguments, total_line
@@ -78,6 +79,54 @@ def test_a_process_without_report_is_a_failure(tmp_path):
 ])
 def test_what_makes_a_run_fail(result, fails):
     assert bool(complaints([result], chosen=False)) == fails
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """The pytest processes that a run would start, as (label, its arguments)."""
+    host, suites = read_host(make_host(tmp_path / "host")), []
+
+    def run_pytest(label, python, arguments, folder, environment):
+        suites.append((label.partition(" (")[0], arguments))
+        return SuiteResult(label, 1, 0, 0, 0)
+
+    monkeypatch.setattr("harness.suites.find_hosts", lambda named: [host])
+    monkeypatch.setattr("harness.suites.ensure_base_environment", lambda: Path(sys.executable))
+    monkeypatch.setattr("harness.suites.host_python", lambda host, needs: Path(sys.executable))
+    monkeypatch.setattr("harness.suites.run_pytest", run_pytest)
+    return suites
+
+
+@pytest.mark.parametrize("chosen", [[], ["-m", "gpu"]])
+def test_slow_tests_run_last_and_only_when_asked_for(started, chosen, capsys):
+    assert main(["test", *chosen]) == 0
+    assert [label for label, _ in started] == ["core", "ComfyUI 0.3.64"]
+    started.clear()
+    assert main(["test", "--slow", *chosen]) == 0
+    assert [label for label, _ in started] == ["core", "ComfyUI 0.3.64", "core, slow"]
+    assert started[0][1] == [str(ROOT / "tests" / "core"), *chosen]
+    assert started[2][1] == [str(ROOT / "tests" / "core"), *chosen, "-m", "slow"]
+    assert capsys.readouterr().out.strip().endswith("3 passed, 0 failed, 0 skipped")
+
+
+def test_slow_tests_of_a_chosen_file_alone(started):
+    chosen = str(ROOT / "tests" / "core" / "test_run.py")
+    main(["test", "--slow", chosen])
+    assert [arguments for _, arguments in started] == [[chosen], [chosen, "-m", "slow"]]
+
+
+@pytest.mark.parametrize(("options", "ran"), [([], "test_quick"), (["-m", "not slow", "-m", "slow"], "test_slow")])
+def test_the_mark_leaves_slow_tests_out_until_asked_for(tmp_path, options, ran):
+    (tmp_path / "test_two.py").write_text(
+        "import pytest\n\ndef test_quick():\n    pass\n\n@pytest.mark.slow\ndef test_slow():\n    pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-c", str(ROOT / "pyproject.toml"), str(tmp_path / "test_two.py")]
+    finished = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert f"{ran} PASSED" in finished.stdout and "1 passed, 1 deselected" in finished.stdout
+
+
+def test_choosing_slow_tests_alone_says_how_to_run_them():
+    assert "need --slow" in complaints([SuiteResult("core", 0, 0, 0, 5)], chosen=True)[0]
 
 
 def test_an_environment_is_made_once_and_again_when_its_needs_change(tmp_path, monkeypatch):

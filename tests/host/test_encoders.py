@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import fill_, noise
 
@@ -228,3 +230,73 @@ def test_replaced_reference_file_is_read_again(run_node, reference, host_nodes, 
     path = base_directory / "models" / "emma_references" / "changing.safetensors"
     path.write_bytes(path.read_bytes() + b" ")
     assert fingerprint(reference_name="changing.safetensors") != first
+
+
+FACES = Path(__file__).resolve().parents[1] / "core" / "data" / "faces"
+
+
+@pytest.fixture(scope="module")
+def adaface(base_directory, pack_import, run_node):
+    """AdaFace IR-18 with random weights, laid out as the published checkpoints, through the loader node."""
+    model = pack_import("emma_core.encoders.adaface").AdaFace(18)
+    fill_(model, 80)
+    path = base_directory / "models" / "adaface" / "any name.ckpt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {f"model.{key}": value for key, value in model.state_dict().items()}}, path)
+    return run_node("EMMALoadReferenceEncoder", encoder_name="any name.ckpt")[0]
+
+
+def face_module(tiny):
+    return tiny.module("face", {"face": (512, 2)}, encoder={"family": "adaface-ir-18"})
+
+
+def photo(name: str) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(FACES / f"{name}.jpg").convert("RGB"), dtype=np.float32) / 255)[None]
+
+
+def test_a_face_is_found_aligned_and_encoded(run_node, tiny, adaface):
+    picture = torch.nn.functional.pad(photo("collins"), (0, 0, 60, 40, 30, 50), value=0.5)
+    settings = {"module": face_module(tiny), "encoder": adaface, "combine": "concat"}
+    reference, seen = run_node("EMMAEncodeReference", image=picture, **settings)
+    assert seen.shape == (1, 112, 112, 3) and reference.features["face"].shape == (1, 1, 512)
+    assert reference.features["face"].norm().item() == pytest.approx(1, abs=1e-4)
+    assert reference.encoder["family"] == "adaface-ir-18"
+
+
+def test_faces_of_a_picture_are_chosen(run_node, tiny, adaface):
+    """Two people side by side: the largest, one by its index, all."""
+    small = torch.nn.functional.interpolate(photo("collins").movedim(-1, 1), (180, 180)).movedim(1, -1)
+    picture = torch.full((1, 360, 560, 3), 0.5)
+    picture[:, 90:270, :180], picture[:, :, 200:540] = small, photo("hopper")
+    settings = {"module": face_module(tiny), "encoder": adaface, "image": picture}
+    everyone, seen = run_node("EMMAEncodeReference", combine="per frame", face="all", **settings)
+    assert len(seen) == 2 and everyone.rows == 2
+    for choice, index in (({"face": "largest"}, 1), ({"face": "by index", "face_index": 0}, 0)):
+        one = run_node("EMMAEncodeReference", combine="concat", **choice, **settings)[0]
+        torch.testing.assert_close(one.features["face"][0], everyone.features["face"][index], rtol=1e-4, atol=1e-4)
+    together = run_node("EMMAEncodeReference", combine="normalised average", face="all", **settings)[0]
+    assert together.features["face"].shape == (1, 1, 512)
+
+
+def test_no_face_names_the_picture_and_mask_or_keypoints_help(run_node, tiny, adaface, pack_import):
+    pictures = torch.cat([torch.nn.functional.interpolate(photo("collins").movedim(-1, 1), (200, 200)).movedim(1, -1),
+                          torch.full((1, 200, 200, 3), 0.4)])
+    settings = {"module": face_module(tiny), "encoder": adaface, "combine": "per frame"}
+    with pytest.raises(pack_import("emma_core.errors").ImageInputError, match="picture 2 of 2: no face found"):
+        run_node("EMMAEncodeReference", image=pictures, **settings)
+    mask = torch.zeros(1, 200, 200)
+    mask[:, 50:150, 60:140] = 1
+    masked = run_node("EMMAEncodeReference", image=pictures, mask=mask, **settings)
+    assert masked[0].rows == 2 and masked[1].shape == (2, 112, 112, 3)
+    pointed = run_node("EMMAEncodeReference", image=pictures[1:], keypoints="80 90 120 90 100 110 85 130 115 130", **settings)
+    assert pointed[0].rows == 1
+
+
+def test_wrong_size_of_clip_is_refused_by_name_and_size(run_node, tiny, clip_vision, pack_import, monkeypatch):
+    families = pack_import("emma_core.encoders.families")
+    monkeypatch.setitem(families.CLIP_TOWERS, "clip-vit-l-14", families.CLIP_TOWERS["clip-tiny"])
+    monkeypatch.delitem(families.CLIP_TOWERS, "clip-tiny")
+    module = tiny.module("style", {"global": (1024, 4)}, encoder={"family": "clip-vit-h-14"})
+    found = r"this encoder is CLIP ViT-tiny \(hidden 32, projected 16.*needs CLIP ViT-H/14 \(hidden 1280, projected 1024"
+    with pytest.raises(pack_import("emma_core.errors").ReferenceMismatchError, match=found):
+        run_node("EMMAEncodeReference", module=module, encoder=clip_vision, image=torch.rand(1, 28, 28, 3), combine="concat")
