@@ -112,7 +112,7 @@ class ModuleSettings:
 class OptimisationConfig:
     """Steps, batch, rates; the defaults are the paper's (section 4.2)."""
 
-    steps: int = _key(200_000, "updates", least=1)
+    steps: int = _key(200_000, "updates of the weights in all", least=1)
     batch: int = _key(32, "pictures at once in each process", least=1)
     accumulate: int = _key(1, "batches for one update", least=1)
     rate: float = _key(1e-4, "learning rate of AdamW", least=0)

@@ -130,9 +130,11 @@ class Draws:
     def _row(self, target: int, caption: str, drop: float) -> Row:
         objective = self._config.objective
         first, last = objective.drop_text, objective.drop_text + objective.drop_both + objective.drop_reference
+        flipped = self._config.data.flip and self._chance.random() < 0.5
+        if self._config.what == "ella":
+            return Row(target, flipped, caption, target, 0, 0.0)
         reference = self._chance.choice(self._data.references(target))
         variant = self._chance.randrange(self._data.variants(reference))
-        flipped = self._config.data.flip and self._chance.random() < 0.5
         return Row(target, flipped, caption, reference, variant, float(not first <= drop < last))
 
     def _noise(self, shape: tuple[int, ...]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ..assembly import Assembly, Reference
 from ..connector import Connector
 from ..gated_resampler import GatedResampler
 from .config import ObjectiveConfig
-from .draws import Batch, TrainingSet
+from .draws import Batch, Row, TrainingSet
 from .losses import add_noise, row_weights, squared_errors, target_of
 
 
@@ -31,8 +31,8 @@ class Denoiser(Protocol):
     ) -> torch.Tensor: ...
 
 
-# (noised latent, timestep, context without reference, captions, references) -> the target in place of the noise
-TeacherTarget = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[str], Sequence[int]], torch.Tensor]
+# (noised latent, timestep, context without reference, rows) -> the target in place of the noise
+TeacherTarget = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[Row]], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +115,7 @@ class Student:
     def _taught(self, data, batch: Batch, noised_B4hw, timestep_B, device) -> torch.Tensor:
         with torch.no_grad():
             plain_BKW = self.context(data, batch, device, with_reference=False)
-            captions = [row.caption for row in batch.rows]
-            return self.teacher(noised_B4hw, timestep_B, plain_BKW, captions, [row.reference for row in batch.rows])
+            return self.teacher(noised_B4hw, timestep_B, plain_BKW, batch.rows)
 
     def _places(self, batch: Batch, device) -> torch.Tensor | None:
         if self.places is None:

@@ -271,8 +271,8 @@ def test_velocity_recovers_the_picture():
 def test_a_teachers_prediction_is_the_target(tmp_path):
     seen = []
 
-    def teacher(noised, timestep, context, captions, references):
-        seen.append((context.requires_grad, len(captions), len(references)))
+    def teacher(noised, timestep, context, rows):
+        seen.append((context.requires_grad, len(context), len(rows)))
         return torch.zeros_like(noised)
 
     trainer = tiny_trainer(tmp_path, tiny_config(train__steps=60), teacher=teacher)

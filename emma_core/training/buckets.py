@@ -1,0 +1,123 @@
+"""Pictures of any kind and shape: read as plain RGB, then resized to one of a few sizes of about equal area."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..errors import TrainingConfigError
+from .config import DataConfig
+
+WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
+_LEAST_AREA = 0.75  # of the square's; a shape that only fits with less, or its inverse, is left out
+_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_LEVELS_16_PER_8 = 257
+_MOST_SHAPE_ERROR = 0.02  # of log(width / height): what rounding to whole pixels explains
+_CROP_AREA, _CROP_SHAPE, _CROP_TRIES, _LEAST_OBJECT = (0.5, 1.0), (3 / 4, 4 / 3), 10, 0.5
+
+
+def open_picture(source: Path | io.BytesIO) -> Image.Image:
+    """RGB in 8 bits, turned as EXIF says; white behind what is transparent.
+
+    Raises:
+        OSError, SyntaxError, ValueError: whatever Pillow raises for a file that it cannot decode.
+    """
+    return _plain(source, WHITE).convert("RGB")
+
+
+def open_mask(source: Path | io.BytesIO) -> Image.Image:
+    """Grey in 8 bits, turned as EXIF says; black behind what is transparent. Raises as `open_picture`."""
+    return _plain(source, BLACK).convert("L")
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height as shown, from the file's header."""
+    with Image.open(path) as opened:
+        width_px, height_px = opened.size
+        turned = opened.getexif().get(_ORIENTATION) in _TURNED
+    return (height_px, width_px) if turned else (width_px, height_px)
+
+
+def buckets(data: DataConfig) -> tuple[tuple[int, int], ...]:
+    """The sizes (width, height) in pixels that pictures are trained at, from tall to wide.
+
+    Raises:
+        TrainingConfigError: the resolution is no multiple of the step.
+    """
+    if data.resolution_px % data.bucket_step_px:
+        step = data.bucket_step_px
+        nearest = max(step, round(data.resolution_px / step) * step)
+        raise TrainingConfigError(f"data.resolution_px = {data.resolution_px} is no multiple of data.bucket_step_px = {step}; "
+                                  f"choose {nearest}, or another step.")
+    return _buckets(data.resolution_px, data.bucket_step_px, data.longest_shape)
+
+
+@lru_cache
+def _buckets(resolution_px: int, step_px: int, longest_shape: float) -> tuple[tuple[int, int], ...]:
+    area = resolution_px**2
+    found = {(resolution_px, resolution_px)}
+    for short in range(step_px, resolution_px, step_px):
+        long = round(area / short / step_px) * step_px
+        if long / short <= longest_shape and _LEAST_AREA <= short * long / area <= 1 / _LEAST_AREA:
+            found |= {(short, long), (long, short)}
+    return tuple(sorted(found, key=lambda size: size[0] / size[1]))
+
+
+def bucket_of(width_px: int, height_px: int, data: DataConfig) -> tuple[int, int]:
+    """The size (width, height) whose shape is nearest to the picture's, by the logarithm of width over height."""
+    shape = math.log(width_px / height_px)
+    return min(buckets(data), key=lambda size: abs(math.log(size[0] / size[1]) - shape))
+
+
+def enlargement(width_px: int, height_px: int, size: tuple[int, int]) -> float:
+    """The factor by which `fit` scales a picture to ``size``."""
+    return max(size[0] / width_px, size[1] / height_px)
+
+
+def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes (width, height) are of one shape, but for rounding."""
+    return abs(math.log(one[0] / one[1]) - math.log(other[0] / other[1])) <= _MOST_SHAPE_ERROR
+
+
+def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture or a mask scaled to cover ``size`` (width, height) and cut to it around the centre."""
+    return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+
+
+def random_crop(
+    width_px: int, height_px: int, chance: random.Random, mask_HW: np.ndarray | None = None
+) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a random part: 50 to 100% of the area, its shape 3/4 to 4/3 of the picture's.
+
+    With a mask it shows half of the object at least; where that is not found, it is the whole picture.
+    """
+    for _ in range(_CROP_TRIES):
+        area = chance.uniform(*_CROP_AREA)
+        shape = math.exp(chance.uniform(*map(math.log, _CROP_SHAPE)))
+        shape = min(max(shape, area), 1 / area)  # neither side is longer than the picture's
+        wide, high = max(1, round(width_px * math.sqrt(area * shape))), max(1, round(height_px * math.sqrt(area / shape)))
+        left, top = chance.randint(0, width_px - wide), chance.randint(0, height_px - high)
+        if mask_HW is None or mask_HW[top:top + high, left:left + wide].sum() >= _LEAST_OBJECT * mask_HW.sum():
+            return left, top, left + wide, top + high
+    return 0, 0, width_px, height_px
+
+
+def _plain(source: Path | io.BytesIO, behind: tuple[int, int, int, int]) -> Image.Image:
+    with Image.open(source) as opened:
+        picture = ImageOps.exif_transpose(opened)
+        picture.load()
+    if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion cuts them off at 255
+        levels = np.asarray(picture).astype(np.float64) / _LEVELS_16_PER_8
+        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+    if "transparency" not in picture.info and not {"A", "a"} & set(picture.mode):
+        return picture
+    shown = Image.new("RGBA", picture.size, behind)
+    shown.alpha_composite(picture.convert("RGBA"))
+    return shown

@@ -1,0 +1,122 @@
+"""The frozen models of a run, loaded as its configuration says; the playground brings its own.
+
+Shapes: N text tokens of width D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..connector import Connector
+from ..connector_file import load_connector
+from ..encoders.base import ReferenceEncoder
+from ..encoders.options import AS_TRAINED, EncodeOptions, Framing
+from ..errors import TrainingConfigError
+from ..playground import PLAYGROUND_DIR
+from ..text_encoder import TextEncoder, load_text_encoder
+from .backbones import PLAYGROUND, Backbone, load_backbone
+from .config import TrainConfig
+from .prepare import Encoders
+from .starts import wanted_features
+
+
+@dataclass(eq=False)
+class Parts:
+    """Everything frozen: diffusion model, connector, text encoder, reference encoder (None where ELLA itself learns)."""
+
+    backbone: Backbone
+    connector: Connector
+    text_encoder: TextEncoder
+    reference_encoder: ReferenceEncoder | None
+
+    def encoders(self, config: TrainConfig) -> Encoders:
+        """What the training data are encoded with, and what the caches depend on."""
+        text = config.ella.text_encoder or PLAYGROUND
+        return Encoders(
+            encode_latents=lambda pixels_B3HW: self.backbone.encode(pixels_B3HW.to(self.backbone.device)).float().cpu(),
+            encode_texts=lambda captions: [features.float().cpu() for features in self.text_encoder.encode(captions)],
+            reference_encoder=self.reference_encoder,
+            latents_settings=f"{config.base.vae or config.base.checkpoint} {self.backbone.sha256}",
+            texts_settings=f"{text} {weights_mark(self.text_encoder.model)}",
+        )
+
+
+def load_parts(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> Parts:
+    """All frozen models: the UNet in ``dtype`` on the device, the connector in float32, encoders on the device.
+
+    Raises:
+        TrainingConfigError: a part is not named.
+        EmmaError: a file that cannot be used, see the loaders.
+    """
+    playground = config.base.checkpoint == PLAYGROUND
+    ella = config.ella.file or (PLAYGROUND_DIR / "ella.safetensors" if playground else "")
+    text = config.ella.text_encoder or (PLAYGROUND_DIR / "t5.safetensors" if playground else "")
+    if not ella and config.what == "module":
+        raise TrainingConfigError("ella.file is not set: a module is trained on an ELLA connector. Name the file, for instance "
+                                  "models/ella/ella-sd1.5-tsc-t5xl.safetensors.")
+    if not text:
+        raise TrainingConfigError("ella.text_encoder is not set; wanted flan-t5-xl, a file or a folder. Name it.")
+    backbone = load_backbone(config.base, dtype, device)
+    if config.train.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+    text_encoder = load_text_encoder(text, device=device)
+    connector = load_connector(ella) if ella else _new_connector(backbone, text_encoder)
+    if connector.width != backbone.context_width:
+        raise TrainingConfigError(f"the ELLA has tokens of width {connector.width}, {backbone.name} reads width "
+                                  f"{backbone.context_width}. Choose an ELLA made for this kind of checkpoint.")
+    encoder = None if config.what == "ella" else _load_reference_encoder(config, playground, device)
+    return Parts(backbone, connector, text_encoder, encoder)
+
+
+def options_of(config: TrainConfig) -> EncodeOptions:
+    """How references are encoded: the module's features, at the configured layer, framed as configured."""
+    encoder = config.encoder
+    framing = Framing(frame=encoder.frame, background=encoder.background)
+    return EncodeOptions(tuple(wanted_features(config)), encoder.layer, framing)
+
+
+def encoder_metadata(config: TrainConfig, encoder: ReferenceEncoder, features: tuple[str, ...]) -> dict:
+    """The encoder as a module's metadata names it."""
+    chosen = {key: value for key in ("frame", "background") if (value := getattr(config.encoder, key)) != AS_TRAINED}
+    layer = {"layer": config.encoder.layer} if "local" in features else {}
+    return {**encoder.description, **layer, **chosen, **({"masked": True} if config.encoder.masked else {})}
+
+
+def weights_mark(model: torch.nn.Module) -> str:
+    """A short mark of a model's weights for cache keys: sizes, precision, and sums of a few tensors."""
+    parameters = list(model.parameters())
+    sums = [f"{value.float().sum().item():.6g}" for value in parameters[:: max(1, len(parameters) // 8)]]
+    return f"{sum(value.numel() for value in parameters)} {parameters[0].dtype} {' '.join(sums)}"
+
+
+def prepare_precision(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, torch.dtype]:
+    """The precision that the device can train in: fp16 becomes fp32 on a CPU, which has no fp16 arithmetic to gain."""
+    precision = config.train.precision
+    if precision == "fp16" and device.type == "cpu":
+        precision = "fp32"
+    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return replace(config, train=replace(config.train, precision=precision)), kinds[precision]
+
+
+def _new_connector(backbone: Backbone, text_encoder: TextEncoder) -> Connector:
+    """A connector of the released size at random, for training ELLA from nothing."""
+    from ..connector import ConnectorConfig
+
+    return Connector(ConnectorConfig(width=backbone.context_width, text_dim=text_encoder.width))
+
+
+def _load_reference_encoder(config: TrainConfig, playground: bool, device: torch.device) -> ReferenceEncoder:
+    from ..encoders.loading import load_encoder
+
+    path = config.encoder.file or (PLAYGROUND_DIR / "encoder.safetensors" if playground else "")
+    if not path:
+        raise TrainingConfigError("encoder.file is not set; wanted the reference encoder, for instance CLIP ViT-H/14 "
+                                  "(models/clip_vision) or AdaFace. Name the file or folder.")
+    if not Path(path).exists():
+        raise TrainingConfigError(f"encoder.file = {str(path)!r} does not exist. Check the path.")
+    encoder = load_encoder(path, config.encoder.open_clip_model or None)
+    encoder.model.to(device)
+    return encoder

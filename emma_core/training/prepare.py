@@ -1,0 +1,394 @@
+"""Everything frozen that training reads, computed once and cached: latents, text encodings, features of references.
+
+Shapes: B pictures of height H and width W in pixels, h x w their latents; N tokens or V vectors of dim D.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from ..encoders.base import Encoded, PictureEncoder, ReferenceEncoder, check_features
+from ..encoders.options import EncodeOptions, Framing
+from ..encoders.pictures import Preparation, prepare_pictures
+from ..errors import ImageInputError, TrainingDataError, TrainingError
+from .buckets import bucket_of, fit, open_mask, open_picture, random_crop
+from .config import DataConfig, EncoderConfig
+from .examples import Example, PictureSet, Problem, contents_of, listing, require
+from .store import FeatureStore, Filling
+
+BATCH = 8
+MEMORY_BYTES = 2 << 30
+_FEWEST_FOR_PROCESSES = 16  # starting processes takes longer than reading fewer
+_VERSION = 1  # of how pictures are resized and cropped here
+
+Progress = Callable[[str, int, int], None]
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen models, and texts that change when what they give changes.
+
+    Args:
+        encode_latents: (B, 3, H, W) in [-1, 1] -> (B, 4, h, w), as the diffusion model reads them.
+        encode_texts: captions -> for each (1, N, D).
+        reference_encoder: None where nothing is learnt from references.
+        latents_settings, texts_settings, reference_settings: fingerprints, precision, lengths; of the reference encoder
+            what its description does not tell.
+    """
+
+    encode_latents: Callable[[torch.Tensor], torch.Tensor]
+    encode_texts: Callable[[list[str]], list[torch.Tensor]]
+    reference_encoder: ReferenceEncoder | None = None
+    latents_settings: str = ""
+    texts_settings: str = ""
+    reference_settings: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to read and encode.
+
+    Args:
+        key: of its entry in the cache.
+        label: the picture's name in messages.
+        size: (width, height) of a target; None: a reference, which keeps its own.
+        crop_seed: of a random crop; "": the whole picture.
+        extra: an augmentation, which may be left out.
+    """
+
+    key: str
+    label: str
+    picture: Path
+    mask: Path | None = None
+    size: tuple[int, int] | None = None
+    crop_seed: str = ""
+    mirrored: bool = False
+    extra: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A training set by index: targets 0 to len - 1, then references that are no targets.
+
+    Args:
+        examples, sizes_px: of the targets.
+        pictures: targets and references under one index.
+        latent_keys: of each target; a second one is mirrored.
+        variant_keys: of each reference.
+        stores: of latents, texts and features; the last is None where nothing is learnt from references.
+        left_out: how many augmentations could not be encoded, for instance without a face.
+        memory: entries by key that need not be read again.
+    """
+
+    examples: tuple[Example, ...]
+    sizes_px: tuple[tuple[int, int], ...]
+    pictures: PictureSet
+    latent_keys: tuple[tuple[str, ...], ...]
+    variant_keys: Mapping[int, tuple[str, ...]]
+    stores: tuple[FeatureStore, FeatureStore, FeatureStore | None]
+    left_out: int = 0
+    memory: dict[str, Tensors] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def latent(self, index: int, flipped: bool = False) -> torch.Tensor:
+        """(4, h, w) of a target; mirrored ones are there if `data.flip` is set."""
+        return self._entry(self.stores[0], self.latent_keys[index][flipped])["latent"]
+
+    def bucket(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels that a target is trained at."""
+        return self.sizes_px[index]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.examples[index].captions
+
+    def text(self, caption: str) -> torch.Tensor:
+        """(1, N, D) of a caption of the set, or of ""."""
+        return self._entry(self.stores[1], _text_key(caption))["text"]
+
+    def references(self, index: int) -> tuple[int, ...]:
+        """Indices of the pictures that may be a target's reference."""
+        return self.pictures.references(index)
+
+    def variants(self, reference: int) -> int:
+        """How many variants a reference has: 0 is the whole picture, then mirrored and cropped ones."""
+        return len(self.variant_keys.get(reference, ()))
+
+    def features(self, reference: int, variant: int = 0) -> Tensors:
+        """Feature name -> (V, D)."""
+        return self._entry(self.stores[2], self.variant_keys[reference][variant])
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, for a module's metadata: no names, no paths."""
+        captions = [caption for example in self.examples for caption in example.captions]
+        return {"pictures": len(self), "groups": len({example.group for example in self.examples}),
+                "captions": len(captions), "distinct_captions": len(set(captions)), "references": len(self.variant_keys),
+                "reference_variants": sum(map(len, self.variant_keys.values())), "variants_left_out": self.left_out,
+                "sizes_px": {f"{width}x{height}": self.sizes_px.count((width, height))
+                             for width, height in sorted(set(self.sizes_px))}}
+
+    def hold(self, most_bytes: int = MEMORY_BYTES) -> bool:
+        """Keep everything in memory if it is no more than ``most_bytes``; else it is read when needed.
+
+        Returns:
+            False if entries were damaged: they are missing from their store then.
+        """
+        texts = {"", *(caption for example in self.examples for caption in example.captions)}
+        keys_of = ([key for keys in self.latent_keys for key in keys], [_text_key(caption) for caption in texts],
+                   [key for keys in self.variant_keys.values() for key in keys])
+        wanted = [(store, keys) for store, keys in zip(self.stores, keys_of, strict=True) if store is not None]
+        if sum(store.nbytes(keys) for store, keys in wanted) > most_bytes:
+            return True
+        sound = True
+        for store, keys in wanted:
+            for key in keys:
+                try:
+                    self.memory[key] = store.get(key)
+                except TrainingError:
+                    sound = False
+        return sound
+
+    def _entry(self, store: FeatureStore | None, key: str) -> Tensors:
+        return self.memory[key] if key in self.memory else store.get(key)
+
+
+def prepare(
+    examples: Sequence[Example], data: DataConfig, encoder_config: EncoderConfig, encoders: Encoders,
+    options: EncodeOptions | None, cache: str | Path, progress: Progress | None = None,
+) -> Prepared:
+    """Compute what the cache lacks and give access to all of it; what is done stays in the cache, whatever happens.
+
+    Args:
+        examples: see `examples.read_examples`.
+        encoder_config: whether references are masked.
+        options: features wanted, and how; None only without a reference encoder.
+        cache: folder of the caches.
+        progress: called with what is computed, how many are done, how many there are.
+    Raises:
+        TrainingDataError: every picture that cannot be used: unreadable by now, without a face, without a mask.
+        ReferenceMismatchError: a feature that the encoder does not give.
+        TrainingError: the cache cannot be written, or holds damaged entries (start again: they are computed again).
+    """
+    require(examples, ())
+    return _Preparing(tuple(examples), data, encoder_config.masked, encoders, options, Path(cache),
+                      progress or (lambda what, done, total: None)).run()
+
+
+class _Preparing:
+    """The passes over a set: texts, latents, references; problems are collected and raised at the end."""
+
+    def __init__(self, examples, data, masked, encoders, options, cache, progress):
+        self.examples, self.data, self.encoders, self.options = examples, data, encoders, options
+        self.progress, self.problems, self.left_out = progress, {}, set()
+        self.pictures = PictureSet.of(examples, data.own_reference)
+        self.masked = masked and encoders.reference_encoder is not None
+        self.latents = FeatureStore(cache / "latents", {"version": _VERSION, "vae": encoders.latents_settings})
+        self.texts = FeatureStore(cache / "texts", {"version": _VERSION, "encoder": encoders.texts_settings})
+        self.features = None
+        if encoders.reference_encoder is not None:
+            check_features(encoders.reference_encoder, options)
+            self.features = FeatureStore(cache / "references", {
+                "version": _VERSION, "encoder": dict(encoders.reference_encoder.description),
+                "settings": encoders.reference_settings, "options": asdict(options)})
+        masks = [mask for mask in self.pictures.masks if mask and self.masked]
+        self.contents, self.shapes = contents_of(dict.fromkeys([*self.pictures.pictures, *masks]), data.workers)
+
+    @torch.no_grad()
+    def run(self) -> Prepared:
+        prepared = self._computed()
+        if not prepared.hold():
+            prepared = self._computed()
+            prepared.hold()
+        return prepared
+
+    def _computed(self) -> Prepared:
+        self._texts()
+        sizes = tuple(bucket_of(*self.shapes[example.picture], self.data) for example in self.examples)
+        latent_jobs = [self._latent_jobs(index, size) for index, size in enumerate(sizes)]
+        self._pass("latents", self.latents, itertools.chain(*latent_jobs), _read_target, self._encode_latents)
+        variants = {index: self._reference_jobs(index) for index in self.pictures.used()} if self.features else {}
+        if self.features:
+            read, encode = self._reference_ways()
+            self._pass("references", self.features, itertools.chain(*variants.values()), read, encode)
+        if self.problems:
+            raise TrainingDataError(listing([Problem(label, text, True) for label, text in self.problems.items()]))
+        kept = {index: tuple(job.key for job in jobs if job.key not in self.left_out) for index, jobs in variants.items()}
+        return Prepared(self.examples, sizes, self.pictures, tuple(tuple(job.key for job in jobs) for jobs in latent_jobs),
+                        kept, (self.latents, self.texts, self.features), len(self.left_out))
+
+    def _label(self, index: int) -> str:
+        return self.examples[index].name if index < len(self.examples) else self.pictures.pictures[index].name
+
+    def _latent_jobs(self, index: int, size: tuple[int, int]) -> list[Job]:
+        picture = self.pictures.pictures[index]
+        return [Job(_key(self.contents[picture], *size, mirrored), self._label(index), picture, size=size, mirrored=mirrored)
+                for mirrored in (False, True)[:1 + self.data.flip]]
+
+    def _reference_jobs(self, index: int) -> list[Job]:
+        """Variant 0 is the whole picture; mirrored and cropped ones follow."""
+        picture, mask = self.pictures.pictures[index], self.pictures.masks[index] if self.masked else None
+        if self.masked and mask is None:
+            self.problems[self._label(index)] = "has no mask, but encoder.masked is on; add one or switch it off"
+            return []
+        content = self.contents[picture] + (self.contents[mask] if mask else "")
+        of_faces = all(name.startswith("face") for name in self.options.features)
+        variants = [("", False), ("", True)][:1 + self.data.reference_flip]
+        for number in range(0 if of_faces else self.data.reference_crops):
+            seed = f"{content} crop {number}"
+            variants.append((seed, self.data.reference_flip and random.Random(f"{seed} mirrored").random() < 0.5))
+        return [Job(_key(content, seed, mirrored), self._label(index), picture, mask, crop_seed=seed, mirrored=mirrored,
+                    extra=place > 0) for place, (seed, mirrored) in enumerate(variants)]
+
+    def _texts(self) -> None:
+        captions = {_text_key(text): text for text in ["", *(text for item in self.examples for text in item.captions)]}
+        todo = self.texts.missing(captions)
+        with Filling("texts", self.texts, len(todo), self.progress) as filling:
+            for start in range(0, len(todo), BATCH):
+                keys = todo[start:start + BATCH]
+                for key, text_1ND in zip(keys, self.encoders.encode_texts([captions[key] for key in keys]), strict=True):
+                    filling.add(key, {"text": text_1ND})
+
+    def _pass(self, what: str, store: FeatureStore, jobs: Iterable[Job], read: Callable, encode: Callable) -> None:
+        """Read the missing pictures in processes, encode them in batches, write them every FLUSH_ENTRIES."""
+        by_key = {job.key: job for job in jobs}
+        todo = sorted((by_key[key] for key in store.missing(by_key)), key=lambda job: job.size or ())
+        with Filling(what, store, len(todo), self.progress) as filling:
+            for batch in _batches(self._usable(todo, read, filling)):
+                for (job, _), (made, fault) in zip(batch, encode(batch), strict=True):
+                    if not all(torch.isfinite(tensor).all() for tensor in made.values()):
+                        fault = f"its {what} hold NaN or infinity; try another picture, or fp32"
+                    if fault:
+                        self._fault(job, fault, filling)
+                    else:
+                        filling.add(job.key, made)
+
+    def _usable(self, jobs: Sequence[Job], read: Callable, filling: Filling) -> Iterator[tuple[Job, tuple]]:
+        workers = self.data.workers if len(jobs) >= _FEWEST_FOR_PROCESSES else 0
+        loader = DataLoader(_Reading(jobs, read), batch_size=None, num_workers=workers, collate_fn=_as_is,
+                            generator=torch.Generator())  # else it draws from the global one
+        for job, parts, fault in loader:
+            if fault:
+                self._fault(job, fault, filling)
+            else:
+                yield job, parts
+
+    def _fault(self, job: Job, fault: str, filling: Filling) -> None:
+        filling.skip()
+        if job.extra:
+            self.left_out.add(job.key)
+        else:
+            self.problems[job.label] = fault
+
+    def _encode_latents(self, batch: list[tuple[Job, tuple]]) -> list[tuple[Tensors, str]]:
+        pixels_B3HW = torch.from_numpy(np.stack([parts[0] for _, parts in batch])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return [({"latent": latent_4hw}, "") for latent_4hw in self.encoders.encode_latents(pixels_B3HW)]
+
+    def _reference_ways(self) -> tuple[Callable, Callable]:
+        """How references are read and encoded: whole-picture encoders leave their resizing to the reading processes."""
+        encoder = self.encoders.reference_encoder
+        if isinstance(encoder, PictureEncoder) and type(encoder).encode is PictureEncoder.encode:
+            read = partial(_read_seen, preparation=encoder.preparation, framing=self.options.framing)
+            return read, self._encode_seen
+        return _read_reference, self._encode_references
+
+    def _encode_seen(self, batch: list[tuple[Job, tuple]]) -> list[tuple[Tensors, str]]:
+        seen_B3SS = torch.from_numpy(np.stack([parts[0] for _, parts in batch]))
+        features = self.encoders.reference_encoder.features_of(seen_B3SS, self.options)
+        return [({name: features[name][row] for name in self.options.features}, "") for row in range(len(batch))]
+
+    def _encode_references(self, batch: list[tuple[Job, tuple]]) -> list[tuple[Tensors, str]]:
+        image_BHW3 = torch.from_numpy(np.stack([parts[0] for _, parts in batch])).float() / 255
+        mask_BHW = torch.from_numpy(np.stack([parts[1] for _, parts in batch])).float() / 255 if self.masked else None
+        try:
+            made = self.encoders.reference_encoder.encode(image_BHW3, mask_BHW, self.options, [job.label for job, _ in batch])
+        except ImageInputError as found:
+            if len(batch) == 1:
+                return [({}, str(found))]
+            return [answer for one in batch for answer in self._encode_references([one])]
+        return [({name: encoded.features[name][0] for name in self.options.features}, _not_one(encoded)) for encoded in made]
+
+
+class _Reading(Dataset):
+    """Jobs as arrays, in a reading process; what cannot be read is told, not raised."""
+
+    def __init__(self, jobs: Sequence[Job], read: Callable[[Job], tuple]):
+        self.jobs, self.read = jobs, read
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, place: int) -> tuple[Job, tuple, str]:
+        try:
+            return self.jobs[place], self.read(self.jobs[place]), ""
+        except Exception as found:  # each of Pillow's formats raises kinds of its own for damage
+            return self.jobs[place], (), f"cannot be read any more ({found}); check the file"
+
+
+def _as_is(item: Any) -> Any:
+    """Arrays stay arrays: as tensors they would travel through shared memory, which containers have little of."""
+    return item
+
+
+def _read_target(job: Job) -> tuple[np.ndarray]:
+    """(H, W, 3) in 0..255."""
+    return (np.asarray(_mirrored(fit(open_picture(job.picture), job.size), job)),)
+
+
+def _read_reference(job: Job) -> tuple[np.ndarray, ...]:
+    """(H, W, 3) and, with a mask, (H, W), in 0..255, cropped and mirrored."""
+    picture = open_picture(job.picture)
+    images = [picture, open_mask(job.mask).resize(picture.size)] if job.mask else [picture]
+    if job.crop_seed:
+        mask_HW = np.asarray(images[1], dtype=np.float64) if job.mask else None
+        box = random_crop(*picture.size, random.Random(job.crop_seed), mask_HW)
+        images = [image.crop(box) for image in images]
+    return tuple(np.asarray(_mirrored(image, job)) for image in images)
+
+
+def _read_seen(job: Job, preparation: Preparation, framing: Framing) -> tuple[np.ndarray]:
+    """(3, S, S) in [0, 1]: what the encoder sees of a reference."""
+    image_1HW3, mask_1HW = ([torch.from_numpy(array.copy())[None].float() / 255 for array in _read_reference(job)] + [None])[:2]
+    return (prepare_pictures(image_1HW3, mask_1HW, preparation, framing)[0].numpy(),)
+
+
+def _mirrored(image: Image.Image, job: Job) -> Image.Image:
+    return ImageOps.mirror(image) if job.mirrored else image
+
+
+def _not_one(encoded: Encoded) -> str:
+    counts = {len(tensor_RVD) for tensor_RVD in encoded.features.values()}
+    return "" if counts == {1} else f"became {max(counts)} references; wanted one: choose which of its faces is meant"
+
+
+def _batches(items: Iterable[tuple[Job, tuple]]) -> Iterator[list[tuple[Job, tuple]]]:
+    """Neighbours whose arrays have the same shapes, BATCH at most."""
+    batch: list[tuple[Job, tuple]] = []
+    for item in items:
+        if batch and (len(batch) == BATCH or [part.shape for part in item[1]] != [part.shape for part in batch[0][1]]):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
+
+
+def _text_key(caption: str) -> str:
+    return _key("caption", caption)

@@ -1,0 +1,143 @@
+"""What a run tells while it goes on: a progress bar, a log of JSON lines, a drawn loss curve, TensorBoard, sample sheets."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..errors import TrainingConfigError
+from .config import TrainConfig
+from .losses import BUCKETS, TIMESTEPS
+from .samples import Sampler
+from .trainer import Progress, Trainer
+
+_CURVE_PX = (760, 420)
+_MARGIN_LEFT, _MARGIN_TOP, _MARGIN_RIGHT, _MARGIN_BOTTOM = 64, 34, 190, 44
+_INK, _GRID, _PAPER = (40, 40, 40), (225, 225, 225), (255, 255, 255)
+_COLOURS = ((33, 102, 172), (103, 169, 207), (120, 120, 120), (239, 138, 98), (178, 24, 43))
+
+
+class Log:
+    """One JSON line for each report, appended; a resumed run goes on in the same file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, **values: Any) -> None:
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(values) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines that are whole."""
+        if not self.path.exists():
+            return []
+        found = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:  # the end of a run that was killed while it wrote
+                continue
+        return found
+
+
+class Reporter:
+    """Called after every update.
+
+    Args:
+        config: of the run.
+        trainer: the run.
+        sampler: draws sample sheets, or None.
+        bar: shows each update (tqdm), or None.
+    """
+
+    def __init__(self, config: TrainConfig, trainer: Trainer, sampler: Sampler | None = None, bar=None):
+        self._config, self._trainer, self._sampler, self._bar = config, trainer, sampler, bar
+        self.log = Log(trainer.folder / "log.jsonl")
+        self._events = _tensorboard(trainer.folder) if config.report.tensorboard else None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {progress.loss:.4f}, rate {progress.rate:.2g}", refresh=False)
+            self._bar.update(1)
+        if progress.buckets:
+            self.log.write(step=progress.step, loss=round(progress.loss, 6), rate=progress.rate,
+                           seconds=round(progress.seconds, 2), buckets=_rounded(progress.buckets), gates=progress.gates)
+            draw_loss_curve(self.log.read()).save(self._trainer.folder / "loss.png")
+            self._tell_tensorboard(progress)
+        every = self._config.report.sample_every
+        if self._sampler is not None and every and progress.step % every == 0:
+            self.sample()
+
+    def sample(self) -> Path:
+        """Draw the sample sheet of now."""
+        folder = self._trainer.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{self._trainer.step:08d}.png"
+        self._sampler.sheet(self._trainer).save(path)
+        return path
+
+    def _tell_tensorboard(self, progress: Progress) -> None:
+        if self._events is None:
+            return
+        self._events.add_scalar("loss", progress.loss, progress.step)
+        self._events.add_scalar("rate", progress.rate, progress.step)
+        for index, value in enumerate(progress.buckets):
+            if value is not None:
+                self._events.add_scalar(f"loss by timestep/{_bucket_name(index)}", value, progress.step)
+
+
+def draw_loss_curve(lines: Sequence[dict[str, Any]]) -> Image.Image:
+    """Loss over updates, one curve for each fifth of the timesteps, on a logarithmic axis."""
+    curves = [[(line["step"], line["buckets"][index]) for line in lines if line.get("buckets") and line["buckets"][index]]
+              for index in range(BUCKETS)]
+    sheet = Image.new("RGB", _CURVE_PX, _PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    right, bottom = _CURVE_PX[0] - _MARGIN_RIGHT, _CURVE_PX[1] - _MARGIN_BOTTOM
+    points = [point for curve in curves for point in curve]
+    draw.text((_MARGIN_LEFT, 10), "mean squared error by timestep", fill=_INK, font=font)
+    if not points:
+        return sheet
+    last = max(step for step, _ in points)
+    low, high = (math.log10(edge) for edge in (min(value for _, value in points), max(value for _, value in points)))
+    high = high if high > low else low + 1
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        share = (math.log10(value) - low) / (high - low)
+        return _MARGIN_LEFT + (right - _MARGIN_LEFT) * step / last, bottom - (bottom - _MARGIN_TOP) * share
+
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        value = 10 ** (low + (high - low) * share)
+        height = place(0, value)[1]
+        draw.line((_MARGIN_LEFT, height, right, height), fill=_GRID)
+        draw.text((_MARGIN_LEFT - 6, height), f"{value:.2g}", fill=_INK, font=font, anchor="rm")
+    for step in (0, last):
+        draw.text((place(step, 10 ** low)[0], bottom + 6), str(step), fill=_INK, font=font, anchor="ma")
+    draw.text(((_MARGIN_LEFT + right) / 2, bottom + 22), "updates", fill=_INK, font=font, anchor="ma")
+    for index, curve in enumerate(curves):
+        if len(curve) > 1:
+            draw.line([place(*point) for point in curve], fill=_COLOURS[index], width=2)
+        draw.text((right + 12, _MARGIN_TOP + 20 * index), f"timesteps {_bucket_name(index)}", fill=_COLOURS[index], font=font)
+    return sheet
+
+
+def _bucket_name(index: int) -> str:
+    width = TIMESTEPS // BUCKETS
+    return f"{index * width} to {(index + 1) * width - 1}"
+
+
+def _rounded(values: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None else round(value, 6) for value in values]
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as found:
+        raise TrainingConfigError("report.tensorboard is on, but TensorBoard is not installed. Run `pip install tensorboard`, "
+                                  "or switch it off: log.jsonl and loss.png hold the same.") from found
+    return SummaryWriter(str(folder / "tensorboard"))

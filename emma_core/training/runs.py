@@ -1,0 +1,197 @@
+"""A whole run from its configuration: check the data, encode them, train, save. The command line's front end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..encoders.base import encode_pictures
+from ..errors import TrainingConfigError
+from .backbones import Backbone
+from .buckets import open_picture
+from .config import TrainConfig
+from .draws import Row
+from .examples import describe, read_examples, require
+from .parts import Parts, encoder_metadata, load_parts, options_of, prepare_precision
+from .places import place_weights
+from .prepare import Prepared, prepare
+from .reports import Reporter
+from .samples import Sampler
+from .starts import begin_module
+from .student import Student, TeacherTarget
+from .teachers import IpAdapterTeacher, load_teacher
+from .trainer import Trainer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_SAMPLE_REFERENCES = 2  # shown if the configuration names none
+
+
+def dry_run(config: TrainConfig) -> str:
+    """What would be trained on, and every problem in the data."""
+    examples, problems = read_examples(config.data)
+    return describe(examples, problems, config.data)
+
+
+def run(config: TrainConfig, say: Callable[[str], None], bars: bool = True, device: str = "") -> Path:
+    """Train what the configuration says, going on from the run in its folder if there is one.
+
+    Args:
+        config: resolved.
+        say: told what happens, in lines.
+        bars: show progress bars.
+        device: "" is what accelerate chooses.
+    Returns:
+        The module's (or the connector's) file.
+    Raises:
+        TrainingConfigError, TrainingDataError, TrainingError, FileError: see the parts.
+    """
+    from accelerate import Accelerator, PartialState
+
+    if not config.output.folder:
+        raise TrainingConfigError("output.folder is not set. Name a folder for checkpoints, samples and the result.")
+    folder = Path(config.output.folder)
+    config, dtype = prepare_precision(config, PartialState(cpu=device == "cpu").device)
+    precision = config.train.precision
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu")
+    examples, problems = read_examples(config.data)
+    if accelerator.is_main_process:
+        say(describe(examples, problems, config.data))
+    require(examples, problems)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = load_parts(config, dtype, accelerator.device)
+    with accelerator.main_process_first():
+        data, texts, references = _encode(config, parts, examples, folder, bars and accelerator.is_main_process)
+    trainer = begin(config, parts, data, accelerator, folder)
+    if accelerator.is_main_process:
+        (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    if trainer.resume() and accelerator.is_main_process:
+        say(f"going on after update {trainer.step}")
+    with _bar(trainer, bars and accelerator.is_main_process) as bar:
+        sampler = Sampler(parts.backbone, config.report, texts, references, data.bucket(0))
+        trainer.run(Reporter(config, trainer, sampler if config.report.sample_every else None, bar))
+    return folder / f"{config.output.name}.safetensors"
+
+
+def begin(config: TrainConfig, parts: Parts, data: Prepared, accelerator: Accelerator, folder: Path) -> Trainer:
+    """A trainer at its first update; the encoders are let go, as everything they give is cached."""
+    module = None
+    if config.what == "module":
+        features = data.features(data.references(0)[0], 0)
+        dims = {name: tensor.shape[-1] for name, tensor in features.items()}
+        described = encoder_metadata(config, parts.reference_encoder, tuple(features))
+        generator = torch.Generator().manual_seed(config.train.seed)
+        module = begin_module(config, parts.connector, dims, described, generator)
+        module.config = module.config.replace(training=recipe(config, parts, data), file_metadata=model_spec(config))
+    parts.reference_encoder = None
+    places = place_weights(data) if config.objective.place_weight else None
+    student = Student(parts.backbone, parts.connector, module, config.objective, teacher_target(config, parts.backbone, data),
+                      None if places is None else places.get)
+    return Trainer(config, student, data, accelerator, folder)
+
+
+def teacher_target(config: TrainConfig, backbone: Backbone, data: Prepared) -> TeacherTarget | None:
+    """The teacher's prediction as a target, or None without a teacher; it sees each row's reference whole, as it is.
+
+    Raises:
+        TrainingConfigError, FileError: see `load_teacher`.
+    """
+    teacher = load_teacher(config.teacher, config.base, backbone)
+    if teacher is None:
+        return None
+    teacher.to(backbone.device, backbone.dtype)
+    known: dict[int, torch.Tensor] = {}
+
+    def vectors(reference: int) -> torch.Tensor:
+        if reference not in known:
+            picture_HW3 = picture_tensor(data.pictures.pictures[reference])
+            known[reference] = teacher.encode_reference(picture_HW3[None])["ip_adapter"].cpu()
+        return known[reference]
+
+    def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[Row]) -> torch.Tensor:
+        shown = None
+        if isinstance(teacher, IpAdapterTeacher):
+            shown = {"ip_adapter": torch.cat([vectors(row.reference) for row in rows]),
+                     "present_B": torch.tensor([row.strength > 0 for row in rows])}
+        return teacher.predict(noised_B4hw, timestep_B, context_BKW, shown)
+
+    return target
+
+
+def picture_tensor(path: Path) -> torch.Tensor:
+    """A picture file as (H, W, 3) in [0, 1]."""
+    return torch.from_numpy(np.array(open_picture(path), dtype=np.float32) / 255)
+
+
+def recipe(config: TrainConfig, parts: Parts, data: Prepared) -> dict[str, Any]:
+    """How the module is trained, for its metadata: no paths."""
+    train, objective = config.train, config.objective
+    return {
+        "base": {"name": parts.backbone.name, "sha256": parts.backbone.sha256}, "data": data.summary(),
+        "recipe": {
+            "batch": train.batch * train.accumulate, "rate": train.rate, "gate_rate": train.gate_rate, "decay": train.decay,
+            "warmup": train.warmup, "schedule": train.schedule, "precision": train.precision, "average": train.average,
+            "seed": train.seed, "blocks": config.module.blocks,
+            **{name: value for name, value in vars(objective).items() if value},
+        },
+    }
+
+
+def model_spec(config: TrainConfig) -> dict[str, str]:
+    """ModelSpec entries that model managers show."""
+    output = config.output
+    entries = {"title": output.title or output.name, "author": output.author, "license": output.license,
+               "description": f"EMMA {config.module.condition} module"}
+    return {f"modelspec.{key}": value for key, value in entries.items() if value}
+
+
+def _encode(
+    config: TrainConfig, parts: Parts, examples, folder: Path, bars: bool
+) -> tuple[Prepared, Mapping[str, torch.Tensor], list[Mapping[str, torch.Tensor]]]:
+    """The data, encoded; texts and references of the sample pictures."""
+    options = options_of(config) if config.what == "module" else None
+    cache = Path(config.data.cache) if config.data.cache else folder / "cache"
+    data = prepare(examples, config.data, config.encoder, parts.encoders(config), options, cache, _progress(bars))
+    prompts = tuple(dict.fromkeys(("", *(config.report.sample_prompts or data.captions(0)[:1]))))
+    texts = {prompt: features.cpu() for prompt, features in zip(prompts, parts.text_encoder.encode(prompts), strict=True)}
+    if options is None:
+        return data, texts, []
+    if not config.report.sample_references:
+        indices = list(dict.fromkeys(data.references(index)[0] for index in range(len(data))))[:_SAMPLE_REFERENCES]
+        return data, texts, [data.features(index, 0) for index in indices]
+    references = []
+    for path in config.report.sample_references:
+        features, _ = encode_pictures(parts.reference_encoder, picture_tensor(Path(path))[None], None, options)
+        references.append({name: tensor[0] for name, tensor in features.items()})
+    return data, texts, references
+
+
+def _progress(bars: bool) -> Callable[[str, int, int], None] | None:
+    if not bars:
+        return None
+    from tqdm import tqdm
+
+    shown: dict[str, tqdm] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        if total and what not in shown:
+            shown[what] = tqdm(total=total, desc=f"encoding {what}", unit="")
+        if what in shown:
+            shown[what].update(done - shown[what].n)
+            if done >= total:
+                shown.pop(what).close()
+
+    return tell
+
+
+def _bar(trainer: Trainer, shown: bool):
+    from tqdm import tqdm
+
+    return tqdm(total=trainer.config.train.steps, initial=trainer.step, desc="training", unit="update", disable=not shown,
+                dynamic_ncols=True)
+

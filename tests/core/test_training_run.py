@@ -1,0 +1,164 @@
+"""A whole run on the playground from the command line: data, caches, training, samples, going on, inspecting."""
+
+import json
+import random
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from emma_core import load_connector, load_module
+from emma_core.__main__ import main
+from emma_core.playground import PLAYGROUND_DIR
+from emma_core.training.checkpoints import checkpoints
+from emma_core.training.reports import draw_loss_curve
+
+SMALL = ["--preset", "small-card", "--data.resolution_px", "128", "--data.reference_crops", "0", "--data.workers", "0",
+         "--train.precision", "fp32", "--train.batch", "2", "--train.accumulate", "1", "--train.warmup", "1",
+         "--train.gradient_checkpointing", "false", "--report.log_every", "1", "--device", "cpu"]
+
+OUT = ["--data.folder", "{data}", "--output.folder", "{out}"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two styles of two pictures: filled and outlined shapes, with captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    chance = random.Random(3)
+    for style in ("filled", "outlined"):
+        (folder / style).mkdir()
+        for index, caption in enumerate(("woman astronaut", "man cook")):
+            picture = Image.new("RGB", (128, 128), "white")
+            colour = tuple(chance.randrange(256) for _ in range(3))
+            shape = {"fill": colour} if style == "filled" else {"outline": colour, "width": 4}
+            ImageDraw.Draw(picture).ellipse((20 + 10 * index, 20, 100, 110), **shape)
+            picture.save(folder / style / f"{index}.png")
+            (folder / style / f"{index}.txt").write_text(caption)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+    """Three updates with a sample sheet after the second."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = ["--output.name", "mine", "--output.title", "My style", "--train.steps", "3", "--report.sample_every", "2",
+                "--report.sample_steps", "2", "--report.save_every", "2"]
+    assert main(["train", *SMALL, *settings, "--data.folder", str(pictures), "--output.folder", str(folder)]) == 0
+    return folder
+
+
+def test_the_module_says_what_it_is_and_names_no_path(run, pictures):
+    config = load_module(run / "mine.safetensors").config
+    assert config.condition == "style" and config.file_metadata["modelspec.title"] == "My style"
+    assert config.ella["sha256"] == load_connector(PLAYGROUND_DIR / "ella.safetensors").sha256
+    assert config.encoder["family"] == "playground" and len(config.encoder["fingerprint"]) == 64
+    assert config.training["steps"] == 3 and config.training["data"]["pictures"] == 4 and config.training["data"]["groups"] == 2
+    assert config.training["recipe"]["batch"] == 2 and config.training["base"]["sha256"]
+    assert str(pictures) not in json.dumps(dict(config.training)) and str(run) not in config.to_json()
+
+
+def test_the_run_leaves_log_curve_samples_and_its_configuration(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and len(lines[0]["buckets"]) == 5 and len(lines[0]["gates"]["A"]) == 4
+    assert Image.open(run / "loss.png").size == (760, 420)
+    sheet = Image.open(run / "samples" / "00000002.png")
+    assert sheet.width > 3 * 160 and len(sheet.resize((40, 40)).getcolors(2000)) > 50
+    assert 'condition = "style"' in (run / "config.toml").read_text()
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-00000002.pt", "checkpoint-00000003.pt"]
+
+
+def test_starting_again_goes_on_and_encodes_nothing(run, pictures, capsys, monkeypatch):
+    from emma_core.encoders.playground import PlaygroundReferenceEncoder
+    from emma_core.text_encoder import TextEncoder
+
+    def never(*arguments):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(PlaygroundReferenceEncoder, "features_of", never)
+    texts = []
+    encode = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, prompts: texts.extend(prompts) or encode(self, prompts))
+    assert main(["train", *SMALL, "--data.folder", str(pictures), "--output.folder", str(run), "--output.name", "longer",
+                 "--train.steps", "4"]) == 0
+    assert "going on after update 3" in capsys.readouterr().out
+    assert load_module(run / "longer.safetensors").config.training["steps"] == 4
+    assert len(texts) == 2, "the texts of the samples alone"
+
+
+def test_ella_itself_can_be_trained(pictures, tmp_path):
+    settings = ["--data.folder", str(pictures), "--output.folder", str(tmp_path), "--train.steps", "1"]
+    assert main(["train", "ella", *SMALL, *settings]) == 0
+    before, after = load_connector(PLAYGROUND_DIR / "ella.safetensors"), load_connector(tmp_path / "emma-module.safetensors")
+    assert (before.config == after.config) and before.sha256 != after.sha256
+
+
+def test_a_dry_run_lists_and_writes_nothing(pictures, tmp_path, capsys):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "broken.png").write_bytes(b"no picture")
+    assert main(["train", "--dry-run", "--data.folder", str(pictures), "--data.resolution_px", "128"]) == 0
+    assert "pictures: 4 to learn from" in capsys.readouterr().out
+    assert main(["train", "--dry-run", "--data.folder", str(tmp_path / "bad")]) == 0
+    assert "broken.png" in capsys.readouterr().out
+    assert main(["train", *SMALL, "--data.folder", str(tmp_path / "bad"), "--output.folder", str(tmp_path / "run")]) == 1
+    assert "broken.png" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("arguments", "found"), [
+    (["--data.folder", "{data}"], "output.folder is not set"),
+    ([*OUT, "--module.condition", "object"], None),
+    ([*OUT, "--encoder.file", "none.safetensors"], "none.safetensors' does not exist"),
+    ([*OUT, "--base.checkpoint", "no.safetensors", "--ella.file", "{ella}", "--ella.text_encoder", "{t5}"], "no.safetensors"),
+    ([*OUT, "--base.checkpoint", "none.safetensors"], "ella.file is not set"),
+    ([*OUT, "--teacher.lora", "a", "--teacher.ip_adapter", "b"], "Remove one"),
+])
+def test_mistakes_are_told_in_one_line(pictures, tmp_path, capsys, arguments, found):
+    files = {"ella": PLAYGROUND_DIR / "ella.safetensors", "t5": PLAYGROUND_DIR / "t5.safetensors"}
+    filled = [argument.format(data=pictures, out=tmp_path / "out", **files) for argument in arguments]
+    status = main(["train", *SMALL, *filled, "--train.steps", "1"])
+    if found is None:  # the playground's encoder has local features too
+        assert status == 0
+        return
+    assert status == 1
+    message = capsys.readouterr().err
+    assert found in message and message.startswith("error: ") and "Traceback" not in message
+
+
+def test_inspect_prints_and_draws(run, capsys, tmp_path):
+    assert main(["inspect", str(run / "mine.safetensors"), "--gate-map", str(tmp_path / "gates.png")]) == 0
+    text = capsys.readouterr().out
+    assert "mine.safetensors: EMMA style module" in text and "global (256 wide" in text and "My style" in text
+    assert Image.open(tmp_path / "gates.png").width > 300
+    assert main(["inspect", str(PLAYGROUND_DIR / "ella.safetensors")]) == 1
+    assert "not an EMMA module" in capsys.readouterr().err
+
+
+def test_the_loss_curve_falls_where_the_loss_does():
+    lines = [{"step": step, "buckets": [1 / step, None, None, None, None]} for step in (1, 10, 100)]
+    sheet = draw_loss_curve(lines)
+    blue = [(x, y) for x in range(64, 570) for y in range(30, 380) if sheet.getpixel((x, y)) == (33, 102, 172)]
+    assert min(y for x, y in blue if x < 80) < 40 < 340 < max(y for x, y in blue if x > 540)
+
+
+def test_frozen_parts_have_no_gradient_after_a_run(pictures, tmp_path):
+    from accelerate import Accelerator
+
+    from emma_core.training.config import resolve
+    from emma_core.training.examples import read_examples
+    from emma_core.training.losses import TimestepBuckets
+    from emma_core.training.parts import load_parts, options_of
+    from emma_core.training.prepare import prepare
+    from emma_core.training.runs import begin
+
+    config = resolve({}, "small-card", {"data.folder": str(pictures), "data.resolution_px": 128, "data.workers": 0,
+                                        "train.precision": "fp32", "train.batch": 2, "train.accumulate": 1})
+    parts = load_parts(config, torch.float32, torch.device("cpu"))
+    examples, _ = read_examples(config.data)
+    data = prepare(examples, config.data, config.encoder, parts.encoders(config), options_of(config), tmp_path)
+    trainer = begin(config, parts, data, Accelerator(cpu=True), tmp_path)
+    trainer.optimizer.zero_grad = lambda *rest, **more: None  # the gradients of the update stay to be looked at
+    trainer.update(TimestepBuckets())
+    frozen = [*parts.backbone.parameters(), *parts.connector.parameters(), *parts.text_encoder.model.parameters()]
+    assert all(value.grad is None and not value.requires_grad for value in frozen)
+    learning = dict(trainer.student.parameters())
+    assert all(value.grad is not None for value in learning.values())
+    assert any(value.grad.abs().max() > 0 for name, value in learning.items() if name.endswith("attn_gate"))
