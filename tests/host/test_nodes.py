@@ -45,7 +45,7 @@ def test_every_node_is_found_and_explained(infos):
 
 def test_every_input_and_output_has_a_tooltip(infos):
     for name, info in infos.items():
-        for inputs in info["input"].values():
+        for inputs in (info["input"].get("required", {}), info["input"].get("optional", {})):
             for key, (_, *options) in inputs.items():
                 assert options and len(options[0].get("tooltip") or "") >= 20, f"{name}.{key}"
         tooltips = info["output_tooltips"] or []
