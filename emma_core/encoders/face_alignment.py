@@ -21,7 +21,7 @@ TEMPLATE_SIZE_PX = 112
 ARCFACE_TEMPLATE = (
     (38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041),
 )
-# MTCNN's boxes of five people in seven pictures, drawn into the aligned picture: middle (55, 67) from its edge, 78 wide and 103 high
+# MTCNN's boxes of five people in seven pictures, drawn into the aligned one: middle (55, 67) from its edge, 78 wide, 103 high
 _BOX_MIDDLE = (56.0, 67.0)
 _BOX_SIDE = 103.0
 _LEAST_LIKENESS = 1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, get_origin, get_type_hints
@@ -59,6 +60,10 @@ def train(options: argparse.Namespace) -> int:
     """Run it; mistakes are told in one line, and Ctrl-C leaves a run that can go on."""
     from .runs import dry_run, run
 
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)  # how clusters and timeouts end a run
     try:
         config = config_of(options)
         if options.dry_run:

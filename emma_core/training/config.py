@@ -52,7 +52,6 @@ class DataConfig:
                            "identity, a style): a reference comes from the target's group")
     jsonl: str = _key("", "JSON-lines file: {image, caption or captions, group, reference or references, mask} per line, paths "
                           "relative to it")
-    shards: str = _key("", "webdataset shards for large sets, for instance data/{00000..00099}.tar")
     cache: str = _key("", "folder of latents and features; default: `cache` in the output folder")
     resolution_px: int = _key(512, "side of a square picture; other shapes have about its area", least=32)
     bucket_step_px: int = _key(64, "sides are multiples of this", least=8)
@@ -164,8 +163,6 @@ class TeacherConfig:
     ip_adapter: str = _key("", "IP-Adapter file on the base: the teacher sees the reference itself")
     ip_image_encoder: str = _key("", "CLIP vision folder of the IP-Adapter")
     scale: float = _key(1.0, "strength of the teacher's LoRA or IP-Adapter", least=0)
-    own_latents: bool = _key(False, "train on samples of the model itself: prompts and references are all that is needed")
-    prompts: str = _key("", "text file of prompts, one a line, for own_latents")
 
 
 @dataclass(frozen=True)

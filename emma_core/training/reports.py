@@ -88,7 +88,7 @@ class Reporter:
         self._events.add_scalar("rate", progress.rate, progress.step)
         for index, value in enumerate(progress.buckets):
             if value is not None:
-                self._events.add_scalar(f"loss by timestep/{_bucket_name(index)}", value, progress.step)
+                self._events.add_scalar(f"loss by timestep/{bucket_name(index)}", value, progress.step)
 
 
 def draw_loss_curve(lines: Sequence[dict[str, Any]]) -> Image.Image:
@@ -121,11 +121,12 @@ def draw_loss_curve(lines: Sequence[dict[str, Any]]) -> Image.Image:
     for index, curve in enumerate(curves):
         if len(curve) > 1:
             draw.line([place(*point) for point in curve], fill=_COLOURS[index], width=2)
-        draw.text((right + 12, _MARGIN_TOP + 20 * index), f"timesteps {_bucket_name(index)}", fill=_COLOURS[index], font=font)
+        draw.text((right + 12, _MARGIN_TOP + 20 * index), f"timesteps {bucket_name(index)}", fill=_COLOURS[index], font=font)
     return sheet
 
 
-def _bucket_name(index: int) -> str:
+def bucket_name(index: int) -> str:
+    """The timesteps of a bucket."""
     width = TIMESTEPS // BUCKETS
     return f"{index * width} to {(index + 1) * width - 1}"
 

@@ -19,12 +19,12 @@ from .examples import describe, read_examples, require
 from .parts import Parts, encoder_metadata, load_parts, options_of, prepare_precision
 from .places import place_weights
 from .prepare import Prepared, prepare
-from .reports import Reporter
+from .reports import Reporter, bucket_name
 from .samples import Sampler
 from .starts import begin_module
 from .student import Student, TeacherTarget
 from .teachers import IpAdapterTeacher, load_teacher
-from .trainer import Trainer
+from .trainer import Trainer, gain_of_reference
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,8 +74,22 @@ def run(config: TrainConfig, say: Callable[[str], None], bars: bool = True, devi
         say(f"going on after update {trainer.step}")
     with _bar(trainer, bars and accelerator.is_main_process) as bar:
         sampler = Sampler(parts.backbone, config.report, texts, references, data.bucket(0))
-        trainer.run(Reporter(config, trainer, sampler if config.report.sample_every else None, bar))
+        reporter = Reporter(config, trainer, sampler if config.report.sample_every else None, bar)
+        trainer.run(reporter)
+    if trainer.student.module is not None and accelerator.is_main_process:
+        gain = gain_of_reference(trainer)
+        reporter.log.write(step=trainer.step, **gain)
+        say(gain_in_words(gain))
     return folder / f"{config.output.name}.safetensors"
+
+
+def gain_in_words(gain: Mapping[str, list[float | None]]) -> str:
+    """What the reference takes from the error on the training pictures, by timestep."""
+    lines = ["error on training pictures, with reference / text only, by timestep:"]
+    for index, (shown, plain) in enumerate(zip(gain["with reference"], gain["text only"], strict=True)):
+        if shown is not None and plain:
+            lines.append(f"  {bucket_name(index)}: {shown:.5f} / {plain:.5f} ({100 * (shown / plain - 1):+.1f}%)")
+    return "\n".join(lines)
 
 
 def begin(config: TrainConfig, parts: Parts, data: Prepared, accelerator: Accelerator, folder: Path) -> Trainer:

@@ -59,7 +59,9 @@ def test_the_module_says_what_it_is_and_names_no_path(run, pictures):
 
 def test_the_run_leaves_log_curve_samples_and_its_configuration(run):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3] and len(lines[0]["buckets"]) == 5 and len(lines[0]["gates"]["A"]) == 4
+    assert [line["step"] for line in lines] == [1, 2, 3, 3]
+    assert len(lines[0]["buckets"]) == 5 and len(lines[0]["gates"]["A"]) == 4
+    assert set(lines[-1]) == {"step", "with reference", "text only"}
     assert Image.open(run / "loss.png").size == (760, 420)
     sheet = Image.open(run / "samples" / "00000002.png")
     assert sheet.width > 3 * 160 and len(sheet.resize((40, 40)).getcolors(2000)) > 50
