@@ -66,7 +66,7 @@ def encoder_kind(path: str | Path, open_clip_model: str | None = None) -> str:
 
     if recognise_clip_shapes(shapes) is not None:
         return "clip"
-    if any(name.startswith("visual.") for name in names):
+    if "conv1.weight" in names or any(name.startswith(("visual.", "trunk.")) for name in names):
         return "open_clip"
     raise EncoderFileError(
         f"{path.name} is no encoder that is known here ({_some(names)}). Wanted AdaFace (IR-18, 50, 101), a model of open_clip "

@@ -134,7 +134,9 @@ def load_open_clip_encoder(
     check_fits(shapes, shapes_of(model), tower.name, name)
     check_finite(weights, name, EncoderFileError)
     fingerprint = fingerprint_of_weights(weights)
-    values = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
+    # copies, as tensors of a PyTorch file lie in the file itself
+    values = {key: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+              for key, value in weights.items()}
     model.load_state_dict(values, assign=True)
     _compute_buffers(model)
     warn_of_other_tags(tower)

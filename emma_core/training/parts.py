@@ -93,12 +93,17 @@ def weights_mark(model: torch.nn.Module) -> str:
 
 
 def prepare_precision(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, torch.dtype]:
-    """The precision that the device can train in: fp16 becomes fp32 on a CPU, which has no fp16 arithmetic to gain."""
+    """The precision that the device can train in, and that of the frozen weights.
+
+    A CPU has no fp16 arithmetic to gain, so fp16 becomes fp32 there; and bf16 is for its products alone, as other
+    operations are slower in it.
+    """
     precision = config.train.precision
     if precision == "fp16" and device.type == "cpu":
         precision = "fp32"
     kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return replace(config, train=replace(config.train, precision=precision)), kinds[precision]
+    weights = torch.float32 if device.type == "cpu" else kinds[precision]
+    return replace(config, train=replace(config.train, precision=precision)), weights
 
 
 def _new_connector(backbone: Backbone, text_encoder: TextEncoder) -> Connector:

@@ -56,8 +56,9 @@ def test_open_clip_layout_of_a_known_clip_is_that_clip(tmp_path):
 
 
 def test_other_towers_go_to_open_clip(tmp_path):
-    save_file({"visual.trunk.blocks.0.attn.qkv.weight": torch.zeros(3, 3)}, tmp_path / "siglip.safetensors")
-    assert encoder_kind(tmp_path / "siglip.safetensors") == "open_clip"
+    for key in ("visual.trunk.blocks.0.attn.qkv.weight", "trunk.blocks.0.attn.qkv.weight", "conv1.weight"):
+        save_file({key: torch.zeros(3, 3)}, tmp_path / "siglip.safetensors")
+        assert encoder_kind(tmp_path / "siglip.safetensors") == "open_clip"
     (tmp_path / "eva").mkdir()
     (tmp_path / "eva" / "open_clip_config.json").write_text(json.dumps({}))
     assert encoder_kind(tmp_path / "eva") == "open_clip"

@@ -300,3 +300,30 @@ def test_wrong_size_of_clip_is_refused_by_name_and_size(run_node, tiny, clip_vis
     found = r"this encoder is CLIP ViT-tiny \(hidden 32, projected 16.*needs CLIP ViT-H/14 \(hidden 1280, projected 1024"
     with pytest.raises(pack_import("emma_core.errors").ReferenceMismatchError, match=found):
         run_node("EMMAEncodeReference", module=module, encoder=clip_vision, image=torch.rand(1, 28, 28, 3), combine="concat")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20000, 10), (10, 20000)])
+@pytest.mark.parametrize("kind", ["clip", "playground"])
+def test_pictures_of_any_shape_are_encoded(run_node, tiny, clip_vision, pack_import, size, kind):
+    """A mask of another size with them, as a careless graph would have it."""
+    encoder, module = clip_vision, clip_module(tiny)
+    if kind == "playground":
+        encoder = pack_import("host.encoders").load_playground_reference_encoder()
+        module = tiny.module("style", {"global": (256, 4)}, encoder=dict(encoder.encoder.description))
+    for settings in ({}, {"mask": torch.ones(1, 7, 5)}, {"mask": torch.ones(1, 7, 5), "crop_to_mask": True}):
+        picture = torch.full((1, *size, 3), 0.5)
+        inputs = {"module": module, "encoder": encoder, "image": picture, "combine": "concat", **settings}
+        reference, seen = run_node("EMMAEncodeReference", **inputs)
+        assert all(torch.isfinite(value).all() for value in reference.features.values())
+        assert (seen - 0.5).abs().min() < 0.01
+
+
+def test_sixty_four_faces_are_all_encoded(run_node, tiny, adaface):
+    """Eight by eight of two people; the batch of faces goes through in chunks."""
+    resize = {"size": (96, 96), "mode": "bilinear", "antialias": True}
+    tiles = [torch.nn.functional.interpolate(photo(name).movedim(-1, 1), **resize).movedim(1, -1)[0]
+             for name in ("collins", "hopper")]
+    rows = [torch.cat([tiles[(row + column) % 2] for column in range(8)], 1) for row in range(8)]
+    settings = {"module": face_module(tiny), "encoder": adaface, "image": torch.cat(rows)[None], "face": "all"}
+    reference, seen = run_node("EMMAEncodeReference", combine="concat", **settings)
+    assert len(seen) == 64 and reference.features["face"].shape == (1, 64, 512)
