@@ -37,8 +37,9 @@ def draw_contact_sheet(columns: Sequence[str], rows: Sequence[SheetRow], referen
             sheet.paste(_cell(picture), (left, top + _LABEL_PX))
             frame = (left - 1, top + _LABEL_PX - 1, left + _CELL_PX, top + _LABEL_PX + _CELL_PX)
             draw.rectangle(frame, outline=(220, 220, 220))
-    line = lefts[references] - _GAP_PX
-    draw.line((line, _HEAD_PX // 2, line, height - _LABEL_PX), fill=_FAINT)
+    if references:
+        line = lefts[references] - _GAP_PX
+        draw.line((line, _HEAD_PX // 2, line, height - _LABEL_PX), fill=_FAINT)
     draw.text((_GAP_PX, height - _LABEL_PX // 2), footer, fill=_FAINT, font=ImageFont.load_default(12), anchor="lm")
     return sheet
 

@@ -163,6 +163,9 @@ class TeacherConfig:
     ip_adapter: str = _key("", "IP-Adapter file on the base: the teacher sees the reference itself")
     ip_image_encoder: str = _key("", "CLIP vision folder of the IP-Adapter")
     scale: float = _key(1.0, "strength of the teacher's LoRA or IP-Adapter", least=0)
+    own_latents: bool = _key(False, "train on samples of the model itself: prompts and references are all that is needed")
+    prompts: str = _key("", "text file of prompts, one a line, for own_latents")
+    samples: int = _key(4, "samples of each prompt, for own_latents", least=1)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from .backbones import Backbone
 from .buckets import open_picture
 from .config import TrainConfig
 from .draws import Row
-from .examples import describe, read_examples, require
+from .examples import PictureSet, describe, read_examples, require
+from .own_latents import OwnLatents, check_own_latents, own_latents
 from .parts import Parts, encoder_metadata, load_parts, options_of, prepare_precision
 from .places import place_weights
 from .prepare import Prepared, prepare
@@ -92,7 +93,7 @@ def gain_in_words(gain: Mapping[str, list[float | None]]) -> str:
     return "\n".join(lines)
 
 
-def begin(config: TrainConfig, parts: Parts, data: Prepared, accelerator: Accelerator, folder: Path) -> Trainer:
+def begin(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents, accelerator: Accelerator, folder: Path) -> Trainer:
     """A trainer at its first update; the encoders are let go, as everything they give is cached."""
     module = None
     if config.what == "module":
@@ -103,13 +104,13 @@ def begin(config: TrainConfig, parts: Parts, data: Prepared, accelerator: Accele
         module = begin_module(config, parts.connector, dims, described, generator)
         module.config = module.config.replace(training=recipe(config, parts, data), file_metadata=model_spec(config))
     parts.reference_encoder = None
-    places = place_weights(data) if config.objective.place_weight else None
-    student = Student(parts.backbone, parts.connector, module, config.objective, teacher_target(config, parts.backbone, data),
-                      None if places is None else places.get)
+    places = place_weights(data).get if config.objective.place_weight else None
+    teacher = teacher_target(config, parts.backbone, _pictures(data))
+    student = Student(parts.backbone, parts.connector, module, config.objective, teacher, places)
     return Trainer(config, student, data, accelerator, folder)
 
 
-def teacher_target(config: TrainConfig, backbone: Backbone, data: Prepared) -> TeacherTarget | None:
+def teacher_target(config: TrainConfig, backbone: Backbone, pictures: PictureSet) -> TeacherTarget | None:
     """The teacher's prediction as a target, or None without a teacher; it sees each row's reference whole, as it is.
 
     Raises:
@@ -123,7 +124,7 @@ def teacher_target(config: TrainConfig, backbone: Backbone, data: Prepared) -> T
 
     def vectors(reference: int) -> torch.Tensor:
         if reference not in known:
-            picture_HW3 = picture_tensor(data.pictures.pictures[reference])
+            picture_HW3 = picture_tensor(pictures.pictures[reference])
             known[reference] = teacher.encode_reference(picture_HW3[None])["ip_adapter"].cpu()
         return known[reference]
 
@@ -137,12 +138,16 @@ def teacher_target(config: TrainConfig, backbone: Backbone, data: Prepared) -> T
     return target
 
 
+def _pictures(data: Prepared | OwnLatents) -> PictureSet:
+    return data.pictures if isinstance(data, Prepared) else data.prepared.pictures
+
+
 def picture_tensor(path: Path) -> torch.Tensor:
     """A picture file as (H, W, 3) in [0, 1]."""
     return torch.from_numpy(np.array(open_picture(path), dtype=np.float32) / 255)
 
 
-def recipe(config: TrainConfig, parts: Parts, data: Prepared) -> dict[str, Any]:
+def recipe(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents) -> dict[str, Any]:
     """How the module is trained, for its metadata: no paths."""
     train, objective = config.train, config.objective
     return {
@@ -166,11 +171,16 @@ def model_spec(config: TrainConfig) -> dict[str, str]:
 
 def _encode(
     config: TrainConfig, parts: Parts, examples, folder: Path, bars: bool
-) -> tuple[Prepared, Mapping[str, torch.Tensor], list[Mapping[str, torch.Tensor]]]:
+) -> tuple[Prepared | OwnLatents, Mapping[str, torch.Tensor], list[Mapping[str, torch.Tensor]]]:
     """The data, encoded; texts and references of the sample pictures."""
+    if config.teacher.own_latents:
+        check_own_latents(config)
     options = options_of(config) if config.what == "module" else None
     cache = Path(config.data.cache) if config.data.cache else folder / "cache"
-    data = prepare(examples, config.data, config.encoder, parts.encoders(config), options, cache, _progress(bars))
+    encoders = parts.encoders(config)
+    data: Prepared | OwnLatents = prepare(examples, config.data, config.encoder, encoders, options, cache, _progress(bars))
+    if config.teacher.own_latents:
+        data = own_latents(config, parts.backbone, parts.connector, encoders.encode_texts, data, cache, _progress(bars))
     prompts = tuple(dict.fromkeys(("", *(config.report.sample_prompts or data.captions(0)[:1]))))
     texts = {prompt: features.cpu() for prompt, features in zip(prompts, parts.text_encoder.encode(prompts), strict=True)}
     if options is None:

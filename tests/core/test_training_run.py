@@ -6,11 +6,15 @@ import random
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from test_training_backbones import kohya_lora, lora_layers
 
 from emma_core import load_connector, load_module
 from emma_core.__main__ import main
 from emma_core.playground import PLAYGROUND_DIR
+from emma_core.training.backbones import load_backbone
 from emma_core.training.checkpoints import checkpoints
+from emma_core.training.config import BaseConfig
 from emma_core.training.reports import draw_loss_curve
 
 SMALL = ["--preset", "small-card", "--data.resolution_px", "128", "--data.reference_crops", "0", "--data.workers", "0",
@@ -123,6 +127,42 @@ def test_mistakes_are_told_in_one_line(pictures, tmp_path, capsys, arguments, fo
     assert status == 1
     message = capsys.readouterr().err
     assert found in message and message.startswith("error: ") and "Traceback" not in message
+
+
+@pytest.fixture
+def taught(pictures, tmp_path):
+    """Arguments of a run that a LoRA with random weights teaches, on samples of the playground itself."""
+    unet = load_backbone(BaseConfig()).unet
+    save_file(kohya_lora(lora_layers(unet)), tmp_path / "lora.safetensors")
+    (tmp_path / "prompts.txt").write_text("woman astronaut\n\nman cook\n", encoding="utf-8")
+    return [*SMALL, "--data.folder", str(pictures), "--teacher.own_latents", "true", "--teacher.samples", "2",
+            "--teacher.prompts", str(tmp_path / "prompts.txt"), "--report.sample_steps", "2", "--report.guidance", "3"]
+
+
+def test_a_teacher_needs_prompts_and_references_alone(taught, tmp_path, capsys):
+    where = ["--teacher.lora", str(tmp_path / "lora.safetensors"), "--output.folder", str(tmp_path / "run")]
+    first, second = (["train", *taught, *where, "--train.steps", steps] for steps in "23")
+    assert main(first) == 0
+    config = load_module(tmp_path / "run" / "emma-module.safetensors").config
+    assert config.training["data"] == {"own_latents": 4, "distinct_prompts": 2, "references": 4}
+    [shard] = (tmp_path / "run" / "cache" / "own_latents").rglob("*.safetensors")
+    latents = load_file(shard)
+    assert len(latents) == 4 and all(value.shape == (4, 16, 16) for value in latents.values())
+    values = list(latents.values())
+    assert not any(torch.equal(values[0], other) for other in values[1:])
+    before = shard.stat().st_mtime_ns
+    assert main(second) == 0 and shard.stat().st_mtime_ns == before, "drawn once"
+    assert "going on after update 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "found"), [
+    ([], "own_latents needs a teacher"), (["--teacher.lora", "a", "--teacher.prompts", ""], "needs teacher.prompts"),
+    (["--teacher.lora", "a", "--data.flip", "true"], "data.flip does not go with"),
+    (["--teacher.lora", "a", "--teacher.prompts", "none.txt"], "'none.txt' cannot be read"),
+])
+def test_own_latents_that_cannot_be_are_refused(taught, tmp_path, capsys, arguments, found):
+    assert main(["train", *taught, *arguments, "--output.folder", str(tmp_path / "run"), "--train.steps", "1"]) == 1
+    assert found in capsys.readouterr().err
 
 
 def test_inspect_prints_and_draws(run, capsys, tmp_path):
