@@ -9,6 +9,7 @@ from .gate_map import EMMAGateMap
 from .load import EMMALoadELLA, EMMALoadModule, EMMALoadReferenceEncoder, EMMALoadTextEncoder
 from .playground import EMMAPlayground, EMMAPlaygroundPicture
 from .references import EMMALoadReference, EMMASaveReference
+from .train import EMMASaveModule, EMMATrainModule
 
 
 class EmmaExtension(ComfyExtension):
@@ -18,5 +19,5 @@ class EmmaExtension(ComfyExtension):
         return [
             EMMALoadELLA, EMMALoadTextEncoder, EMMALoadModule, EMMALoadReferenceEncoder, EMMAEncodeReference,
             EMMAAssembleModules, EMMAConnector, EMMAGateMap, EMMAPlayground, EMMAPlaygroundPicture,
-            EMMASaveReference, EMMALoadReference,
+            EMMASaveReference, EMMALoadReference, EMMATrainModule, EMMASaveModule,
         ]

@@ -15,13 +15,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..encoders.options import BACKGROUNDS, FRAMES, LAYERS
 from ..errors import TrainingConfigError
+from .presets import CONDITIONS, PRESETS
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-CONDITIONS = ("style", "object", "portrait", "face", "custom")
 INITIALISATIONS = ("ella", "random")
 PRECISIONS = ("fp32", "fp16", "bf16")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -195,17 +195,6 @@ class TrainConfig:
             lines += ["", f"[{section}]"]
             lines += [f"{key} = {json.dumps(value)}" for key, value in dataclasses.asdict(getattr(self, section)).items()]
         return "\n".join(lines) + "\n"
-
-
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {},
-    "small-card": {
-        "train": {"steps": 2000, "batch": 2, "accumulate": 4, "rate": 5e-4, "gate_rate": 5.0, "warmup": 50,
-                  "schedule": "cosine", "gradient_checkpointing": True, "average": 0.99},
-        "objective": {"timestep_power": 0.4, "inverse_snr": 60.0},
-        "report": {"save_every": 200, "log_every": 20},
-    },
-}
 
 
 def sections() -> dict[str, type]:

@@ -206,7 +206,7 @@ def test_saved_reference_loads_and_names_count_up(run_node, reference, base_dire
 @pytest.mark.parametrize("name", ["", "  ", "../outside", "people/", ".", "/"])
 def test_names_that_lead_elsewhere_are_refused(run_node, reference, pack_import, base_directory, name):
     before = sorted((base_directory / "models").rglob("*"))
-    with pytest.raises(pack_import("emma_core.errors").ReferenceFileError, match="cannot be the name of a reference"):
+    with pytest.raises(pack_import("emma_core.errors").FileError, match="cannot be a name in .*emma_references"):
         run_node("EMMASaveReference", reference=reference, name=name)
     assert sorted((base_directory / "models").rglob("*")) == before
 

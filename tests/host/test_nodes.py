@@ -19,6 +19,7 @@ PROMISED = {
     "EMMAAssembleModules": ["EMMA_ASSEMBLY"], "EMMAConnector": ["MODEL", "CONDITIONING", "CONDITIONING"],
     "EMMAGateMap": ["IMAGE"],
     "EMMASaveReference": [], "EMMALoadReference": ["EMMA_REFERENCE"],
+    "EMMATrainModule": ["EMMA_MODULE", "LOSS_MAP", "STRING"], "EMMASaveModule": [],
     "EMMAPlayground": ["MODEL", "CLIP", "VAE", "ELLA", "EMMA_MODULE", "EMMA_MODULE", "EMMA_ENCODER"],
 }
 # feature name -> (dim, tokens per vector) of the shipped encoder

@@ -1,0 +1,17 @@
+"""Presets of training runs, by section and key of the configuration, and the conditions there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CONDITIONS = ("style", "object", "portrait", "face", "custom")
+# "paper" is the configuration's own defaults (section 4.2)
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {},
+    "small-card": {
+        "train": {"steps": 2000, "batch": 2, "accumulate": 4, "rate": 5e-4, "gate_rate": 5.0, "warmup": 50,
+                  "schedule": "cosine", "gradient_checkpointing": True, "average": 0.99},
+        "objective": {"timestep_power": 0.4, "inverse_snr": 60.0},
+        "report": {"save_every": 200, "log_every": 20},
+    },
+}

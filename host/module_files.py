@@ -1,0 +1,54 @@
+"""EMMA modules as files in the host's folder.
+
+Shapes: a picture is (H, W, 3).
+"""
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..emma_core.module_file import save_module
+from .images import rgb_pictures
+from .loaded import LoadedModule
+from .naming import below, numbered
+from .paths import MODULE
+
+_SUFFIX = ".safetensors"
+_THUMBNAIL_PX = 256
+
+
+def save_named_module(module: LoadedModule, name: str, entries: Mapping[str, str], thumbnail: torch.Tensor | None) -> str:
+    """Save as ``name`` below the first folder of modules, or as ``name_2``, ...: what is there is never overwritten.
+
+    Args:
+        module: EMMA_MODULE; its metadata is kept.
+        name: file name, folders allowed.
+        entries: title, author, license; what is empty leaves the module's own.
+        thumbnail: IMAGE whose first picture stands in the metadata, or None.
+    Returns:
+        The name as Load EMMA Module lists it.
+    Raises:
+        FileError: no name, or one that leads out of the folder.
+        ImageInputError: unusable thumbnail.
+    """
+    root = Path(MODULE.roots()[0])
+    wanted = below(root, name.strip().removesuffix(_SUFFIX))
+    metadata = {f"modelspec.{key}": value.strip() for key, value in entries.items() if value.strip()}
+    if thumbnail is not None:
+        metadata["modelspec.thumbnail"] = _data_uri(rgb_pictures(thumbnail)[0])
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    path = next(path for path in numbered(wanted, _SUFFIX) if not path.exists())
+    save_module(module.module, path, torch.float16, metadata)
+    return path.relative_to(root).as_posix()
+
+
+def _data_uri(picture_HW3: torch.Tensor) -> str:
+    image = Image.fromarray((picture_HW3.cpu() * 255).round().byte().numpy())
+    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,0 +1,28 @@
+"""Files that users name: they stay in their folder, and none is overwritten."""
+
+import os
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+from ..emma_core.errors import FileError
+
+
+def below(root: Path, name: str) -> Path:
+    """A user's name as a path below a folder.
+
+    Raises:
+        FileError: no name, or one that leads out of the folder.
+    """
+    name = name.strip().replace("\\", "/")
+    wanted = Path(os.path.normpath(root / name))
+    if not wanted.name or name.endswith("/") or wanted == root or not wanted.is_relative_to(root):
+        raise FileError(f"{name!r} cannot be a name in {root}. Give a name, with folders before it if you like: people/ada.")
+    return wanted
+
+
+def numbered(path: Path, suffix: str = "") -> Iterator[Path]:
+    """The path, then ``path_2``, ``path_3``, ..."""
+    yield path.with_name(path.name + suffix)
+    for number in count(2):
+        yield path.with_name(f"{path.name}_{number}{suffix}")

@@ -1,0 +1,138 @@
+"""Train EMMA Module and Save EMMA Module."""
+
+from comfy_api.latest import io, ui
+
+from ..emma_core.training.presets import CONDITIONS, PRESETS
+from ..host import module_files
+from .types import CATEGORY, Ella, Encoder, Module, advanced
+
+_PRESET = "small-card"
+_TRAIN, _OBJECTIVE = PRESETS[_PRESET]["train"], PRESETS[_PRESET]["objective"]
+_LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
+
+
+class EMMATrainModule(io.ComfyNode):
+    """Latents, texts and references -> a module that learnt from them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EMMATrainModule",
+            display_name="Train EMMA Module",
+            category=CATEGORY,
+            description="Trains an EMMA module on pictures, their texts and their references; model, ELLA and encoder stay "
+                        "frozen. Checkpoints go into output/emma_training. After Cancel the same run goes on where it was.",
+            inputs=[*_wired(), *_settings(), *_optional()],
+            outputs=[
+                Module.Output(display_name="EMMA_MODULE", tooltip="For Save EMMA Module, Encode Reference Image and Assemble "
+                                                                  "EMMA Modules."),
+                io.LossMap.Output(display_name="LOSS_MAP", tooltip="Loss of every update, for the host's Plot Loss Graph."),
+                io.String.Output(display_name="report", tooltip="What was trained, and what the reference gains."),
+            ],
+            is_input_list=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, model, ella, latents, positive, reference_image, encoder, name, condition, steps, batch, accumulate, rate,
+        gate_rate, seed, precision, timestep_power, inverse_snr, average, checkpoint_every, start=(None,),
+        teacher_model=(None,), teacher_positive=(),
+    ) -> io.NodeOutput:
+        from ..emma_core.training.config import resolve  # here, as the trainer takes long to import
+        from ..host import training
+
+        config = resolve({}, _PRESET, {
+            "output.folder": name[0], "module.condition": condition[0], "train.steps": steps[0], "train.batch": batch[0],
+            "train.accumulate": accumulate[0], "train.rate": rate[0], "train.gate_rate": gate_rate[0], "train.seed": seed[0],
+            "train.precision": training.precision_of(precision[0]), "train.average": average[0],
+            "objective.timestep_power": timestep_power[0], "objective.inverse_snr": inverse_snr[0],
+            # no empty prompt is wired here, so texts are never dropped
+            "objective.drop_text": 0.0, "objective.drop_both": 0.0, "report.save_every": checkpoint_every[0], "report.keep": 1,
+        })
+        inputs = training.TrainingInputs(model[0], ella[0], latents, positive, reference_image, encoder[0], start[0],
+                                         teacher_model[0], teacher_positive)
+        module, losses, report = training.train(inputs, config)
+        return io.NodeOutput(module, {"loss": losses}, report)
+
+
+def _wired() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The checkpoint to train on, with its LoRAs. It stays as it is: a copy is used."),
+        Ella.Input("ella", tooltip="The connector, from Load ELLA. The module belongs to it."),
+        io.Latent.Input("latents", tooltip="Pictures to learn from, from VAE Encode: a batch, or a list of any sizes."),
+        io.Conditioning.Input("positive", tooltip="Their texts, encoded with Load ELLA Text Encoder: one for all pictures, or "
+                                                  "one for each (a list, or combined)."),
+        io.Image.Input("reference_image", tooltip="References: one for all pictures, or one for each, in the same order."),
+        io.MultiType.Input("encoder", types=[Encoder, io.ClipVision],
+                           tooltip="Load Reference Encoder, or a CLIP_VISION. The module will need the same one."),
+    ]
+
+
+def _settings() -> list[io.Input]:
+    conditions = [condition for condition in CONDITIONS if condition != "custom"]
+    return [
+        io.String.Input("name", default="module", tooltip="Folder in output/emma_training. One that holds another run gets a "
+                                                          "number; the same run goes on."),
+        io.Combo.Input("condition", options=conditions, default=conditions[0],
+                       tooltip="What the module takes from a reference: style and face read one vector, object and portrait "
+                               "read details too."),
+        io.Int.Input("steps", default=_TRAIN["steps"], min=1, max=1_000_000, tooltip="Updates of the module in all."),
+        io.Int.Input("batch", default=_TRAIN["batch"], min=1, max=256, tooltip="Pictures at once; more need more memory."),
+        io.Int.Input("accumulate", default=_TRAIN["accumulate"], min=1, max=1024,
+                     tooltip="Batches for one update: as a larger batch, without more memory."),
+        io.Float.Input("rate", default=_TRAIN["rate"], min=0.0, max=1.0, step=1e-6, round=False,
+                       tooltip="Learning rate of AdamW. Lower it if the loss rises."),
+        io.Float.Input("gate_rate", default=_TRAIN["gate_rate"], min=0.0, max=1000.0, step=0.1,
+                       tooltip="Factor on the rate of the global gates, which begin at 0: how fast the module comes in."),
+        io.Int.Input("seed", default=0, min=0, max=_LARGEST_SEED, tooltip="Of everything random. Another seed is another run."),
+        io.Combo.Input("precision", options=["auto", "fp32", "bf16"], default="auto",
+                       tooltip="Of the frozen model. auto: bf16 on GPUs that have it, else fp32."),
+        advanced(io.Float.Input("timestep_power", default=_OBJECTIVE["timestep_power"], min=0.05, max=10.0, step=0.05,
+                                tooltip="1 draws timesteps evenly; less draws more noise, where a reference shows.")),
+        advanced(io.Float.Input("inverse_snr", default=_OBJECTIVE["inverse_snr"], min=0.0, max=1000.0, step=1.0,
+                                tooltip="Weight 1/SNR, at most this: stresses high noise. 0 weighs all timesteps alike.")),
+        advanced(io.Float.Input("average", default=_TRAIN["average"], min=0.0, max=0.99999, step=1e-5, round=False,
+                                tooltip="Decay of averaged weights, which are what comes out. 0: the last weights.")),
+        advanced(io.Int.Input("checkpoint_every", default=PRESETS[_PRESET]["report"]["save_every"], min=1, max=1_000_000,
+                              tooltip="Updates between checkpoints; Cancel writes one too.")),
+    ]
+
+
+def _optional() -> list[io.Input]:
+    return [
+        Module.Input("start", optional=True, tooltip="A module to start from, of the same ELLA and condition sizes."),
+        io.Model.Input("teacher_model", optional=True,
+                       tooltip="Learn this model's prediction instead of the noise, for instance one with a style LoRA."),
+        io.Conditioning.Input("teacher_positive", optional=True,
+                              tooltip="What the teacher is conditioned on, encoded with its own CLIP: one for all pictures, or "
+                                      "one for each."),
+    ]
+
+
+class EMMASaveModule(io.ComfyNode):
+    """EMMA_MODULE -> file in models/emma."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EMMASaveModule",
+            display_name="Save EMMA Module",
+            category=CATEGORY,
+            description="Saves a module into models/emma, with what it needs and how it was trained in its metadata.",
+            inputs=[
+                Module.Input("module", tooltip="From Train EMMA Module or Load EMMA Module."),
+                io.String.Input("name", default="module",
+                                tooltip="File name, with folders if you like: people/ada. A file of that name is never "
+                                        "overwritten; the new one gets a number."),
+                io.String.Input("title", default="", optional=True, tooltip="Title in model managers. Empty: as it was."),
+                io.String.Input("author", default="", optional=True, tooltip="Who made the module. Empty: as it was."),
+                io.String.Input("license", default="", optional=True, tooltip="Licence of the module. Empty: as it was."),
+                io.Image.Input("thumbnail", optional=True, tooltip="A picture that model managers show; made small."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, module, name, title="", author="", license="", thumbnail=None) -> io.NodeOutput:
+        entries = {"title": title, "author": author, "license": license}
+        return io.NodeOutput(ui=ui.PreviewText(f"saved as {module_files.save_named_module(module, name, entries, thumbnail)}"))
