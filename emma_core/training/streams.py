@@ -31,11 +31,12 @@ Report = Callable[[list[Problem], int], None]
 class StreamedExamples(IterableDataset):
     """`stream_examples` for a DataLoader: one epoch each time it is read, from epoch 0, split over its workers."""
 
-    def __init__(self, data: DataConfig, seed: int = 0, epoch: int = 0, rank: int = 0, world_size: int = 1):
-        self.data, self.seed, self.epoch, self.rank, self.world_size = data, seed, epoch, rank, world_size
+    def __init__(self, pattern: str, data: DataConfig, seed: int = 0, epoch: int = 0, rank: int = 0, world_size: int = 1):
+        self.pattern, self.data, self.seed, self.epoch = pattern, data, seed, epoch
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return stream_examples(self.data.shards, self.data, self.seed, self.epoch, self.rank, self.world_size)
+        return stream_examples(self.pattern, self.data, self.seed, self.epoch, self.rank, self.world_size)
 
 
 def stream_examples(
@@ -60,7 +61,7 @@ def stream_examples(
     try:
         import webdataset
     except ImportError as found:
-        raise TrainingConfigError("data.shards needs the package webdataset, which is not installed: pip install webdataset"
+        raise TrainingConfigError("shards need the package webdataset, which is not installed: pip install webdataset"
                                   ) from found
     shards = _shards(pattern, world_size, webdataset)
     random.Random(f"{seed} {epoch}").shuffle(shards)
@@ -72,10 +73,11 @@ def _shards(pattern: str, world_size: int, webdataset: Any) -> list[Path]:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         more = f" and {len(missing) - _MOST_TOLD} more" if len(missing) > _MOST_TOLD else ""
-        raise TrainingDataError(f"data.shards names {len(missing)} files that do not exist: {', '.join(missing[:_MOST_TOLD])}"
-                                f"{more}. Correct the pattern, or get these shards (.tar files on this machine).")
+        told = ", ".join(missing[:_MOST_TOLD])
+        raise TrainingDataError(f"the pattern of shards names {len(missing)} files that do not exist: {told}{more}. Correct the "
+                                "pattern, or get these shards (.tar files on this machine).")
     if len(paths) < world_size:
-        raise TrainingDataError(f"data.shards names {len(paths)} shards for {world_size} processes; wanted one for each at "
+        raise TrainingDataError(f"the pattern names {len(paths)} shards for {world_size} processes; wanted one for each at "
                                 "least. Split the shards, or use fewer processes.")
     return paths
 

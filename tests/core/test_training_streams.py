@@ -46,8 +46,8 @@ def shards(tmp_path):
     return str(tmp_path / "{0..4}.tar")
 
 
-def config(pattern: str = "", **changes) -> DataConfig:
-    return DataConfig(**{"shards": pattern, "resolution_px": 64, "bucket_step_px": 16} | changes)
+def config(**changes) -> DataConfig:
+    return DataConfig(**{"resolution_px": 64, "bucket_step_px": 16} | changes)
 
 
 def captions(samples) -> list[str]:
@@ -62,7 +62,7 @@ def as_is(item):
 def test_two_processes_with_two_workers_see_each_sample_once(shards):
     seen = []
     for rank in range(2):
-        examples = StreamedExamples(config(shards), seed=3, epoch=1, rank=rank, world_size=2)
+        examples = StreamedExamples(shards, config(), seed=3, epoch=1, rank=rank, world_size=2)
         part = captions(DataLoader(examples, batch_size=None, num_workers=2, collate_fn=as_is))
         assert len(part) >= 12
         seen += part
