@@ -74,8 +74,8 @@ def _shards(pattern: str, world_size: int, webdataset: Any) -> list[Path]:
     if missing:
         more = f" and {len(missing) - _MOST_TOLD} more" if len(missing) > _MOST_TOLD else ""
         told = ", ".join(missing[:_MOST_TOLD])
-        raise TrainingDataError(f"the pattern of shards names {len(missing)} files that do not exist: {told}{more}. Correct the "
-                                "pattern, or get these shards (.tar files on this machine).")
+        raise TrainingDataError(f"the pattern of shards names {len(missing)} files that do not exist: {told}{more}. Correct "
+                                "the pattern, or get these shards (.tar files on this machine).")
     if len(paths) < world_size:
         raise TrainingDataError(f"the pattern names {len(paths)} shards for {world_size} processes; wanted one for each at "
                                 "least. Split the shards, or use fewer processes.")
