@@ -123,7 +123,7 @@ def load_reference_encoder(path: str, open_clip_model: str | None = None) -> Loa
         description = _clip_description(tensors, family)
         clip_vision = comfy.clip_vision.load_clipvision_from_sd(tensors)
         return _managed(HostClipVision(clip_vision, description), clip_vision.patcher)
-    encoder = load_encoder(path, open_clip_model)
+    encoder = load_encoder(path, open_clip_model, kind)
     return _managed(encoder, patcher_for(encoder.model))
 
 

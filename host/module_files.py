@@ -14,7 +14,7 @@ from PIL import Image
 from ..emma_core.module_file import save_module
 from .images import rgb_pictures
 from .loaded import LoadedModule
-from .naming import below, numbered
+from .naming import free_file
 from .paths import MODULE
 
 _SUFFIX = ".safetensors"
@@ -36,12 +36,10 @@ def save_named_module(module: LoadedModule, name: str, entries: Mapping[str, str
         ImageInputError: unusable thumbnail.
     """
     root = Path(MODULE.roots()[0])
-    wanted = below(root, name.strip().removesuffix(_SUFFIX))
     metadata = {f"modelspec.{key}": value.strip() for key, value in entries.items() if value.strip()}
     if thumbnail is not None:
         metadata["modelspec.thumbnail"] = _data_uri(rgb_pictures(thumbnail)[0])
-    wanted.parent.mkdir(parents=True, exist_ok=True)
-    path = next(path for path in numbered(wanted, _SUFFIX) if not path.exists())
+    path = free_file(root, name, _SUFFIX)
     save_module(module.module, path, torch.float16, metadata)
     return path.relative_to(root).as_posix()
 

@@ -21,6 +21,17 @@ def below(root: Path, name: str) -> Path:
     return wanted
 
 
+def free_file(root: Path, name: str, suffix: str) -> Path:
+    """A file that is not there yet, for a user's name with or without the suffix; its folder is made.
+
+    Raises:
+        FileError: see `below`.
+    """
+    wanted = below(root, name.strip().removesuffix(suffix))
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    return next(path for path in numbered(wanted, suffix) if not path.exists())
+
+
 def numbered(path: Path, suffix: str = "") -> Iterator[Path]:
     """The path, then ``path_2``, ``path_3``, ..."""
     yield path.with_name(path.name + suffix)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..emma_core.reference_features import ReferenceFeatures
 from ..emma_core.reference_file import load_reference, save_reference
-from .naming import below, numbered
+from .naming import free_file
 from .paths import REFERENCE
 
 _SUFFIX = ".safetensors"
@@ -19,9 +19,7 @@ def save_named_reference(reference: ReferenceFeatures, name: str) -> str:
         FileError: no name, or one that leads out of the folder.
     """
     root = Path(REFERENCE.roots()[0])
-    wanted = below(root, name.strip().replace("\\", "/").removesuffix(_SUFFIX))
-    wanted.parent.mkdir(parents=True, exist_ok=True)
-    path = next(path for path in numbered(wanted, _SUFFIX) if not path.exists())
+    path = free_file(root, name, _SUFFIX)
     save_reference(reference, path)
     return path.relative_to(root).as_posix()
 

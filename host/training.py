@@ -69,6 +69,10 @@ class GraphSet:
         height, width = self.latents[index].shape[1:]
         return LATENT_PX * width, LATENT_PX * height
 
+    def group(self, index: int) -> str:
+        """All are one group."""
+        return ""
+
     def captions(self, index: int) -> tuple[str, ...]:
         """Texts have no words here, only numbers."""
         return (f"conditioning {index % len(self.texts) + 1}",)

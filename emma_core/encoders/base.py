@@ -147,7 +147,10 @@ def encode_pictures(
     keys = [_digest(*parts) for parts in zip(image_BHW3, masks, of_each, strict=True)]
     cache = FeatureCache() if cache is None else cache
     known = {key: found for key in keys if (found := cache.get(key)) is not None}
-    todo = [index for index, key in enumerate(keys) if key not in known and keys.index(key) == index]
+    first: dict[str, int] = {}
+    for index, key in enumerate(keys):
+        first.setdefault(key, index)
+    todo = [index for key, index in first.items() if key not in known]
     after_chunk = after_chunk or (lambda done: None)
     after_chunk(count - len(todo))
     for chunk in _chunks(todo, of_each, at_once):

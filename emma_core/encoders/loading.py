@@ -18,16 +18,17 @@ _WHAT = "a reference encoder"
 _PLAYGROUND_KEY, _ADAFACE_KEY = "stages.0.down.weight", "input_layer.0.weight"
 
 
-def load_encoder(path: str | Path, open_clip_model: str | None = None) -> ReferenceEncoder:
+def load_encoder(path: str | Path, open_clip_model: str | None = None, kind: str | None = None) -> ReferenceEncoder:
     """The encoder of a file, or of a folder as Hugging Face lays it out; on the CPU in float32.
 
     Args:
         path: .safetensors, a PyTorch file that is opened as weights alone, or a folder with one of these.
         open_clip_model: open_clip's name of the model, where its tensors alone do not tell.
+        kind: what `encoder_kind` said of it, if it was asked before.
     Raises:
         EncoderFileError: damaged, of no known kind, or of a kind that needs to be named.
     """
-    kind = encoder_kind(path, open_clip_model)
+    kind = kind or encoder_kind(path, open_clip_model)
     if kind == "playground":
         from .playground import load_playground_encoder
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from ..emoji.dataset import Row
 
-CONDITIONS = ("style", "face")
+GROUPS = {"style": "vendor", "face": "tone"}  # what a reference tells
+CONDITIONS = tuple(GROUPS)
 
 
 class ReferencePicker:

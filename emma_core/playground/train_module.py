@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from ..encoders.playground import FACE_DIM, GLOBAL_DIM
 from ..gated_resampler import GatedResampler
 from ..module_config import FeatureSpec, ModuleConfig
 from ..module_file import save_module
+from ..training.draws import captions_of_few_lengths
 from . import PLAYGROUND_DIR
 from .frozen import FrozenBase, features_of, latents_of
 from .pairs import CONDITIONS, ReferencePicker
@@ -82,22 +82,6 @@ def make_optimizer(module: GatedResampler, rate: float) -> torch.optim.Optimizer
     ], lr=rate, fused=True)
 
 
-def prompts_of_few_lengths(
-    choices: Sequence[Sequence[str]], length_of: Callable[[str], int], chance: random.Random
-) -> list[str]:
-    """One prompt for each row, chosen so that few token counts occur: each count is a pass through the connector."""
-    lengths = [{length_of(text) for text in texts} for texts in choices]
-    prompts = [""] * len(choices)
-    open_rows = set(range(len(choices)))
-    while open_rows:
-        counts = Counter(length for row in open_rows for length in lengths[row])
-        commonest = max(counts, key=lambda length: (counts[length], -length))
-        for row in sorted(row for row in open_rows if commonest in lengths[row]):
-            prompts[row] = chance.choice([text for text in choices[row] if length_of(text) == commonest])
-            open_rows.remove(row)
-    return prompts
-
-
 class Batches:
     """Draws batches; `state` is all there is to its randomness."""
 
@@ -119,7 +103,7 @@ class Batches:
         without_reference = (DROP_TEXT, without_text + DROP_REFERENCE)
         choices = [[""] if drop < without_text else wordings(self.rows[target])
                    for target, drop in zip(targets, drops, strict=True)]
-        prompts = prompts_of_few_lengths(choices, self.length_of, self.chance)
+        prompts = captions_of_few_lengths(choices, self.length_of, self.chance)
         strength = [float(not without_reference[0] <= drop < without_reference[1]) for drop in drops]
         timestep_B = ((TIMESTEPS - 1) * torch.rand(BATCH, generator=self.generator) ** NOISE_POWER).round().long()
         noise_B4hw = torch.randn((BATCH, *self.latent_size), generator=self.generator)

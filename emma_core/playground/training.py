@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ..tensor_file import write_atomically
+from ..training.averaging import AveragedWeights, cosine_rate
+
+__all__ = [
+    "AveragedWeights", "Log", "cosine_rate", "load_checkpoint", "random_shift", "save_checkpoint", "set_rate", "to_float",
+]
 
 
 def to_float(images_NHWC: np.ndarray) -> torch.Tensor:
@@ -29,38 +32,10 @@ def random_shift(image_B3HW: torch.Tensor, most_px: int, generator: torch.Genera
     return torch.stack(moved)
 
 
-def cosine_rate(step: int, steps: int, warmup: int) -> float:
-    """Factor on the learning rate: rises linearly from 0.1 to 1 in `warmup` steps, then falls as a cosine to 0.01."""
-    if step < warmup:
-        return 0.1 + 0.9 * step / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Each group's rate is `factor` times the `base_lr` it was given."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-
-
-class AveragedWeights:
-    """Exponential moving average of parameters; early steps count less than `decay` would make them."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        names = list(self.values)
-        parameters = dict(model.named_parameters())
-        torch._foreach_lerp_([self.values[n] for n in names], [parameters[n].detach() for n in names], 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.values[name])
 
 
 class Log:

@@ -25,6 +25,7 @@ class TrainingSet(Protocol):
 
     def __len__(self) -> int: ...
     def bucket(self, index: int) -> tuple[int, int]: ...
+    def group(self, index: int) -> str: ...
     def captions(self, index: int) -> tuple[str, ...]: ...
     def references(self, index: int) -> tuple[int, ...]: ...
     def variants(self, reference: int) -> int: ...
@@ -72,7 +73,8 @@ class Draws:
         self._rank, self._processes = rank, processes
         self._chance = random.Random(config.train.seed)
         self._generator = torch.Generator().manual_seed(config.train.seed)
-        self._waiting: list[list[int]] = []
+        self._batches: list[list[int]] = []  # of this epoch, never changed, so that `state` needs no copy of it
+        self._drawn = 0  # of these
         self.number = 0
 
     def draw(self) -> Batch:
@@ -92,19 +94,20 @@ class Draws:
     def state(self) -> dict[str, Any]:
         """Everything that decides what is drawn next, in plain values and tensors."""
         return {"chance": self._chance.getstate(), "generator": self._generator.get_state(), "number": self.number,
-                "waiting": [list(targets) for targets in self._waiting]}
+                "batches": self._batches, "drawn": self._drawn}
 
     @state.setter
     def state(self, value: dict[str, Any]) -> None:
         version, words, gauss = value["chance"]
         self._chance.setstate((version, tuple(words), gauss))
         self._generator.set_state(value["generator"])
-        self._waiting, self.number = [list(targets) for targets in value["waiting"]], value["number"]
+        self._batches, self._drawn, self.number = value["batches"], value["drawn"], value["number"]
 
     def _next_targets(self) -> list[int]:
-        if not self._waiting:
-            self._waiting = self._epoch()
-        return self._waiting.pop()
+        if self._drawn == len(self._batches):
+            self._batches, self._drawn = self._epoch(), 0
+        self._drawn += 1
+        return self._batches[-self._drawn]
 
     def _epoch(self) -> list[list[int]]:
         """All targets in batches of one bucket; an incomplete batch is filled with others of its bucket."""

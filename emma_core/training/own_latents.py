@@ -21,8 +21,6 @@ from .prepare import Prepared
 from .store import FeatureStore, Filling
 from .teachers import sample_latents
 
-_AT_ONCE = 8
-
 
 class OwnLatents:
     """A training set whose targets the model drew from prompts; any of the prepared pictures may be a reference.
@@ -48,6 +46,9 @@ class OwnLatents:
 
     def bucket(self, index: int) -> tuple[int, int]:
         return self._size_px
+
+    def group(self, index: int) -> str:
+        return ""
 
     def captions(self, index: int) -> tuple[str, ...]:
         return (self._prompts[index],)
@@ -124,12 +125,12 @@ def own_latents(
         "guidance": config.report.guidance, "side_px": side_px})
     jobs = [(prompt, number) for number in range(config.teacher.samples) for prompt in prompts]
     keys = {job: hashlib.sha256(f"{job[1]} {job[0]}".encode()).hexdigest() for job in jobs}
-    todo = [job for job in jobs if keys[job] in set(store.missing(keys.values()))]
+    missing = set(store.missing(keys.values()))
+    todo = [job for job in jobs if keys[job] in missing]
     connector = connector.to(backbone.device)
     with Filling("own latents", store, len(todo), progress or (lambda what, done, total: None)) as filling:
-        for start in range(0, len(todo), _AT_ONCE):
-            for job in todo[start:start + _AT_ONCE]:
-                filling.add(keys[job], {"latent": _sample(config, backbone, connector, texts, *job)})
+        for job in todo:
+            filling.add(keys[job], {"latent": _sample(config, backbone, connector, texts, *job)})
     latents = [store.get(keys[job])["latent"] for job in jobs]
     return OwnLatents([prompt for prompt, _ in jobs], texts, latents, prepared, (side_px, side_px))
 

@@ -17,19 +17,21 @@ LEAST_WEIGHT = 0.2
 def place_weights(data: TrainingSet) -> dict[int, torch.Tensor]:
     """Target index -> (1, h, w) weights of mean 1.
 
-    Targets with the same captions and size differ only in what their references tell: their variance at a place says how
-    much that is. A target that shares its captions with none has weight 1 everywhere.
+    Groups are what a reference tells. Of targets with the same captions and size, the mean of each group is taken: how much
+    these differ at a place says how much the reference tells about it. Where the captions occur in one group only, every
+    place has weight 1.
     """
-    groups: dict[tuple, list[int]] = defaultdict(list)
+    sharing: dict[tuple, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index in range(len(data)):
-        groups[data.captions(index), data.bucket(index)].append(index)
+        sharing[data.captions(index), data.bucket(index)][data.group(index)].append(index)
     weights = {}
-    for members in groups.values():
-        latents = torch.stack([data.latent(index).float() for index in members])
-        weight_1hw = torch.ones_like(latents[0, :1])
-        if len(members) > 1:
-            variance_1hw = latents.var(dim=0).mean(dim=0, keepdim=True)
+    for groups in sharing.values():
+        means = torch.stack([torch.stack([data.latent(index).float() for index in members]).mean(0)
+                             for members in groups.values()])
+        weight_1hw = torch.ones_like(means[0, :1])
+        if len(groups) > 1:
+            variance_1hw = means.var(dim=0).mean(dim=0, keepdim=True)
             if variance_1hw.mean() > 0:
                 weight_1hw = LEAST_WEIGHT + (1 - LEAST_WEIGHT) * variance_1hw / variance_1hw.mean()
-        weights |= dict.fromkeys(members, weight_1hw)
+        weights |= dict.fromkeys((index for members in groups.values() for index in members), weight_1hw)
     return weights

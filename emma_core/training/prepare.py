@@ -113,6 +113,10 @@ class Prepared:
         """Width and height in pixels that a target is trained at."""
         return self.sizes_px[index]
 
+    def group(self, index: int) -> str:
+        """What a target's references have in common with it: an identity, a style."""
+        return self.examples[index].group
+
     def captions(self, index: int) -> tuple[str, ...]:
         return self.examples[index].captions
 

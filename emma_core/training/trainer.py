@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..connector import Connector
 from ..connector_file import save_connector
 from ..errors import TrainingError
 from ..gated_resampler import GatedResampler
 from ..module_file import save_module
+from .averaging import AveragedWeights, cosine_rate
 from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_or_explain
 from .config import TrainConfig
 from .draws import Batch, Draws, TrainingSet
@@ -32,7 +32,6 @@ from .student import Student
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_SLOWEST = 0.1  # of the rate, at the first step of the warm-up (paper, section 4.2)
 _GLOBAL_GATES = ("attn_gate", "ffn_gate")
 
 
@@ -57,14 +56,13 @@ class Progress:
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
-    """Factor on the rate of update ``step`` (from 0): linear from 10% to 100%, then constant or a cosine to 1%."""
+    """Factor on the rate of update ``step`` (from 0): linear from 10% to 100% (paper, section 4.2), then constant or a cosine
+    to 1%.
+    """
     settings = config.train
-    if step < settings.warmup:
-        return _SLOWEST + (1 - _SLOWEST) * step / settings.warmup
-    if settings.schedule == "constant":
+    if settings.schedule == "constant" and step >= settings.warmup:
         return 1.0
-    share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    return cosine_rate(step, settings.steps, settings.warmup)
 
 
 def make_optimizer(student: Student, config: TrainConfig) -> torch.optim.AdamW:
@@ -75,24 +73,6 @@ def make_optimizer(student: Student, config: TrainConfig) -> torch.optim.AdamW:
     groups = [{"params": others, "base_rate": settings.rate, "weight_decay": settings.decay},
               {"params": gates, "base_rate": settings.rate * settings.gate_rate, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.rate, betas=(0.9, 0.999), eps=1e-8)
-
-
-class AveragedWeights:
-    """Exponential moving average of what learns; early updates count less than the decay would make them."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self._decay = decay
-        self.values = {name: value.detach().clone() for name, value in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self._decay, (1 + step) / (10 + step))
-        for name, value in model.named_parameters():
-            self.values[name].lerp_(value.detach(), 1 - decay)
-
-    def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Those of a checkpoint, on the device of these."""
-        self.values = {name: values[name].to(own.device) for name, own in self.values.items()}
 
 
 class Trainer:
@@ -199,9 +179,7 @@ class Trainer:
         """A copy of what learns, with the averaged weights if there are any, and its metadata."""
         learning = copy.deepcopy(self.student.learning).eval().requires_grad_(False)
         if self.average:
-            with torch.no_grad():
-                for name, value in learning.named_parameters():
-                    value.copy_(self.average.values[name])
+            self.average.copy_to(learning)
         if isinstance(learning, GatedResampler):
             training = {**learning.config.training, "steps": self.step, "seconds": round(self.seconds)}
             learning.config = learning.config.replace(training=training)

@@ -22,8 +22,8 @@ from emma_core.playground.train_module import (
     ModuleTraining,
     loss_weight,
     place_weights,
-    prompts_of_few_lengths,
 )
+from emma_core.training.draws import captions_of_few_lengths
 
 VENDORS = ("noto", "twemoji", "fluent-emoji-flat", "fluent-emoji")
 TONES = ("light", "medium", "dark")
@@ -199,12 +199,12 @@ def test_batches_drop_text_and_references_as_often_as_said_and_never_hold_held_o
 
 def test_prompts_are_of_few_lengths_and_each_of_its_own_row():
     choices = [["aa", "aaaa"], ["bbb", "bb"], ["ccc"], ["", "dd"], ["eeeeee"]]
-    prompts = prompts_of_few_lengths(choices, len, random.Random(0))
+    prompts = captions_of_few_lengths(choices, len, random.Random(0))
     assert prompts == ["aa", "bb", "ccc", "dd", "eeeeee"]
 
 
 def test_all_wordings_of_a_length_are_drawn():
-    drawn = {prompts_of_few_lengths([["aa", "bb", "c"], ["dd"]], len, random.Random(seed))[0] for seed in range(20)}
+    drawn = {captions_of_few_lengths([["aa", "bb", "c"], ["dd"]], len, random.Random(seed))[0] for seed in range(20)}
     assert drawn == {"aa", "bb"}
 
 

@@ -29,6 +29,9 @@ class TinySet:
     def bucket(self, index):
         return (64, 64) if index % 3 else (96, 64)
 
+    def group(self, index):
+        return str(index % 2)
+
     def captions(self, index):
         return (CAPTIONS[index % 3], CAPTIONS[(index + 1) % 3])
 

@@ -299,6 +299,8 @@ def cancel_at(monkeypatch):
     """`cancel_at(3)`: the host's Cancel, pressed during that update; `cancel_at(None)` lets runs go on."""
     import comfy.utils
 
+    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0, raising=False)  # later hosts skip quick updates
+
     def press(step: int | None) -> None:
         monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, *rest, **more: (
             comfy.model_management.interrupt_current_processing(True) if value == step else None))
