@@ -1,5 +1,8 @@
 """ComfyUI-EMMA: text and reference images together steer a frozen Stable Diffusion model (arXiv 2406.09162)."""
 
+WEB_DIRECTORY = "web"  # help pages of the nodes; there is no JavaScript
+
+
 async def comfy_entrypoint():
     """The host calls this once; everything is imported here, so that importing the package costs nothing."""
     from .host.paths import register_folders
