@@ -3,14 +3,12 @@
 Shapes: a picture is (H, W, 3).
 """
 
-import base64
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from PIL import Image
 
+from ..emma_core import thumbnails
 from ..emma_core.module_file import save_module
 from .images import rgb_pictures
 from .loaded import LoadedModule
@@ -18,7 +16,6 @@ from .naming import free_file
 from .paths import MODULE
 
 _SUFFIX = ".safetensors"
-_THUMBNAIL_PX = 256
 
 
 def save_named_module(module: LoadedModule, name: str, entries: Mapping[str, str], thumbnail: torch.Tensor | None) -> str:
@@ -38,15 +35,7 @@ def save_named_module(module: LoadedModule, name: str, entries: Mapping[str, str
     root = Path(MODULE.roots()[0])
     metadata = {f"modelspec.{key}": value.strip() for key, value in entries.items() if value.strip()}
     if thumbnail is not None:
-        metadata["modelspec.thumbnail"] = _data_uri(rgb_pictures(thumbnail)[0])
+        metadata[thumbnails.KEY] = thumbnails.data_uri(rgb_pictures(thumbnail)[0])
     path = free_file(root, name, _SUFFIX)
     save_module(module.module, path, torch.float16, metadata)
     return path.relative_to(root).as_posix()
-
-
-def _data_uri(picture_HW3: torch.Tensor) -> str:
-    image = Image.fromarray((picture_HW3.cpu() * 255).round().byte().numpy())
-    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

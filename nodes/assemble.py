@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host import connecting
-from .types import CATEGORY, Assembly, Module, Reference
+from .types import Assembly, Module, Reference, schema
 
 
 class EMMAAssembleModules(io.ComfyNode):
@@ -11,10 +11,10 @@ class EMMAAssembleModules(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMAAssembleModules",
             display_name="Assemble EMMA Modules",
-            category=CATEGORY,
+            aliases=("emma", "stack modules", "combine references", "ipadapter combine"),
             description="Adds a module and its reference to an assembly. Modules trained apart are summed, without any "
                         "training; chain this node once per module, the order does not matter.",
             inputs=[

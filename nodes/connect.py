@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host import connecting
-from .types import CATEGORY, Assembly, Ella
+from .types import Assembly, Ella, schema
 
 
 class EMMAConnector(io.ComfyNode):
@@ -11,10 +11,10 @@ class EMMAConnector(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMAConnector",
             display_name="EMMA Connector",
-            category=CATEGORY,
+            aliases=("apply emma", "apply ella", "ella apply", "t5", "image prompt", "ipadapter"),
             description="Connects ELLA, and the assembled EMMA modules, to a model. At every step of any sampler the "
                         "cross-attention gets the tokens of that step's timestep. Wire all three outputs into the sampler.",
             inputs=[

@@ -6,7 +6,7 @@ from ..emma_core.encoders.face_alignment import parse_keypoints
 from ..emma_core.encoders.options import BACKGROUNDS, FACES, FRAMES, FaceChoice, Framing
 from ..emma_core.reference_features import COMBINATIONS
 from ..host import encoders
-from .types import CATEGORY, Encoder, Module, Reference, advanced
+from .types import Encoder, Module, Reference, advanced, schema
 
 
 class EMMAEncodeReference(io.ComfyNode):
@@ -14,10 +14,10 @@ class EMMAEncodeReference(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMAEncodeReference",
             display_name="Encode Reference Image",
-            category=CATEGORY,
+            aliases=("emma reference", "ipadapter", "style reference", "face id", "portrait", "image prompt"),
             description="Encodes reference pictures for one EMMA module. The module knows which features it needs; the "
                         "second output shows what the encoder saw.",
             inputs=[

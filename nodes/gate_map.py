@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host import gate_maps
-from .types import CATEGORY, Assembly, Ella
+from .types import Assembly, Ella, schema
 
 
 class EMMAGateMap(io.ComfyNode):
@@ -11,10 +11,10 @@ class EMMAGateMap(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMAGateMap",
             display_name="EMMA Gate Map",
-            category=CATEGORY,
+            aliases=("emma gates", "heat map"),
             description="Draws where each module of an assembly acts: token index across, block depth down, one panel per "
                         "module. Sparse maps that differ between modules are why modules can be assembled.",
             inputs=[

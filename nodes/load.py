@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..emma_core.encoders.open_clip_models import model_names as open_clip_names
 from ..host import encoders, loaded, paths, text_encoder
-from .types import CATEGORY, Ella, Encoder, Module, advanced
+from .types import Ella, Encoder, Module, advanced, schema
 
 RECOGNISE = "recognise"
 PLAYGROUND_ENCODER = "playground (shipped)"
@@ -15,10 +15,10 @@ class EMMALoadELLA(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMALoadELLA",
             display_name="Load ELLA",
-            category=CATEGORY,
+            aliases=("ella loader", "t5 connector"),
             description="Loads an ELLA connector, which turns T5 text features into cross-attention tokens, anew at every "
                         "timestep. Files go into models/ella.",
             inputs=[
@@ -38,10 +38,10 @@ class EMMALoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMALoadTextEncoder",
             display_name="Load ELLA Text Encoder",
-            category=CATEGORY,
+            aliases=("t5", "flan-t5", "ella text encoder", "t5 loader"),
             description="Loads the T5 encoder that an ELLA reads (flan-t5-xl for the released one). Use its CLIP output with "
                         "the usual CLIP Text Encode nodes, and wire their conditioning into EMMA Connector.",
             inputs=[
@@ -70,10 +70,10 @@ class EMMALoadModule(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMALoadModule",
             display_name="Load EMMA Module",
-            category=CATEGORY,
+            aliases=("emma loader", "module loader"),
             description="Loads an EMMA module: small gated blocks that inject one kind of reference (a style, an object, a "
                         "portrait, a face) into ELLA's tokens. Files go into models/emma.",
             inputs=[io.Combo.Input("module_name", options=paths.MODULE.names(), tooltip="EMMA module in models/emma.")],
@@ -91,10 +91,10 @@ class EMMALoadReferenceEncoder(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMALoadReferenceEncoder",
             display_name="Load Reference Encoder",
-            category=CATEGORY,
+            aliases=("clip vision", "open_clip", "siglip", "adaface", "face recognition"),
             description="Loads the encoder that reference pictures go through. Each EMMA module says which one it needs; a "
                         "wrong one is refused. The kind of a file is recognised by its contents, whatever its name. (The "
                         "licence of AdaFace's published weights is unclear: check it before you use or share what they make.)",

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host import playground
-from .types import CATEGORY, Ella, Encoder, Module
+from .types import Ella, Encoder, Module, schema
 
 
 class EMMAPlayground(io.ComfyNode):
@@ -11,10 +11,10 @@ class EMMAPlayground(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMAPlayground",
             display_name="Load EMMA Playground",
-            category=CATEGORY,
+            aliases=("emma demo", "emma example", "emoji"),
             description="A small world of emoji people that runs at once on any CPU, with nothing to download: a tiny "
                         "SD1.5-like model with its T5, VAE, ELLA, a style and a face module and their encoder. Pictures are "
                         "128 x 128.",
@@ -41,10 +41,10 @@ class EMMAPlaygroundPicture(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMAPlaygroundPicture",
             display_name="Load Playground Picture",
-            category=CATEGORY,
+            aliases=("emma example picture", "emoji"),
             description="One of the reference pictures shipped with the playground.",
             inputs=[io.Combo.Input("picture", options=playground.reference_names(), tooltip="style-* names an emoji "
                                    "vendor's style, face-* a skin tone.")],

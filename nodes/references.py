@@ -5,7 +5,7 @@ import os
 from comfy_api.latest import io, ui
 
 from ..host import paths, references
-from .types import CATEGORY, Reference
+from .types import Reference, schema
 
 
 class EMMASaveReference(io.ComfyNode):
@@ -13,10 +13,10 @@ class EMMASaveReference(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMASaveReference",
             display_name="Save Reference",
-            category=CATEGORY,
+            aliases=("save emma reference", "embeds"),
             description="Saves an encoded reference into models/emma_references, so that it can be used again, or shared, "
                         "without the picture and its encoder.",
             inputs=[
@@ -38,10 +38,10 @@ class EMMALoadReference(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMALoadReference",
             display_name="Load Reference",
-            category=CATEGORY,
+            aliases=("load emma reference", "embeds"),
             description="Loads a reference that Save Reference wrote. A module that was trained with another encoder refuses "
                         "it.",
             inputs=[io.Combo.Input("reference_name", options=paths.REFERENCE.names(),

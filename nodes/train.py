@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..emma_core.training.presets import CONDITIONS, PRESETS
 from ..host import module_files
-from .types import CATEGORY, Ella, Encoder, Module, advanced
+from .types import Ella, Encoder, Module, advanced, schema
 
 _PRESET = "small-card"
 _TRAIN, _OBJECTIVE = PRESETS[_PRESET]["train"], PRESETS[_PRESET]["objective"]
@@ -16,10 +16,10 @@ class EMMATrainModule(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMATrainModule",
             display_name="Train EMMA Module",
-            category=CATEGORY,
+            aliases=("train emma", "finetune", "train style", "train face", "distill"),
             description="Trains an EMMA module on pictures, their texts and their references; model, ELLA and encoder stay "
                         "frozen. Checkpoints go into output/emma_training. After Cancel the same run goes on where it was.",
             inputs=[*_wired(), *_settings(), *_optional()],
@@ -84,7 +84,8 @@ def _settings() -> list[io.Input]:
                        tooltip="Learning rate of AdamW. Lower it if the loss rises."),
         io.Float.Input("gate_rate", default=_TRAIN["gate_rate"], min=0.0, max=1000.0, step=0.1,
                        tooltip="Factor on the rate of the global gates, which begin at 0: how fast the module comes in."),
-        io.Int.Input("seed", default=0, min=0, max=_LARGEST_SEED, tooltip="Of everything random. Another seed is another run."),
+        io.Int.Input("seed", default=0, min=0, max=_LARGEST_SEED, control_after_generate=False,
+                     tooltip="Of everything random. Another seed is another run."),
         io.Combo.Input("precision", options=["auto", "fp32", "bf16"], default="auto",
                        tooltip="Of the frozen model. auto: bf16 on GPUs that have it, else fp32."),
         advanced(io.Float.Input("timestep_power", default=_OBJECTIVE["timestep_power"], min=0.05, max=10.0, step=0.05,
@@ -114,10 +115,10 @@ class EMMASaveModule(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="EMMASaveModule",
             display_name="Save EMMA Module",
-            category=CATEGORY,
+            aliases=("save emma",),
             description="Saves a module into models/emma, with what it needs and how it was trained in its metadata.",
             inputs=[
                 Module.Input("module", tooltip="From Train EMMA Module or Load EMMA Module."),

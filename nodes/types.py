@@ -1,5 +1,7 @@
 """Socket types of the pack and what its schemas share."""
 
+import dataclasses
+
 from comfy_api.latest import io
 
 CATEGORY = "EMMA"
@@ -15,3 +17,9 @@ def advanced(widget: io.Input) -> io.Input:
     """A widget that the editor shows on demand; set afterwards, as the oldest host takes no such argument."""
     widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
     return widget
+
+
+def schema(aliases: tuple[str, ...], **values) -> io.Schema:
+    """A schema of this pack; `aliases` are further words that the node is found by, on hosts whose search knows them."""
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    return io.Schema(category=CATEGORY, **values, **({"search_aliases": list(aliases)} if "search_aliases" in known else {}))

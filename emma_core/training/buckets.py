@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import random
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import TrainingConfigError
 from .config import DataConfig
+from .shards import Source
 
 WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
 _LEAST_AREA = 0.75  # of the square's; a shape that only fits with less, or its inverse, is left out
@@ -23,7 +25,43 @@ _MOST_SHAPE_ERROR = 0.02  # of log(width / height): what rounding to whole pixel
 _CROP_AREA, _CROP_SHAPE, _CROP_TRIES, _LEAST_OBJECT = (0.5, 1.0), (3 / 4, 4 / 3), 10, 0.5
 
 
-def open_picture(source: Path | io.BytesIO) -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Width and height as shown and SHA-256 of a picture's file, or what is wrong with it."""
+
+    size: tuple[int, int] = (0, 0)
+    digest: str = ""
+    fault: str = ""
+
+
+def look_at(source: Source, is_mask: bool = False) -> Look:
+    """A picture or a mask, decoded."""
+    if not source.is_file():
+        return Look(fault="does not exist; check the name")
+    try:
+        content = source.read_bytes()
+        if not content:
+            return Look(fault="is empty (0 bytes); get the file again")
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.verify()
+        shown = (open_mask if is_mask else open_picture)(io.BytesIO(content))
+    except UnidentifiedImageError:
+        return Look(fault="is no picture that can be read; save it as PNG or JPEG")
+    except Exception as found:  # each of Pillow's formats raises kinds of its own for damage
+        return Look(fault=f"cannot be decoded ({found}); get the file again")
+    return Look(shown.size, hashlib.sha256(content).hexdigest())
+
+
+def content_of(source: Source) -> Look:
+    """The same of a picture that was decoded before, from its header."""
+    try:
+        content = source.read_bytes()
+        return Look(picture_size(io.BytesIO(content)), hashlib.sha256(content).hexdigest())
+    except Exception as found:  # as above
+        return Look(fault=f"cannot be read any more ({found}); check the file")
+
+
+def open_picture(source: Source | io.BytesIO) -> Image.Image:
     """RGB in 8 bits, turned as EXIF says; white behind what is transparent.
 
     Raises:
@@ -32,14 +70,14 @@ def open_picture(source: Path | io.BytesIO) -> Image.Image:
     return _plain(source, WHITE).convert("RGB")
 
 
-def open_mask(source: Path | io.BytesIO) -> Image.Image:
+def open_mask(source: Source | io.BytesIO) -> Image.Image:
     """Grey in 8 bits, turned as EXIF says; black behind what is transparent. Raises as `open_picture`."""
     return _plain(source, BLACK).convert("L")
 
 
-def picture_size(path: Path) -> tuple[int, int]:
+def picture_size(source: Source | io.BytesIO) -> tuple[int, int]:
     """Width and height as shown, from the file's header."""
-    with Image.open(path) as opened:
+    with Image.open(_stream(source)) as opened:
         width_px, height_px = opened.size
         turned = opened.getexif().get(_ORIENTATION) in _TURNED
     return (height_px, width_px) if turned else (width_px, height_px)
@@ -109,8 +147,12 @@ def random_crop(
     return 0, 0, width_px, height_px
 
 
-def _plain(source: Path | io.BytesIO, behind: tuple[int, int, int, int]) -> Image.Image:
-    with Image.open(source) as opened:
+def _stream(source: Source | io.BytesIO) -> io.BytesIO:
+    return source if isinstance(source, io.BytesIO) else io.BytesIO(source.read_bytes())
+
+
+def _plain(source: Source | io.BytesIO, behind: tuple[int, int, int, int]) -> Image.Image:
+    with Image.open(_stream(source)) as opened:
         picture = ImageOps.exif_transpose(opened)
         picture.load()
     if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion cuts them off at 255

@@ -33,12 +33,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "paper, or the file's `preset`)")
     parser.add_argument("--dry-run", action="store_true", help="list what would be trained on and every problem in the data")
     parser.add_argument("--device", default="", choices=["", "cpu"], help="cpu: leave GPUs alone")
-    for section, kind in sections().items():
+    add_keys(parser, TrainConfig)
+
+
+def add_keys(parser: argparse.ArgumentParser, of: type) -> None:
+    """A flag `--section.key` for each key of a class of configurations."""
+    for section, kind in sections(of).items():
         group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0])
         hints = get_type_hints(kind)
         for entry in dataclasses.fields(kind):
             group.add_argument(f"--{section}.{entry.name}", dest=f"{section}.{entry.name}", default=None,
                                **_flag(hints[entry.name], entry))
+
+
+def changes_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given: `section.key` -> value."""
+    return {path: tuple(value) if isinstance(value, list) else value
+            for path, value in vars(options).items() if "." in path and value is not None}
+
+
+def end_as_interrupt() -> None:
+    """Let SIGTERM, which is how clusters and timeouts end a run, do what Ctrl-C does."""
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def config_of(options: argparse.Namespace) -> TrainConfig:
@@ -50,9 +69,7 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
     words = list(options.words)
     what = words.pop(0) if words[:1] == ["ella"] else None
     given: dict[str, Any] = read_toml(words[0]) if words else {}
-    changes = {path: tuple(value) if isinstance(value, list) else value
-               for path, value in vars(options).items() if "." in path and value is not None}
-    config = resolve(given, options.preset or given.get("preset", "paper"), changes)
+    config = resolve(given, options.preset or given.get("preset", "paper"), changes_of(options))
     return dataclasses.replace(config, what=what) if what else config
 
 
@@ -60,10 +77,7 @@ def train(options: argparse.Namespace) -> int:
     """Run it; mistakes are told in one line, and Ctrl-C leaves a run that can go on."""
     from .runs import dry_run, run
 
-    def stop(number, frame):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)  # how clusters and timeouts end a run
+    end_as_interrupt()
     try:
         config = config_of(options)
         if options.dry_run:

@@ -27,10 +27,14 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def _key(default: Any, explain: str, *, choices: tuple[str, ...] = (), least: float | None = None,
-         most: float | None = None) -> Any:
+def key(default: Any, explain: str, *, choices: tuple[str, ...] = (), least: float | None = None,
+        most: float | None = None) -> Any:
+    """A key of a section: its default, its explanation for ``--help``, and the values it may have."""
     limits = {"help": explain, "choices": choices, "least": least, "most": most}
-    return field(default=default, metadata={key: value for key, value in limits.items() if value not in (None, ())})
+    return field(default=default, metadata={name: value for name, value in limits.items() if value not in (None, ())})
+
+
+_key = key
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class OutputConfig:
     title: str = _key("", "title in the module's metadata (shown by model managers); default: the name")
     author: str = _key("", "author in the metadata")
     license: str = _key("", "licence in the metadata")
+    thumbnail: bool = _key(True, "a picture drawn with the module, in its metadata")
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class DataConfig:
                            "identity, a style): a reference comes from the target's group")
     jsonl: str = _key("", "JSON-lines file: {image, caption or captions, group, reference or references, mask} per line, paths "
                           "relative to it")
+    shards: str = _key("", "webdataset shards: a .tar file, or several by * or braces, as in data/{000..099}.tar; a sample is "
+                           "a picture with .txt or .json, perhaps .ref.jpg (its reference) and .mask.png")
     cache: str = _key("", "folder of latents and features; default: `cache` in the output folder")
     resolution_px: int = _key(512, "side of a square picture; other shapes have about its area", least=32)
     bucket_step_px: int = _key(64, "sides are multiples of this", least=8)
@@ -137,7 +144,7 @@ class ObjectiveConfig:
     min_snr: float = _key(0.0, "gamma of min-SNR weighting; 0: none", least=0)
     inverse_snr: float = _key(0.0, "weight 1/SNR, at most this: stresses high noise, where a reference shows; 0: none", least=0)
     noise_offset: float = _key(0.0, "one more noise value for each channel, of this size", least=0)
-    place_weight: bool = _key(False, "weigh the loss by place: where pictures of one caption and group differ from each other")
+    place_weight: bool = _key(False, "weigh the loss by place: where pictures of one caption differ between groups")
 
 
 @dataclass(frozen=True)
@@ -189,18 +196,24 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
     def to_toml(self) -> str:
-        """As a file that `from_toml` reads; JSON's strings, numbers and lists are TOML's too."""
-        lines = [f"what = {json.dumps(self.what)}"]
-        for section in sections():
-            lines += ["", f"[{section}]"]
-            lines += [f"{key} = {json.dumps(value)}" for key, value in dataclasses.asdict(getattr(self, section)).items()]
-        return "\n".join(lines) + "\n"
+        """As a file that `read_toml` reads."""
+        return f"what = {json.dumps(self.what)}\n" + toml_of(self)
 
 
-def sections() -> dict[str, type]:
-    """Section name -> its dataclass."""
-    hints = get_type_hints(TrainConfig)
-    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+def toml_of(config: Any) -> str:
+    """The sections of a configuration as TOML; JSON's strings, numbers and lists are TOML's too."""
+    lines = []
+    for section in sections(type(config)):
+        lines += ["", f"[{section}]"]
+        values = dataclasses.asdict(getattr(config, section))
+        # TOML has no surrogate pairs, which JSON would make of an emoji
+        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def sections(of: type = TrainConfig) -> dict[str, type]:
+    """Section name -> its dataclass, of a class of configurations."""
+    return {name: kind for name, kind in get_type_hints(of).items() if dataclasses.is_dataclass(kind)}
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -213,8 +226,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as found:
-        raise TrainingConfigError(f"{path} cannot be read ({found.strerror}); wanted a training configuration (TOML). Check "
-                                  "the path.") from found
+        raise TrainingConfigError(f"{path} cannot be read ({found.strerror}); wanted a configuration (TOML). Check the "
+                                  "path.") from found
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as found:
         raise TrainingConfigError(f"{path} is not TOML: {found}. Correct that place.") from found
 
@@ -228,21 +241,32 @@ def resolve(given: Mapping[str, Any], preset: str = "paper", changes: Mapping[st
     """
     if preset not in PRESETS:
         raise TrainingConfigError(f"there is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
-    merged: dict[str, dict[str, Any]] = {name: dict(PRESETS[preset].get(name, {})) for name in sections()}
     what = given.get("what", "module")
+    tables = {name: table for name, table in given.items() if name not in ("what", "preset")}
+    made = resolve_sections(TrainConfig, tables, changes, PRESETS[preset])
+    if what not in ("module", "ella"):
+        raise TrainingConfigError(f"what = {what!r}; wanted module or ella.")
+    return TrainConfig(what=what, **made)
+
+
+def resolve_sections(
+    of: type, given: Mapping[str, Any], changes: Mapping[str, Any] | None = None,
+    begin: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The sections of a class of configurations: defaults, then ``begin``, then a file's tables, then `section.key` changes.
+
+    Raises:
+        TrainingConfigError: an unknown section or key, a value of the wrong kind or out of range.
+    """
+    merged: dict[str, dict[str, Any]] = {name: dict((begin or {}).get(name, {})) for name in sections(of)}
     for name, table in given.items():
-        if name in ("what", "preset"):
-            continue
         if name not in merged or not isinstance(table, Mapping):
             raise TrainingConfigError(f"the configuration has {name!r}, which is no section; wanted {', '.join(merged)}.")
         merged[name].update(table)
     for path, value in (changes or {}).items():
         section, _, key = path.partition(".")
         merged[section][key] = value
-    made = {name: _section(name, kind, merged[name]) for name, kind in sections().items()}
-    if what not in ("module", "ella"):
-        raise TrainingConfigError(f"what = {what!r}; wanted module or ella.")
-    return TrainConfig(what=what, **made)
+    return {name: _section(name, kind, merged[name]) for name, kind in sections(of).items()}
 
 
 def _section(name: str, kind: type, table: Mapping[str, Any]) -> Any:

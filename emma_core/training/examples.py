@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from ..errors import TrainingConfigError, TrainingDataError
-from ..tensor_file import sha256_of_file
-from .buckets import bucket_of, enlargement, open_mask, open_picture, picture_size, same_shape
+from .buckets import Look, bucket_of, content_of, enlargement, look_at, same_shape
 from .config import DataConfig
+from .shards import SAMPLE_PICTURES, Processes, Sample, ShardMember, Source, find_shards, in_workers, index_shard
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MASK_SUFFIX = ".mask.png"
 SMALLEST_PX = 64
 _KEYS = ("image", "caption", "captions", "group", "reference", "references", "mask")
 _MOST_LISTED = 50
+_AT_ONCE = 32  # pictures that a reading process is sent together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """A picture to learn from.
 
     Args:
-        name: as the set calls it: the path relative to the folder, or what the JSON line says.
+        name: as the set calls it: the path relative to the folder, what the JSON line says, shard and key.
         captions: one at least, "" where there is none.
-        group: pictures of one group are references for each other; "" is the top level, a group too.
+        group: pictures of one group are references for each other; "" is the top level, a group too; None: in no group.
         references: given ones; empty: those of the group.
         mask: white on the object.
+        reference_masks: of the first given references.
+        size_px: width and height of a picture that was looked at.
     """
 
     name: str
-    picture: Path
+    picture: Source
     captions: tuple[str, ...]
-    group: str
-    references: tuple[Path, ...] = ()
-    mask: Path | None = None
+    group: str | None
+    references: tuple[Source, ...] = ()
+    mask: Source | None = None
+    reference_masks: tuple[Source | None, ...] = ()
+    size_px: tuple[int, int] = field(default=(0, 0), compare=False)
+
+    def files(self) -> tuple[Source, ...]:
+        """All that it reads."""
+        return tuple(file for file in (self.picture, *self.references, self.mask, *self.reference_masks) if file)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Problem:
     """What is wrong at one place; ``fatal``: training cannot start."""
 
@@ -68,8 +73,8 @@ class PictureSet:
         own_reference: the picture itself is a reference even where its group has others.
     """
 
-    pictures: tuple[Path, ...]
-    masks: tuple[Path | None, ...]
+    pictures: tuple[Source, ...]
+    masks: tuple[Source | None, ...]
     own: tuple[int, ...]
     given: tuple[tuple[int, ...], ...]
     groups: tuple[tuple[int, ...], ...]
@@ -78,24 +83,25 @@ class PictureSet:
     @classmethod
     def of(cls, examples: Sequence[Example], own_reference: bool = False) -> PictureSet:
         pictures, masks = [example.picture for example in examples], [example.mask for example in examples]
-        known: dict[Path, int] = {}
+        known: dict[Source, int] = {}
         own = tuple(known.setdefault(example.picture.resolve(), index) for index, example in enumerate(examples))
-        members: dict[str, dict[int, None]] = defaultdict(dict)
+        members: dict[str | None, dict[int, None]] = defaultdict(dict)
         for example, index in zip(examples, own, strict=True):
             members[example.group][index] = None
-        groups = {name: tuple(indices) for name, indices in members.items()}
+        named = {name: tuple(indices) for name, indices in members.items()}
+        groups = tuple((index,) if example.group is None else named[example.group]
+                       for example, index in zip(examples, own, strict=True))
         given = []
         for example in examples:
             indices = []
-            for path in example.references:
-                index = known.setdefault(path.resolve(), len(pictures))
+            for picture, mask in zip_longest(example.references, example.reference_masks):
+                index = known.setdefault(picture.resolve(), len(pictures))
                 if index == len(pictures):
-                    pictures.append(path)
-                    masks.append(_mask_beside(path))
+                    pictures.append(picture)
+                    masks.append(mask)
                 indices.append(index)
             given.append(tuple(dict.fromkeys(indices)))
-        return cls(tuple(pictures), tuple(masks), own, tuple(given), tuple(groups[example.group] for example in examples),
-                   own_reference)
+        return cls(tuple(pictures), tuple(masks), own, tuple(given), groups, own_reference)
 
     def references(self, example: int) -> tuple[int, ...]:
         """Given references, else the others of the group (and the picture itself, if wanted), else the picture itself."""
@@ -109,7 +115,8 @@ class PictureSet:
 
     def used(self) -> list[int]:
         """Indices of everything that may be a reference."""
-        return sorted({index for given, group in set(zip(self.given, self.groups, strict=True)) for index in given or group})
+        distinct = {id(group): group for given, group in zip(self.given, self.groups, strict=True) if not given}
+        return sorted({index for indices in (*self.given, *distinct.values()) for index in indices})
 
 
 def references_of(examples: Sequence[Example], own_reference: bool = False) -> list[tuple[int, ...]]:
@@ -118,24 +125,34 @@ def references_of(examples: Sequence[Example], own_reference: bool = False) -> l
     return [pictures.references(index) for index in range(len(examples))]
 
 
-def read_examples(data: DataConfig) -> tuple[list[Example], list[Problem]]:
-    """The usable examples of a folder or a JSON-lines file, and all problems of the set.
+def read_examples(data: DataConfig, processes: Processes | None = None) -> tuple[list[Example], list[Problem]]:
+    """The usable examples of a folder, a JSON-lines file or shards, and all problems of the set.
 
+    Args:
+        processes: among which looking at the files is shared out; each gets the whole result.
     Raises:
-        TrainingConfigError: neither a folder nor a JSON-lines file is named, or both are.
+        TrainingConfigError: not one of these is named, or several are.
+        TrainingError: another process failed.
     """
-    if bool(data.folder) == bool(data.jsonl):
-        found = "both are given" if data.folder else "neither is given"
-        raise TrainingConfigError(f"data.folder and data.jsonl: {found}; wanted one of them. Name where the pictures are.")
-    examples, problems = _from_folder(data) if data.folder else _from_jsonl(Path(data.jsonl))
+    sources = {"data.folder": data.folder, "data.jsonl": data.jsonl, "data.shards": data.shards}
+    given = [key for key, value in sources.items() if value]
+    if len(given) != 1:
+        found = f"{' and '.join(given)} are given" if given else "none is given"
+        raise TrainingConfigError(f"{', '.join(sources)}: {found}; wanted one of them. Name where the pictures are.")
+    processes = processes or Processes()
+    if data.shards:
+        examples, problems = _from_shards(data, processes)
+    else:
+        examples, problems = _from_folder(data) if data.folder else _from_jsonl(Path(data.jsonl))
     if not examples and not any(problem.fatal for problem in problems):
-        wanted = f"pictures ({', '.join(PICTURE_SUFFIXES)})" if data.folder else "a JSON object per line"
-        problems.append(Problem(data.folder or data.jsonl, f"holds no example; wanted {wanted}", True))
-    looks = _looks(examples, data)
+        wanted = {"data.folder": f"pictures ({', '.join(PICTURE_SUFFIXES)})", "data.jsonl": "a JSON object per line",
+                  "data.shards": f"samples with pictures ({', '.join(SAMPLE_PICTURES)})"}[given[0]]
+        problems.append(Problem(sources[given[0]], f"holds no example; wanted {wanted}", True))
+    looks = _looks(examples, data, processes)
     problems += [problem for example in examples for problem in _content_problems(example, looks)]
     unusable = {problem.where for problem in problems if problem.fatal}
-    usable = [example for example in examples if example.name not in unusable]
-    problems += [note for example in usable for note in _notes(example, looks[example.picture].size, data)]
+    usable = [replace(example, size_px=looks[example.picture].size) for example in examples if example.name not in unusable]
+    problems += [note for example in usable for note in _notes(example, data)]
     return usable, problems + _lonely(usable, data) + _duplicates(usable, looks)
 
 
@@ -159,30 +176,24 @@ def listing(fatal: Sequence[Problem]) -> str:
             "Correct these, or take those pictures out of the set.")
 
 
-def contents_of(paths: Iterable[Path], workers: int) -> tuple[dict[Path, str], dict[Path, tuple[int, int]]]:
-    """SHA-256 and (width, height) of pictures.
+def contents_of(sources: Sequence[Source], workers: int, processes: Processes) -> dict[Source, Look]:
+    """Size and SHA-256 of pictures; each process reads its part.
 
     Raises:
         TrainingDataError: every file that cannot be read.
     """
-    def look(path: Path) -> tuple[Path, str, tuple[int, int], str]:
-        try:
-            return path, sha256_of_file(path), picture_size(path), ""
-        except OSError as found:
-            return path, "", (0, 0), f"cannot be read any more ({found}); check the file"
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        looks = list(pool.map(look, paths))
-    faults = [Problem(path.name, fault, True) for path, _, _, fault in looks if fault]
+    looks = processes.over(sources, lambda part: list(in_workers(part, content_of, workers, _AT_ONCE)))
+    faults = [Problem(source.name, look.fault, True) for source, look in zip(sources, looks, strict=True) if look.fault]
     if faults:
         raise TrainingDataError(listing(faults))
-    return {path: content for path, content, _, _ in looks}, {path: size for path, _, size, _ in looks}
+    return dict(zip(sources, looks, strict=True))
 
 
 def describe(examples: Sequence[Example], problems: Sequence[Problem], data: DataConfig) -> str:
     """What the set holds, as text: groups, sizes, captions, references, problems."""
-    groups = Counter(example.group or "top level" for example in examples)
-    sizes = Counter("{} x {}".format(*bucket_of(*picture_size(example.picture), data)) for example in examples)
+    groups = Counter(example.group or "top level" for example in examples if example.group is not None)
+    alone = len(examples) - groups.total()
+    sizes = Counter("{} x {}".format(*bucket_of(*example.size_px, data)) for example in examples)
     captions = [caption for example in examples for caption in example.captions]
     words = statistics.median(len(caption.split()) for caption in captions) if captions else 0
     pictures = PictureSet.of(examples, data.own_reference)
@@ -190,10 +201,12 @@ def describe(examples: Sequence[Example], problems: Sequence[Problem], data: Dat
     given = sum(bool(indices) and not pictures.only_itself(index) for index, indices in enumerate(pictures.given))
     fatal = [problem for problem in problems if problem.fatal]
     notes = [problem for problem in problems if not problem.fatal]
+    shards = [f"{len(find_shards(data.shards)[0])} shards, {len(examples)} samples"] if data.shards else []
     return "\n".join([
+        *shards,
         f"pictures: {len(examples)} to learn from, {len(pictures.pictures) - len(examples)} that are references alone, "
         f"{sum(example.mask is not None for example in examples)} with a mask",
-        f"groups: {len(groups)} ({_counts(groups)})",
+        f"groups: {len(groups)}{f' ({_counts(groups)})' if groups else ''}{f', {alone} pictures in none' if alone else ''}",
         f"sizes in pixels: {_counts(sizes)}",
         f"captions: {len(captions)}, {len(set(captions))} distinct, {captions.count('')} empty, {words:g} words in the median",
         f"references: given for {given}, others of the group for {len(examples) - given - own}, the picture itself for {own}",
@@ -288,62 +301,74 @@ def _entry_faults(entry: Any) -> list[str]:
 
 
 def _example(entry: dict[str, Any], home: Path) -> Example:
+    mask = home / entry["mask"] if "mask" in entry else None
     captions = entry.get("captions", [entry.get("caption", "")])
-    references = entry.get("references", [entry["reference"]] if "reference" in entry else [])
+    references = [home / name for name in entry.get("references", [entry["reference"]] if "reference" in entry else [])]
     return Example(
         entry["image"], home / entry["image"], tuple(text.strip() for text in captions if text.strip()) or ("",),
-        entry.get("group", ""), tuple(home / name for name in references), home / entry["mask"] if "mask" in entry else None)
+        entry.get("group", ""), tuple(references), mask, tuple(map(_mask_beside, references)))
 
 
-@dataclass(frozen=True)
-class _Look:
-    """Size as shown and SHA-256 of a file that could be decoded, or what is wrong with it."""
-
-    size: tuple[int, int] = (0, 0)
-    digest: str = ""
-    fault: str = ""
-
-
-def _looks(examples: Sequence[Example], data: DataConfig) -> dict[Path, _Look]:
-    """Every file decoded once, in threads: Pillow lets others work while it decodes."""
-    masks = {example.mask for example in examples if example.mask}
-    paths = list(dict.fromkeys(path for example in examples for path in (example.picture, *example.references)))
-    paths += sorted(masks - set(paths))
-    with ThreadPoolExecutor(max(1, data.workers)) as pool:
-        return dict(zip(paths, pool.map(lambda path: _look(path, path in masks), paths), strict=True))
-
-
-def _look(path: Path, is_mask: bool) -> _Look:
-    if not path.is_file():
-        return _Look(fault="does not exist; check the name")
-    try:
-        content = path.read_bytes()
-        if not content:
-            return _Look(fault="is empty (0 bytes); get the file again")
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.verify()
-        shown = (open_mask if is_mask else open_picture)(io.BytesIO(content))
-    except UnidentifiedImageError:
-        return _Look(fault="is no picture that can be read; save it as PNG or JPEG")
-    except Exception as found:  # each of Pillow's formats raises kinds of its own for damage
-        return _Look(fault=f"cannot be decoded ({found}); get the file again")
-    return _Look(shown.size, hashlib.sha256(content).hexdigest())
+def _from_shards(data: DataConfig, processes: Processes) -> tuple[list[Example], list[Problem]]:
+    """Each process reads the headers and captions of its part of the shards."""
+    shards, fault = processes.agreed(lambda: find_shards(data.shards))
+    problems = [Problem(data.shards, fault, True)] if fault else []
+    labels = [path.name for path in shards]
+    labels = labels if len(set(labels)) == len(labels) else list(map(str, shards))
+    indexed = processes.over(shards, lambda part: list(in_workers(part, index_shard, data.workers, fewest=2)))
+    examples = []
+    for label, (samples, damage) in zip(labels, indexed, strict=True):
+        if damage or not samples:
+            problems.append(Problem(label, damage or "holds no samples", bool(damage)))
+        for sample in samples:
+            name = f"{label}/{sample.key}"
+            problems += [Problem(name, fault, True) for fault in sample.faults]
+            if sample.picture:
+                examples.append(_example_of_sample(name, sample.picture, sample))
+            elif not sample.faults:
+                problems.append(Problem(name, f"has no picture ({', '.join(SAMPLE_PICTURES)})", False))
+    return examples, problems
 
 
-def _content_problems(example: Example, looks: dict[Path, _Look]) -> list[Problem]:
+def _example_of_sample(name: str, picture: ShardMember, sample: Sample) -> Example:
+    if sample.reference is None:
+        return Example(name, picture, sample.captions, sample.group, (), sample.mask)
+    return Example(name, picture, sample.captions, sample.group, (sample.reference,), None, (sample.mask,))
+
+
+def _looks(examples: Sequence[Example], data: DataConfig, processes: Processes) -> dict[Source, Look]:
+    """Every file decoded once, in reading processes of every process."""
+    masks = {mask for example in examples for mask in (example.mask, *example.reference_masks)}
+    pictures = {picture for example in examples for picture in (example.picture, *example.references)}
+    files = list(dict.fromkeys(file for example in examples for file in example.files()))
+    jobs = [(file, file in masks and file not in pictures) for file in files]
+    looks = processes.over(jobs, lambda part: list(in_workers(part, _looked_at, data.workers, _AT_ONCE)))
+    return dict(zip(files, looks, strict=True))
+
+
+def _looked_at(job: tuple[Source, bool]) -> Look:
+    return look_at(*job)
+
+
+def _content_problems(example: Example, looks: dict[Source, Look]) -> list[Problem]:
     look = looks[example.picture]
     texts = [look.fault] if look.fault else []
-    texts += [f"its reference {path.name} {looks[path].fault}" for path in example.references if looks[path].fault]
-    if example.mask and looks[example.mask].fault:
-        texts.append(f"its mask {example.mask.name} {looks[example.mask].fault}")
-    elif example.mask and not look.fault and not same_shape(look.size, looks[example.mask].size):
-        texts.append("its mask is {} x {} px, another shape than the picture's {} x {}; draw it on the picture".format(
-            *looks[example.mask].size, *look.size))
+    texts += [f"its reference {source.name} {looks[source].fault}" for source in example.references if looks[source].fault]
+    masks = [("mask", example.mask, "picture", look)]
+    masks += [("reference's mask", mask, "reference", looks[reference])
+              for reference, mask in zip(example.references, example.reference_masks, strict=False)]
+    for label, mask, owner, shown in masks:
+        if mask and looks[mask].fault:
+            texts.append(f"its {label} {mask.name} {looks[mask].fault}")
+        elif mask and not shown.fault and not same_shape(shown.size, looks[mask].size):
+            texts.append("its {} is {} x {} px, another shape than the {}'s {} x {}; draw it on the {}".format(
+                label, *looks[mask].size, owner, *shown.size, owner))
     return [Problem(example.name, text, True) for text in texts]
 
 
-def _notes(example: Example, size: tuple[int, int], data: DataConfig) -> list[Problem]:
+def _notes(example: Example, data: DataConfig) -> list[Problem]:
     """A missing caption, too few pixels."""
+    size = example.size_px
     bucket, found = bucket_of(*size, data), f"is {size[0]} x {size[1]} px"
     texts = ["has no caption: the empty caption is used"] if example.captions == ("",) else []
     if min(size) < SMALLEST_PX:
@@ -355,17 +380,18 @@ def _notes(example: Example, size: tuple[int, int], data: DataConfig) -> list[Pr
 
 def _lonely(examples: Sequence[Example], data: DataConfig) -> list[Problem]:
     """Pictures that find no other in their group."""
-    members: dict[str, set[Path]] = defaultdict(set)
+    members: dict[str | None, set[Source]] = defaultdict(set)
     for example in examples:
         members[example.group].add(example.picture.resolve())
     cropped = ", cropped" if data.reference_crops else ""
     return [Problem(example.name, f"is alone in its group {example.group or 'top level'!r}: it will be its own "
                                   f"reference{cropped}", False)
             for example in examples
-            if not data.own_reference and not example.references and len(members[example.group]) == 1]
+            if not data.own_reference and not example.references and example.group is not None
+            and len(members[example.group]) == 1]
 
 
-def _duplicates(examples: Sequence[Example], looks: dict[Path, _Look]) -> list[Problem]:
+def _duplicates(examples: Sequence[Example], looks: dict[Source, Look]) -> list[Problem]:
     """Files of the same content under several names; one file in several lines is meant so."""
     first: dict[str, Example] = {}
     problems = []

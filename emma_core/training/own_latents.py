@@ -18,6 +18,7 @@ from ..generate import PIXELS_PER_LATENT
 from .backbones import Backbone
 from .config import TrainConfig
 from .prepare import Prepared
+from .shards import Processes, fill
 from .store import FeatureStore, Filling
 from .teachers import sample_latents
 
@@ -110,28 +111,33 @@ def check_own_latents(config: TrainConfig) -> None:
 def own_latents(
     config: TrainConfig, backbone: Backbone, connector: Connector, encode: Callable[[list[str]], list[torch.Tensor]],
     prepared: Prepared, cache: Path, progress: Callable[[str, int, int], None] | None = None,
+    processes: Processes | None = None,
 ) -> OwnLatents:
-    """Samples for every prompt, `teacher.samples` each, drawn once and kept in the cache.
+    """Samples for every prompt, `teacher.samples` each, drawn once and kept in the cache; each process draws its part.
 
     Raises:
         TrainingConfigError: see `check_own_latents` and `read_prompts`.
+        TrainingError: see `fill` and `FeatureStore`.
     """
     check_own_latents(config)
     prompts = read_prompts(config.teacher.prompts)
-    texts = dict(zip(["", *prompts], encode(["", *prompts]), strict=True))
+    processes = processes or Processes()
+    texts = processes.each(lambda: dict(zip(["", *prompts], encode(["", *prompts]), strict=True)))
     side_px = config.data.resolution_px
-    store = FeatureStore(cache / "own_latents", {
+    store = processes.first_alone(lambda: FeatureStore(cache / "own_latents", {
         "backbone": backbone.sha256, "base": backbone.name, "ella": connector.sha256, "steps": config.report.sample_steps,
-        "guidance": config.report.guidance, "side_px": side_px})
+        "guidance": config.report.guidance, "side_px": side_px}))
     jobs = [(prompt, number) for number in range(config.teacher.samples) for prompt in prompts]
-    keys = {job: hashlib.sha256(f"{job[1]} {job[0]}".encode()).hexdigest() for job in jobs}
-    missing = set(store.missing(keys.values()))
-    todo = [job for job in jobs if keys[job] in missing]
+    keys = [hashlib.sha256(f"{number} {prompt}".encode()).hexdigest() for prompt, number in jobs]
+    job_of = dict(zip(keys, jobs, strict=True))
     connector = connector.to(backbone.device)
-    with Filling("own latents", store, len(todo), progress or (lambda what, done, total: None)) as filling:
-        for job in todo:
-            filling.add(keys[job], {"latent": _sample(config, backbone, connector, texts, *job)})
-    latents = [store.get(keys[job])["latent"] for job in jobs]
+
+    def draw(todo: Sequence[str], filling: Filling) -> None:
+        for key in todo:
+            filling.add(key, {"latent": _sample(config, backbone, connector, texts, *job_of[key])})
+
+    fill("own latents", store, keys, draw, progress or (lambda what, done, total: None), processes)
+    latents = processes.each(lambda: [store.get(key)["latent"] for key in keys])
     return OwnLatents([prompt for prompt, _ in jobs], texts, latents, prepared, (side_px, side_px))
 
 

@@ -25,11 +25,14 @@ from .starts import wanted_features
 
 @dataclass(eq=False)
 class Parts:
-    """Everything frozen: diffusion model, connector, text encoder, reference encoder (None where ELLA itself learns)."""
+    """Everything frozen: diffusion model, connector, text encoder, reference encoder (None where ELLA itself learns).
+
+    The encoders are None as soon as everything they give is cached.
+    """
 
     backbone: Backbone
     connector: Connector
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     reference_encoder: ReferenceEncoder | None
 
     def encoders(self, config: TrainConfig) -> Encoders:

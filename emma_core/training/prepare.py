@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
 
 from ..encoders.base import Encoded, PictureEncoder, ReferenceEncoder, check_features
 from ..encoders.options import EncodeOptions, Framing
@@ -26,11 +25,11 @@ from ..errors import ImageInputError, TrainingDataError, TrainingError
 from .buckets import bucket_of, fit, open_mask, open_picture, random_crop
 from .config import DataConfig, EncoderConfig
 from .examples import Example, PictureSet, Problem, contents_of, listing, require
+from .shards import Processes, Source, fill, in_workers
 from .store import FeatureStore, Filling
 
 BATCH = 8
 MEMORY_BYTES = 2 << 30
-_FEWEST_FOR_PROCESSES = 16  # starting processes takes longer than reading fewer
 _VERSION = 1  # of how pictures are resized and cropped here
 
 Progress = Callable[[str, int, int], None]
@@ -57,7 +56,7 @@ class Encoders:
     reference_settings: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """One picture to read and encode.
 
@@ -71,8 +70,8 @@ class Job:
 
     key: str
     label: str
-    picture: Path
-    mask: Path | None = None
+    picture: Source
+    mask: Source | None = None
     size: tuple[int, int] | None = None
     crop_seed: str = ""
     mirrored: bool = False
@@ -115,7 +114,8 @@ class Prepared:
 
     def group(self, index: int) -> str:
         """What a target's references have in common with it: an identity, a style."""
-        return self.examples[index].group
+        example = self.examples[index]
+        return example.name if example.group is None else example.group
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self.examples[index].captions
@@ -139,7 +139,8 @@ class Prepared:
     def summary(self) -> dict[str, Any]:
         """Counts, for a module's metadata: no names, no paths."""
         captions = [caption for example in self.examples for caption in example.captions]
-        return {"pictures": len(self), "groups": len({example.group for example in self.examples}),
+        groups = {example.group for example in self.examples} - {None}
+        return {"pictures": len(self), "groups": len(groups),
                 "captions": len(captions), "distinct_captions": len(set(captions)), "references": len(self.variant_keys),
                 "reference_variants": sum(map(len, self.variant_keys.values())), "variants_left_out": self.left_out,
                 "sizes_px": {f"{width}x{height}": self.sizes_px.count((width, height))
@@ -172,75 +173,86 @@ class Prepared:
 
 def prepare(
     examples: Sequence[Example], data: DataConfig, encoder_config: EncoderConfig, encoders: Encoders,
-    options: EncodeOptions | None, cache: str | Path, progress: Progress | None = None,
+    options: EncodeOptions | None, cache: str | Path, progress: Progress | None = None, processes: Processes | None = None,
 ) -> Prepared:
     """Compute what the cache lacks and give access to all of it; what is done stays in the cache, whatever happens.
+
+    Each process computes its part, and waits for the others.
 
     Args:
         examples: see `examples.read_examples`.
         encoder_config: whether references are masked.
         options: features wanted, and how; None only without a reference encoder.
         cache: folder of the caches.
-        progress: called with what is computed, how many are done, how many there are.
+        progress: called with what is computed, how many are done, how many there are, of this process.
+        processes: those that share the work, with the same examples and a cache that all can reach.
     Raises:
         TrainingDataError: every picture that cannot be used: unreadable by now, without a face, without a mask.
         ReferenceMismatchError: a feature that the encoder does not give.
-        TrainingError: the cache cannot be written, or holds damaged entries (start again: they are computed again).
+        TrainingError: the cache cannot be written, or holds damaged entries (start again: they are computed again); another
+            process failed.
     """
     require(examples, ())
     return _Preparing(tuple(examples), data, encoder_config.masked, encoders, options, Path(cache),
-                      progress or (lambda what, done, total: None)).run()
+                      progress or (lambda what, done, total: None), processes or Processes()).run()
 
 
 class _Preparing:
     """The passes over a set: texts, latents, references; problems are collected and raised at the end."""
 
-    def __init__(self, examples, data, masked, encoders, options, cache, progress):
+    def __init__(self, examples, data, masked, encoders, options, cache, progress, processes):
         self.examples, self.data, self.encoders, self.options = examples, data, encoders, options
-        self.progress, self.problems, self.left_out = progress, {}, set()
+        self.progress, self.processes, self.problems, self.left_out = progress, processes, {}, set()
         self.pictures = PictureSet.of(examples, data.own_reference)
         self.masked = masked and encoders.reference_encoder is not None
-        self.latents = FeatureStore(cache / "latents", {"version": _VERSION, "vae": encoders.latents_settings})
-        self.texts = FeatureStore(cache / "texts", {"version": _VERSION, "encoder": encoders.texts_settings})
-        self.features = None
-        if encoders.reference_encoder is not None:
-            check_features(encoders.reference_encoder, options)
-            self.features = FeatureStore(cache / "references", {
-                "version": _VERSION, "encoder": dict(encoders.reference_encoder.description),
-                "settings": encoders.reference_settings, "options": asdict(options)})
+        self.latents, self.texts, self.features = processes.first_alone(lambda: self._stores(cache))
         masks = [mask for mask in self.pictures.masks if mask and self.masked]
-        self.contents, self.shapes = contents_of(dict.fromkeys([*self.pictures.pictures, *masks]), data.workers)
+        self.looks = contents_of(tuple(dict.fromkeys([*self.pictures.pictures, *masks])), data.workers, processes)
+
+    def _stores(self, cache: Path) -> tuple[FeatureStore, FeatureStore, FeatureStore | None]:
+        encoders = self.encoders
+        latents = FeatureStore(cache / "latents", {"version": _VERSION, "vae": encoders.latents_settings})
+        texts = FeatureStore(cache / "texts", {"version": _VERSION, "encoder": encoders.texts_settings})
+        if encoders.reference_encoder is None:
+            return latents, texts, None
+        check_features(encoders.reference_encoder, self.options)
+        return latents, texts, FeatureStore(cache / "references", {
+            "version": _VERSION, "encoder": dict(encoders.reference_encoder.description),
+            "settings": encoders.reference_settings, "options": asdict(self.options)})
 
     @torch.no_grad()
     def run(self) -> Prepared:
         prepared = self._computed()
-        if not prepared.hold():
+        if not all(self.processes.together(prepared.hold)):
             prepared = self._computed()
-            prepared.hold()
+            self.processes.each(prepared.hold)
         return prepared
 
     def _computed(self) -> Prepared:
         self._texts()
-        sizes = tuple(bucket_of(*self.shapes[example.picture], self.data) for example in self.examples)
+        sizes = tuple(bucket_of(*self.looks[example.picture].size, self.data) for example in self.examples)
         latent_jobs = [self._latent_jobs(index, size) for index, size in enumerate(sizes)]
         self._pass("latents", self.latents, itertools.chain(*latent_jobs), _read_target, self._encode_latents)
         variants = {index: self._reference_jobs(index) for index in self.pictures.used()} if self.features else {}
         if self.features:
             read, encode = self._reference_ways()
             self._pass("references", self.features, itertools.chain(*variants.values()), read, encode)
-        if self.problems:
-            raise TrainingDataError(listing([Problem(label, text, True) for label, text in self.problems.items()]))
-        kept = {index: tuple(job.key for job in jobs if job.key not in self.left_out) for index, jobs in variants.items()}
+        told = self.processes.together(lambda: (self.problems, self.left_out))
+        problems = {label: text for found, _ in told for label, text in found.items()}
+        if problems:
+            raise TrainingDataError(listing([Problem(label, text, True) for label, text in problems.items()]))
+        left_out = {key for _, keys in told for key in keys}
+        kept = {index: tuple(job.key for job in jobs if job.key not in left_out) for index, jobs in variants.items()}
         return Prepared(self.examples, sizes, self.pictures, tuple(tuple(job.key for job in jobs) for jobs in latent_jobs),
-                        kept, (self.latents, self.texts, self.features), len(self.left_out))
+                        kept, (self.latents, self.texts, self.features), len(left_out))
 
     def _label(self, index: int) -> str:
         return self.examples[index].name if index < len(self.examples) else self.pictures.pictures[index].name
 
     def _latent_jobs(self, index: int, size: tuple[int, int]) -> list[Job]:
         picture = self.pictures.pictures[index]
-        return [Job(_key(self.contents[picture], *size, mirrored), self._label(index), picture, size=size, mirrored=mirrored)
-                for mirrored in (False, True)[:1 + self.data.flip]]
+        return [Job(_key(self.looks[picture].digest, *size, mirrored), self._label(index), picture, size=size,
+                    mirrored=mirrored) for mirrored in (False, True)[:1 + self.data.flip]]
 
     def _reference_jobs(self, index: int) -> list[Job]:
         """Variant 0 is the whole picture; mirrored and cropped ones follow."""
@@ -248,7 +260,7 @@ class _Preparing:
         if self.masked and mask is None:
             self.problems[self._label(index)] = "has no mask, but encoder.masked is on; add one or switch it off"
             return []
-        content = self.contents[picture] + (self.contents[mask] if mask else "")
+        content = self.looks[picture].digest + (self.looks[mask].digest if mask else "")
         of_faces = all(name.startswith("face") for name in self.options.features)
         variants = [("", False), ("", True)][:1 + self.data.reference_flip]
         for number in range(0 if of_faces else self.data.reference_crops):
@@ -259,18 +271,21 @@ class _Preparing:
 
     def _texts(self) -> None:
         captions = {_text_key(text): text for text in ["", *(text for item in self.examples for text in item.captions)]}
-        todo = self.texts.missing(captions)
-        with Filling("texts", self.texts, len(todo), self.progress) as filling:
-            for start in range(0, len(todo), BATCH):
-                keys = todo[start:start + BATCH]
-                for key, text_1ND in zip(keys, self.encoders.encode_texts([captions[key] for key in keys]), strict=True):
+
+        def encode(keys: Sequence[str], filling: Filling) -> None:
+            for start in range(0, len(keys), BATCH):
+                batch = keys[start:start + BATCH]
+                for key, text_1ND in zip(batch, self.encoders.encode_texts([captions[key] for key in batch]), strict=True):
                     filling.add(key, {"text": text_1ND})
+
+        fill("texts", self.texts, captions, encode, self.progress, self.processes)
 
     def _pass(self, what: str, store: FeatureStore, jobs: Iterable[Job], read: Callable, encode: Callable) -> None:
         """Read the missing pictures in processes, encode them in batches, write them every FLUSH_ENTRIES."""
         by_key = {job.key: job for job in jobs}
-        todo = sorted((by_key[key] for key in store.missing(by_key)), key=lambda job: job.size or ())
-        with Filling(what, store, len(todo), self.progress) as filling:
+
+        def work(keys: Sequence[str], filling: Filling) -> None:
+            todo = sorted((by_key[key] for key in keys), key=lambda job: job.size or ())
             for batch in _batches(self._usable(todo, read, filling)):
                 for (job, _), (made, fault) in zip(batch, encode(batch), strict=True):
                     if not all(torch.isfinite(tensor).all() for tensor in made.values()):
@@ -280,11 +295,10 @@ class _Preparing:
                     else:
                         filling.add(job.key, made)
 
+        fill(what, store, by_key, work, self.progress, self.processes)
+
     def _usable(self, jobs: Sequence[Job], read: Callable, filling: Filling) -> Iterator[tuple[Job, tuple]]:
-        workers = self.data.workers if len(jobs) >= _FEWEST_FOR_PROCESSES else 0
-        loader = DataLoader(_Reading(jobs, read), batch_size=None, num_workers=workers, collate_fn=_as_is,
-                            generator=torch.Generator())  # else it draws from the global one
-        for job, parts, fault in loader:
+        for job, parts, fault in in_workers(jobs, partial(_read, read=read), self.data.workers):
             if fault:
                 self._fault(job, fault, filling)
             else:
@@ -326,25 +340,12 @@ class _Preparing:
         return [({name: encoded.features[name][0] for name in self.options.features}, _not_one(encoded)) for encoded in made]
 
 
-class _Reading(Dataset):
-    """Jobs as arrays, in a reading process; what cannot be read is told, not raised."""
-
-    def __init__(self, jobs: Sequence[Job], read: Callable[[Job], tuple]):
-        self.jobs, self.read = jobs, read
-
-    def __len__(self) -> int:
-        return len(self.jobs)
-
-    def __getitem__(self, place: int) -> tuple[Job, tuple, str]:
-        try:
-            return self.jobs[place], self.read(self.jobs[place]), ""
-        except Exception as found:  # each of Pillow's formats raises kinds of its own for damage
-            return self.jobs[place], (), f"cannot be read any more ({found}); check the file"
-
-
-def _as_is(item: Any) -> Any:
-    """Arrays stay arrays: as tensors they would travel through shared memory, which containers have little of."""
-    return item
+def _read(job: Job, read: Callable[[Job], tuple]) -> tuple[Job, tuple, str]:
+    """A job as arrays, in a reading process; what cannot be read is told, not raised."""
+    try:
+        return job, read(job), ""
+    except Exception as found:  # each of Pillow's formats raises kinds of its own for damage
+        return job, (), f"cannot be read any more ({found}); check the file"
 
 
 def _read_target(job: Job) -> tuple[np.ndarray]:

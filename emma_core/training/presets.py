@@ -11,7 +11,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small-card": {
         "train": {"steps": 2000, "batch": 2, "accumulate": 4, "rate": 5e-4, "gate_rate": 5.0, "warmup": 50,
                   "schedule": "cosine", "gradient_checkpointing": True, "average": 0.99},
-        "objective": {"timestep_power": 0.4, "inverse_snr": 60.0},
+        "objective": {"timestep_power": 0.4, "inverse_snr": 60.0, "place_weight": True},
         "report": {"save_every": 200, "log_every": 20},
     },
 }

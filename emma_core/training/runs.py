@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .. import thumbnails
 from ..encoders.base import encode_pictures
 from ..errors import TrainingConfigError
 from .backbones import Backbone
 from .buckets import open_picture
 from .config import TrainConfig
 from .draws import Row
-from .examples import PictureSet, describe, read_examples, require
+from .examples import Example, PictureSet, describe, read_examples, require
 from .own_latents import OwnLatents, check_own_latents, own_latents
 from .parts import Parts, encoder_metadata, load_parts, options_of, prepare_precision
 from .places import place_weights
 from .prepare import Prepared, prepare
 from .reports import Reporter, bucket_name
 from .samples import Sampler
+from .shards import Processes, Source
 from .starts import begin_module
 from .student import Student, TeacherTarget
 from .teachers import IpAdapterTeacher, load_teacher
@@ -60,14 +62,14 @@ def run(config: TrainConfig, say: Callable[[str], None], bars: bool = True, devi
     config, dtype = prepare_precision(config, PartialState(cpu=device == "cpu").device)
     precision = config.train.precision
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu")
-    examples, problems = read_examples(config.data)
+    processes = Processes.of_run()
+    examples, problems = read_examples(config.data, processes)
     if accelerator.is_main_process:
         say(describe(examples, problems, config.data))
     require(examples, problems)
     folder.mkdir(parents=True, exist_ok=True)
     parts = load_parts(config, dtype, accelerator.device)
-    with accelerator.main_process_first():
-        data, texts, references = _encode(config, parts, examples, folder, bars and accelerator.is_main_process)
+    data, texts, references = _encode(config, parts, examples, folder, processes, bars and accelerator.is_main_process)
     trainer = begin(config, parts, data, accelerator, folder)
     if accelerator.is_main_process:
         (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
@@ -78,6 +80,11 @@ def run(config: TrainConfig, say: Callable[[str], None], bars: bool = True, devi
         reporter = Reporter(config, trainer, sampler if config.report.sample_every else None, bar)
         trainer.run(reporter)
     if trainer.student.module is not None and accelerator.is_main_process:
+        if config.output.thumbnail:
+            module = trainer.student.module
+            metadata = {**module.config.file_metadata, thumbnails.KEY: thumbnails.data_uri(sampler.picture(trainer))}
+            module.config = module.config.replace(file_metadata=metadata)
+            trainer.save_result()
         gain = gain_of_reference(trainer)
         reporter.log.write(step=trainer.step, **gain)
         say(gain_in_words(gain))
@@ -103,7 +110,7 @@ def begin(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents, accele
         generator = torch.Generator().manual_seed(config.train.seed)
         module = begin_module(config, parts.connector, dims, described, generator)
         module.config = module.config.replace(training=recipe(config, parts, data), file_metadata=model_spec(config))
-    parts.reference_encoder = None
+    parts.reference_encoder = parts.text_encoder = None
     places = place_weights(data).get if config.objective.place_weight else None
     teacher = teacher_target(config, parts.backbone, _pictures(data))
     student = Student(parts.backbone, parts.connector, module, config.objective, teacher, places)
@@ -142,9 +149,9 @@ def _pictures(data: Prepared | OwnLatents) -> PictureSet:
     return data.pictures if isinstance(data, Prepared) else data.prepared.pictures
 
 
-def picture_tensor(path: Path) -> torch.Tensor:
+def picture_tensor(source: Source) -> torch.Tensor:
     """A picture file as (H, W, 3) in [0, 1]."""
-    return torch.from_numpy(np.array(open_picture(path), dtype=np.float32) / 255)
+    return torch.from_numpy(np.array(open_picture(source), dtype=np.float32) / 255)
 
 
 def recipe(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents) -> dict[str, Any]:
@@ -170,23 +177,29 @@ def model_spec(config: TrainConfig) -> dict[str, str]:
 
 
 def _encode(
-    config: TrainConfig, parts: Parts, examples, folder: Path, bars: bool
+    config: TrainConfig, parts: Parts, examples: Sequence[Example], folder: Path, processes: Processes, bars: bool
 ) -> tuple[Prepared | OwnLatents, Mapping[str, torch.Tensor], list[Mapping[str, torch.Tensor]]]:
-    """The data, encoded; texts and references of the sample pictures."""
+    """The data, encoded by all processes; texts and references of the sample pictures."""
     if config.teacher.own_latents:
         check_own_latents(config)
     options = options_of(config) if config.what == "module" else None
     cache = Path(config.data.cache) if config.data.cache else folder / "cache"
     encoders = parts.encoders(config)
-    data: Prepared | OwnLatents = prepare(examples, config.data, config.encoder, encoders, options, cache, _progress(bars))
+    prepared = prepare(examples, config.data, config.encoder, encoders, options, cache, _progress(bars), processes)
+    data: Prepared | OwnLatents = prepared
     if config.teacher.own_latents:
-        data = own_latents(config, parts.backbone, parts.connector, encoders.encode_texts, data, cache, _progress(bars))
+        data = own_latents(config, parts.backbone, parts.connector, encoders.encode_texts, prepared, cache, _progress(bars),
+                           processes)
     prompts = tuple(dict.fromkeys(("", *(config.report.sample_prompts or data.captions(0)[:1]))))
     texts = {prompt: features.cpu() for prompt, features in zip(prompts, parts.text_encoder.encode(prompts), strict=True)}
     if options is None:
         return data, texts, []
     if not config.report.sample_references:
-        indices = list(dict.fromkeys(data.references(index)[0] for index in range(len(data))))[:_SAMPLE_REFERENCES]
+        indices: dict[int, None] = {}
+        for index in range(len(data)):
+            indices[data.references(index)[0]] = None
+            if len(indices) == _SAMPLE_REFERENCES:
+                break
         return data, texts, [data.features(index, 0) for index in indices]
     references = []
     for path in config.report.sample_references:

@@ -54,6 +54,15 @@ class Sampler:
             pictures = generate(self._pipeline(connector, device), requests, self._sampling())
         return _drawn(prompts, pictures, len(assemblies), trainer.step)
 
+    @torch.no_grad()
+    def picture(self, trainer: Trainer) -> torch.Tensor:
+        """(H, W, 3) in [0, 1]: the first prompt with the first reference, by the module as it is."""
+        device = trainer.accelerator.device
+        request = Request(next((prompt for prompt in self.texts if prompt), ""),
+                          _assembly(trainer.result().to(device), self.references[0]))
+        with trainer.accelerator.autocast():
+            return generate(self._pipeline(trainer.student.connector, device), [request], self._sampling())[0]
+
     def _sampling(self) -> Sampling:
         return Sampling(self.settings.sample_steps, self.settings.guidance, *self.size_px)
 

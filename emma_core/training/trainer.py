@@ -205,7 +205,8 @@ class Trainer:
         if not found:
             return False
         state = load_checkpoint(found[-1])
-        differing = sorted(key for key, value in run_identity(self.config).items() if state["run"].get(key) != value)
+        known = {**run_identity(TrainConfig()), **state["run"]}  # settings that are newer than the checkpoint had their default
+        differing = sorted(key for key, value in run_identity(self.config).items() if known.get(key) != value)
         if differing:
             raise TrainingError(f"{found[-1]} belongs to a run with other settings: {', '.join(differing)}. Give this run a "
                                 "folder of its own, or restore these settings.")
@@ -237,6 +238,9 @@ class Trainer:
     def _reduce_gradients(self) -> None:
         if self.accelerator.num_processes == 1:
             return
+        learnt = any(value.grad is not None for _, value in self.student.parameters())
+        if not self.accelerator.reduce(torch.tensor(float(learnt), device=self.accelerator.device), "sum"):
+            return  # no process had a reference: as in one process, the optimizer has nothing to do
         for _, value in self.student.parameters():
             gradient = torch.zeros_like(value) if value.grad is None else value.grad
             value.grad = self.accelerator.reduce(gradient, "mean")

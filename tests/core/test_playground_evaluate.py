@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_playground_train_module import small_data
+from emoji_people import small_data
 
 from emma_core.playground.evaluate import (
     ALL,

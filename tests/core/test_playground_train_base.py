@@ -5,15 +5,17 @@ import json
 
 import pytest
 import torch
+from emoji_people import small_data
 from safetensors.torch import save_file
-from test_playground_train_module import small_data
 
+from emma_core.connector_file import load_connector
 from emma_core.encoders.playground import PlaygroundEncoder
 from emma_core.errors import ImageInputError
 from emma_core.playground import export, train_base
 from emma_core.playground.autoencoder import Autoencoder
-from emma_core.playground.frozen import FrozenBase
+from emma_core.playground.files import load_unet
 from emma_core.playground.train_base import Base, bucket_losses, mean_of_buckets, saved_or_new_tokenizer
+from emma_core.text_encoder import load_text_encoder
 
 DATA_PICTURES = {"noto": ("man cook", "light")}
 
@@ -37,7 +39,7 @@ def trained(tmp_path, monkeypatch):
 def test_a_run_goes_on_from_its_checkpoint_with_its_tokenizer(trained):
     before = torch.load(trained.out / "base.pt", weights_only=True)
     tokenizer = (trained.out / "tokenizer.json").read_bytes()
-    trained.minutes = 0.04
+    trained.minutes = before["spent"] / 60 + 0.04
     train_base.train(trained)
     after = torch.load(trained.out / "base.pt", weights_only=True)
     assert after["step"] > before["step"] > 0 and after["spent"] > before["spent"]
@@ -48,13 +50,15 @@ def test_a_run_goes_on_from_its_checkpoint_with_its_tokenizer(trained):
 def test_exported_files_predict_what_the_averaged_base_does(trained, tmp_path):
     options = argparse.Namespace(**{**vars(trained), "base": trained.out, "out": tmp_path / "shipped"})
     export.export_base(options)
-    base, shipped = export.averaged_base(trained.out / "base.pt"), FrozenBase(options.out)
+    base, unet = export.averaged_base(trained.out / "base.pt"), load_unet(options.out / "unet.safetensors")
+    connector, text_encoder = (load_connector(options.out / "ella.safetensors"),
+                               load_text_encoder(options.out / "t5.safetensors"))
     tokenizer = saved_or_new_tokenizer(options.out / "tokenizer.json", small_data())
     latent, timestep = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([400])
     with torch.no_grad():
         wanted = base([[*tokenizer.encode("man cook").ids, 1]], latent, timestep)
-        context = shipped.connector.tokens(shipped.text("man cook"), timestep)
-        found = shipped.predict_noise(latent, timestep, context)
+        context = connector.tokens(text_encoder.encode(["man cook"])[0], timestep)
+        found = unet(latent, timestep, context, return_dict=False)[0]
     torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)  # float16 weights, bfloat16 activations
 
 

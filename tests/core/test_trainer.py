@@ -2,6 +2,7 @@
 
 import errno
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from emma_core import Assembly, Reference, load_connector, load_module
 from emma_core.errors import TrainingConfigError, TrainingError
 from emma_core.training import checkpoints as checkpoint_files
 from emma_core.training.checkpoints import checkpoints, load_checkpoint
-from emma_core.training.draws import Draws
+from emma_core.training.draws import Draws, captions_of_few_lengths
 from emma_core.training.losses import TimestepBuckets, row_weights, target_of
 from emma_core.training.starts import begin_module
 from emma_core.training.trainer import gain_of_reference, rate_factor
@@ -152,6 +153,16 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path):
         changed.resume()
     longer = tiny_trainer(tmp_path, tiny_config(train__steps=12, report__save_every=5))
     assert longer.resume() and longer.step == 8
+
+
+def test_a_checkpoint_that_lacks_newer_settings_is_gone_on_from(tmp_path):
+    tiny_trainer(tmp_path, tiny_config(train__steps=2)).run()
+    path = checkpoints(tmp_path)[-1]
+    state = load_checkpoint(path)
+    del state["run"]["objective.place_weight"], state["run"]["train.rate"]
+    torch.save(state, path)
+    with pytest.raises(TrainingError, match="other settings: train.rate"):
+        tiny_trainer(tmp_path, tiny_config()).resume()
 
 
 def test_the_last_checkpoints_are_kept(tmp_path):
@@ -300,7 +311,8 @@ def test_two_processes_learn_what_one_does(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(_WORKER)
     paths = json.dumps([str(path) for path in (Path(__file__).parent, *sys.path) if path])
-    settings = {"train__steps": 6, "train__rate": 1e-3}
+    # most references dropped, so that whole batches have none
+    settings = {"train__steps": 8, "train__rate": 1e-3, "objective__drop_reference": 0.75}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launch, str(script), paths, str(tmp_path / "two"), json.dumps({**settings, "train__batch": 2})],
                    check=True, timeout=250, capture_output=True)
@@ -310,3 +322,13 @@ def test_two_processes_learn_what_one_does(tmp_path):
     for name in one:
         assert (one[name] - two[name]).abs().max() <= 1e-5, name
     assert any((one[name] - begun[name]).abs().max() > 1e-3 for name in one), "both have learnt"
+
+
+def test_captions_are_of_few_lengths_and_each_of_its_own_row():
+    choices = [["aa", "aaaa"], ["bbb", "bb"], ["ccc"], ["", "dd"], ["eeeeee"]]
+    assert captions_of_few_lengths(choices, len, random.Random(0)) == ["aa", "bb", "ccc", "dd", "eeeeee"]
+
+
+def test_all_captions_of_a_length_are_drawn():
+    drawn = {captions_of_few_lengths([["aa", "bb", "c"], ["dd"]], len, random.Random(seed))[0] for seed in range(20)}
+    assert drawn == {"aa", "bb"}

@@ -73,8 +73,10 @@ def test_json_lines_are_read_relative_to_the_file(tmp_path):
     examples, problems = read_examples(data)
     pictures = tmp_path / "pictures"
     assert problems == [] and examples == [
-        Example("pictures/a.png", pictures / "a.png", ("one", "two"), "g", (pictures / "r.png",), tmp_path / "m.mask.png"),
-        Example("pictures/b.png", pictures / "b.png", ("three",), "", (pictures / "a.png", pictures / "r.png"))]
+        Example("pictures/a.png", pictures / "a.png", ("one", "two"), "g", (pictures / "r.png",), tmp_path / "m.mask.png",
+                (None,)),
+        Example("pictures/b.png", pictures / "b.png", ("three",), "", (pictures / "a.png", pictures / "r.png"), None,
+                (None, None))]
 
 
 def test_all_problems_of_json_lines_are_told_with_their_lines(tmp_path):
@@ -160,10 +162,11 @@ def test_a_set_of_nothing_is_refused(tmp_path):
 
 
 def test_one_source_is_wanted(tmp_path):
-    with pytest.raises(TrainingConfigError, match="neither is given"):
+    with pytest.raises(TrainingConfigError, match="data.folder, data.jsonl, data.shards: none is given; wanted one of them"):
         read_examples(config())
-    with pytest.raises(TrainingConfigError, match="both are given"):
-        read_examples(config(folder="a", jsonl="b"))
+    for keys in (("folder", "jsonl"), ("jsonl", "shards"), ("folder", "shards")):
+        with pytest.raises(TrainingConfigError, match=f"data.{keys[0]} and data.{keys[1]} are given; wanted one"):
+            read_examples(config(**dict.fromkeys(keys, "a")))
 
 
 def example(name: str, group: str = "", *references: str) -> Example:
@@ -182,9 +185,13 @@ def test_references_are_given_ones_or_the_group_or_the_picture_itself():
 
 
 def test_references_that_are_no_targets_bring_the_masks_beside_them(tmp_path):
-    draw(tmp_path / "x.png", caption=None), draw(tmp_path / "x.mask.png", "white", caption=None)
-    pictures = PictureSet.of([Example("a", tmp_path / "a.png", ("",), "", (tmp_path / "x.png",))])
-    assert pictures.masks == (None, tmp_path / "x.mask.png")
+    draw(tmp_path / "a.png"), draw(tmp_path / "x.png", "blue"), draw(tmp_path / "x.mask.png", "white", caption=None)
+    data = lines(tmp_path / "set.jsonl", {"image": "a.png", "caption": "x", "reference": "x.png"})
+    examples, problems = read_examples(data)
+    assert problems == [] and PictureSet.of(examples).masks == (None, tmp_path / "x.mask.png")
+    draw(tmp_path / "x.mask.png", "white", (64, 32), caption=None)
+    assert texts(read_examples(data)[1]) == {
+        "a.png": "! its reference's mask is 64 x 32 px, another shape than the reference's 64 x 64; draw it on the reference"}
 
 
 def test_the_description_counts_what_is_there(people):

@@ -193,9 +193,9 @@ def test_reading_processes_can_be_started_anywhere(folder, monkeypatch):
         started.append(num_workers)
         return DataLoader(pickle.loads(pickle.dumps(dataset)), **settings)
 
-    monkeypatch.setattr("emma_core.training.prepare.DataLoader", loader)
+    monkeypatch.setattr("emma_core.training.shards.DataLoader", loader)
     prepared = run(folder, Frozen(Whole()), workers=3)
-    assert started == [3, 3] and len(prepared) == 20
+    assert started == [3] * 4 and len(prepared) == 20, "looked at, digested, latents, references"
 
 
 def test_masks_remove_the_background_of_references(folder):

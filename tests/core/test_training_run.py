@@ -1,5 +1,7 @@
 """A whole run on the playground from the command line: data, caches, training, samples, going on, inspecting."""
 
+import base64
+import io
 import json
 import random
 
@@ -58,6 +60,8 @@ def test_the_module_says_what_it_is_and_names_no_path(run, pictures):
     assert config.encoder["family"] == "playground" and len(config.encoder["fingerprint"]) == 64
     assert config.training["steps"] == 3 and config.training["data"]["pictures"] == 4 and config.training["data"]["groups"] == 2
     assert config.training["recipe"]["batch"] == 2 and config.training["base"]["sha256"]
+    kind, _, picture = config.file_metadata["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64" and Image.open(io.BytesIO(base64.b64decode(picture))).size == (128, 128)
     assert str(pictures) not in json.dumps(dict(config.training)) and str(run) not in config.to_json()
 
 
@@ -194,12 +198,12 @@ def test_frozen_parts_have_no_gradient_after_a_run(pictures, tmp_path):
     config = resolve({}, "small-card", {"data.folder": str(pictures), "data.resolution_px": 128, "data.workers": 0,
                                         "train.precision": "fp32", "train.batch": 2, "train.accumulate": 1})
     parts = load_parts(config, torch.float32, torch.device("cpu"))
+    frozen = [*parts.backbone.parameters(), *parts.connector.parameters(), *parts.text_encoder.model.parameters()]
     examples, _ = read_examples(config.data)
     data = prepare(examples, config.data, config.encoder, parts.encoders(config), options_of(config), tmp_path)
     trainer = begin(config, parts, data, Accelerator(cpu=True), tmp_path)
     trainer.optimizer.zero_grad = lambda *rest, **more: None  # the gradients of the update stay to be looked at
     trainer.update(TimestepBuckets())
-    frozen = [*parts.backbone.parameters(), *parts.connector.parameters(), *parts.text_encoder.model.parameters()]
     assert all(value.grad is None and not value.requires_grad for value in frozen)
     learning = dict(trainer.student.parameters())
     assert all(value.grad is not None for value in learning.values())

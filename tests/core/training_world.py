@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from small_models import SMALL, random_tensor, small_connector
 from torch import nn
 
 from emma_core.training.config import TrainConfig, resolve
+from emma_core.training.shards import Processes
 from emma_core.training.starts import begin_module
 from emma_core.training.student import Student
 from emma_core.training.trainer import Trainer
@@ -96,3 +104,40 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def same(first, second) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def write_shard(path: Path, files: dict[str, bytes | str]) -> Path:
+    """A tar file of these files, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            content = content.encode() if isinstance(content, str) else content
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def in_processes(count: int, work: Callable[[Processes], Any]) -> list[Any]:
+    """What ``work`` gives or raises in each of the processes, which are threads here."""
+    values, found, barrier = [None] * count, [None] * count, threading.Barrier(count, timeout=60)
+
+    def run(rank: int) -> None:
+        def exchange(value: Any) -> list[Any]:
+            values[rank] = value
+            barrier.wait()
+            told = list(values)
+            barrier.wait()
+            return told
+
+        try:
+            found[rank] = work(Processes(rank, count, exchange))
+        except Exception as fault:
+            found[rank] = fault
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
