@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import open_clip
@@ -62,6 +63,13 @@ def scoring_models(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
     config.write_text(json.dumps(_CLIP_CONFIG), encoding="utf-8")
     open_clip.add_model_config(config)
     return open_clip.create_model(CLIP, pretrained=None), timm.create_model(DINO, num_classes=0)
+
+
+def forget_scoring_models() -> None:
+    """Take the small CLIP out of open_clip's list, as other tests count its models."""
+    factory = sys.modules["open_clip.factory"]
+    factory._MODEL_CONFIG_PATHS[:] = [path for path in factory._MODEL_CONFIG_PATHS if path.stem != CLIP]
+    factory._MODEL_CONFIGS.pop(CLIP, None)
 
 
 def _filled(model: torch.nn.Module) -> dict[str, torch.Tensor]:

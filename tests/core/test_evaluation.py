@@ -11,7 +11,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from evaluation_world import CLIP, DINO, PROMPTS, SUBJECTS, make_world, scoring_models, tables_for, write_config
+from evaluation_world import (
+    CLIP,
+    DINO,
+    PROMPTS,
+    SUBJECTS,
+    forget_scoring_models,
+    make_world,
+    scoring_models,
+    tables_for,
+    write_config,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_training_backbones import save_folder, single_file
@@ -39,7 +49,8 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     make_world(folder)
     assert main(["eval", str(folder / "eval.toml"), "--device", "cpu"]) == 0
-    return folder
+    yield folder
+    forget_scoring_models()
 
 
 @pytest.fixture(autouse=True)
