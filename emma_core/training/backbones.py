@@ -168,7 +168,9 @@ def add_lora(unet: Any, path: Path, adapter: str) -> None:
     if any(key.startswith("text_encoder") for key in state):
         warnings.warn(f"{path.name} also changes the CLIP text encoder; that part is left out, as ELLA's tokens do not come "
                       "from CLIP.", EmmaWarning, stacklevel=2)
-    unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=adapter, metadata=metadata)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+        unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=adapter, metadata=metadata)
     unet.requires_grad_(False)
 
 
@@ -180,7 +182,8 @@ def _check_places(unet: Any, state: dict[str, torch.Tensor], name: str) -> None:
         raise FileError(f"{name} has no weights for a UNet (unet.*, lora_unet_*); wanted {_LORA}. Choose another file.")
     if not any("lora_A" in key for key in places):
         places = convert_unet_state_dict_to_peft(places)
-    weights = unet.state_dict()
+    # as the base calls them: an adapter that is there already puts `base_layer` into the names
+    weights = {key.replace(".base_layer", ""): value for key, value in unet.state_dict().items()}
     for key, value in places.items():
         module, _, side = key.removesuffix(".weight").rpartition(".")
         weight = weights.get(f"{module}.weight")

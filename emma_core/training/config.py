@@ -166,7 +166,8 @@ class ReportConfig:
 class TeacherConfig:
     """A model whose prediction is the target instead of the noise."""
 
-    lora: str = _key("", "LoRA file on the base: the teacher")
+    lora: str = _key("", "LoRA on the base: the teacher; or a folder of LoRAs, <group>.safetensors for each group of "
+                            "references")
     ip_adapter: str = _key("", "IP-Adapter file on the base: the teacher sees the reference itself")
     ip_image_encoder: str = _key("", "CLIP vision folder of the IP-Adapter")
     scale: float = _key(1.0, "strength of the teacher's LoRA or IP-Adapter", least=0)

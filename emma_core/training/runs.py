@@ -16,7 +16,7 @@ from .backbones import Backbone
 from .buckets import open_picture
 from .config import TrainConfig
 from .draws import Row
-from .examples import Example, PictureSet, describe, read_examples, require
+from .examples import Example, describe, read_examples, require
 from .own_latents import OwnLatents, check_own_latents, own_latents
 from .parts import Parts, encoder_metadata, load_parts, options_of, prepare_precision
 from .places import place_weights
@@ -26,7 +26,7 @@ from .samples import Sampler
 from .shards import Processes, Source
 from .starts import begin_module
 from .student import Student, TeacherTarget
-from .teachers import IpAdapterTeacher, load_teacher
+from .teachers import IpAdapterTeacher, LoraTeacher, load_teacher
 from .trainer import Trainer, gain_of_reference
 
 if TYPE_CHECKING:
@@ -112,26 +112,27 @@ def begin(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents, accele
         module.config = module.config.replace(training=recipe(config, parts, data), file_metadata=model_spec(config))
     parts.reference_encoder = parts.text_encoder = None
     places = place_weights(data).get if config.objective.place_weight else None
-    teacher = teacher_target(config, parts.backbone, _pictures(data))
+    teacher = teacher_target(config, parts.backbone, data if isinstance(data, Prepared) else data.prepared)
     student = Student(parts.backbone, parts.connector, module, config.objective, teacher, places)
     return Trainer(config, student, data, accelerator, folder)
 
 
-def teacher_target(config: TrainConfig, backbone: Backbone, pictures: PictureSet) -> TeacherTarget | None:
+def teacher_target(config: TrainConfig, backbone: Backbone, data: Prepared) -> TeacherTarget | None:
     """The teacher's prediction as a target, or None without a teacher; it sees each row's reference whole, as it is.
 
     Raises:
-        TrainingConfigError, FileError: see `load_teacher`.
+        TrainingConfigError, FileError: see `load_teacher`; a group of references without its LoRA.
     """
     teacher = load_teacher(config.teacher, config.base, backbone)
     if teacher is None:
         return None
     teacher.to(backbone.device, backbone.dtype)
     known: dict[int, torch.Tensor] = {}
+    lora_of = _loras_of_references(teacher.groups, data) if isinstance(teacher, LoraTeacher) else {}
 
     def vectors(reference: int) -> torch.Tensor:
         if reference not in known:
-            picture_HW3 = picture_tensor(pictures.pictures[reference])
+            picture_HW3 = picture_tensor(data.pictures.pictures[reference])
             known[reference] = teacher.encode_reference(picture_HW3[None])["ip_adapter"].cpu()
         return known[reference]
 
@@ -140,13 +141,31 @@ def teacher_target(config: TrainConfig, backbone: Backbone, pictures: PictureSet
         if isinstance(teacher, IpAdapterTeacher):
             shown = {"ip_adapter": torch.cat([vectors(row.reference) for row in rows]),
                      "present_B": torch.tensor([row.strength > 0 for row in rows])}
+        elif lora_of:
+            shown = {"lora_B": torch.tensor([lora_of[row.reference] for row in rows])}
         return teacher.predict(noised_B4hw, timestep_B, context_BKW, shown)
 
     return target
 
 
-def _pictures(data: Prepared | OwnLatents) -> PictureSet:
-    return data.pictures if isinstance(data, Prepared) else data.prepared.pictures
+def _loras_of_references(groups: Sequence[str], data: Prepared) -> dict[int, int]:
+    """Reference -> number of its group's LoRA; empty where one LoRA teaches all.
+
+    Raises:
+        TrainingConfigError: a group without a LoRA.
+    """
+    if len(groups) == 1:
+        return {}
+    group_of: dict[int, str] = {}
+    for example, own, given in zip(data.examples, data.pictures.own, data.pictures.given, strict=True):
+        for reference in (own, *given):
+            group_of.setdefault(reference, example.group or "")
+    lacking = sorted({group_of[reference] for reference in data.variant_keys} - set(groups))
+    if lacking:
+        raise TrainingConfigError(f"teacher.lora has LoRAs for the groups {', '.join(groups)}, and none for "
+                                  f"{', '.join(lacking)}; wanted <group>.safetensors for each group of references. Add them or "
+                                  "leave these pictures out.")
+    return {reference: groups.index(group_of[reference]) for reference in data.variant_keys}
 
 
 def picture_tensor(source: Source) -> torch.Tensor:

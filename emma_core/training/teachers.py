@@ -68,23 +68,44 @@ class CallableTeacher(Teacher):
 
 
 class LoraTeacher(Teacher):
-    """The base with a LoRA at a strength, on the base's own weights; it sees no reference."""
+    """The base with a LoRA at a strength, on the base's own weights; of several, each row is told which one is its teacher.
 
-    def __init__(self, backbone: Backbone, path: Path, scale: float):
-        self._backbone = backbone.twin()
-        add_lora(self._backbone.unet, path, _ADAPTER)
-        self._backbone.unet.set_adapters(_ADAPTER, scale)
-        # switching an adapter on makes it trainable
-        self._backbone.unet.requires_grad_(False)
+    Args:
+        backbone: the base.
+        paths: one LoRA, or one for each group of references by the group's name; their order numbers them.
+        scale: strength.
+    """
+
+    def __init__(self, backbone: Backbone, paths: Mapping[str, Path], scale: float):
+        self._backbone, self._scale, self.groups = backbone.twin(), scale, tuple(paths)
+        self._adapters = [f"{_ADAPTER}_{number}" for number in range(len(paths))]
+        for adapter, path in zip(self._adapters, paths.values(), strict=True):
+            add_lora(self._backbone.unet, path, adapter)
+        self._switch_to(0)
         self.to(backbone.device)
 
     @torch.no_grad()
     def predict(self, noised_B4hw, timestep_B, context_BKW, reference=None) -> torch.Tensor:
-        return self._backbone.predict_noise(noised_B4hw, timestep_B, context_BKW)
+        """As `Teacher.predict`; with several LoRAs ``reference`` holds ``lora_B``, the number of each row's."""
+        if len(self.groups) == 1:
+            return self._backbone.predict_noise(noised_B4hw, timestep_B, context_BKW)
+        lora_B = reference["lora_B"].to(noised_B4hw.device)
+        target_B4hw = torch.empty_like(noised_B4hw, dtype=torch.float32)
+        for number in lora_B.unique().tolist():
+            rows_G = (lora_B == number).nonzero()[:, 0]
+            self._switch_to(number)
+            target_B4hw[rows_G] = self._backbone.predict_noise(
+                noised_B4hw[rows_G], timestep_B.to(rows_G.device)[rows_G], context_BKW[rows_G])
+        return target_B4hw
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Teacher:
         self._backbone.to(device, dtype)
         return self
+
+    def _switch_to(self, number: int) -> None:
+        self._backbone.unet.set_adapters(self._adapters[number], self._scale)
+        # switching an adapter on makes it trainable
+        self._backbone.unet.requires_grad_(False)
 
 
 class IpAdapterTeacher(Teacher):
@@ -182,9 +203,24 @@ def load_teacher(config: TeacherConfig, base: BaseConfig, backbone: Backbone | N
                                   "encoder (for SD1.5 adapters CLIP ViT-H, models/image_encoder). Set it.")
     backbone = backbone or load_backbone(base)
     if config.lora:
-        return LoraTeacher(backbone, Path(config.lora), config.scale)
+        return LoraTeacher(backbone, lora_files(Path(config.lora)), config.scale)
     encoder = load_clip_vision(weights_path(config.ip_image_encoder))
     return IpAdapterTeacher(backbone, Path(config.ip_adapter), encoder, config.scale)
+
+
+def lora_files(path: Path) -> dict[str, Path]:
+    """A LoRA under the name ""; of a folder, each `<group>.safetensors` under its group.
+
+    Raises:
+        TrainingConfigError: a folder without such files.
+    """
+    if not path.is_dir():
+        return {"": path}
+    files = {file.stem: file for file in sorted(path.glob("*.safetensors"))}
+    if not files:
+        raise TrainingConfigError(f"teacher.lora = {str(path)!r} is a folder without .safetensors files; wanted a LoRA for "
+                                  "each group of references, <group>.safetensors. Put them there, or name one file.")
+    return files
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -157,6 +158,18 @@ def test_a_teacher_needs_prompts_and_references_alone(taught, tmp_path, capsys):
     before = shard.stat().st_mtime_ns
     assert main(second) == 0 and shard.stat().st_mtime_ns == before, "drawn once"
     assert "going on after update 2" in capsys.readouterr().out
+
+
+def test_every_group_of_references_may_have_a_lora_of_its_own(taught, tmp_path, capsys):
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    for name in ("filled", "another"):
+        shutil.copyfile(tmp_path / "lora.safetensors", loras / f"{name}.safetensors")
+    where = ["--teacher.lora", str(loras), "--output.folder", str(tmp_path / "several"), "--train.steps", "1"]
+    assert main(["train", *taught, *where]) == 1
+    assert "LoRAs for the groups another, filled, and none for outlined" in capsys.readouterr().err
+    (loras / "another.safetensors").rename(loras / "outlined.safetensors")
+    assert main(["train", *taught, *where]) == 0
 
 
 @pytest.mark.parametrize(("arguments", "found"), [

@@ -1,6 +1,7 @@
 """LoRAs and teachers: a LoRA or an IP-Adapter changes the prediction as its equation says, and the base stays as it is."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -210,6 +211,25 @@ def test_a_teacher_shares_the_base_and_leaves_it_plain(lora):
     backbone.predict_noise(noised, timestep, context.requires_grad_()).sum().backward()
     assert context.grad.abs().max() > 0 and not teacher.predict(noised, timestep, context).requires_grad
     assert not any(value.requires_grad for value in teacher._backbone.unet.parameters())
+
+
+def test_of_several_loras_each_row_is_taught_by_its_own(lora, backbone, tmp_path):
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    save_file(kohya_lora(lora_layers(backbone.unet), alpha=0.5), folder / "ada.safetensors")
+    shutil.copyfile(lora, folder / "bob.safetensors")
+    both = load_teacher(TeacherConfig(lora=str(folder)), BaseConfig(), backbone)
+    assert both.groups == ("ada", "bob")
+    found = both.predict(*inputs(WIDTH), {"lora_B": torch.tensor([1, 0])})
+    for row, name in enumerate(("bob", "ada")):
+        alone = load_teacher(TeacherConfig(lora=str(folder / f"{name}.safetensors")), BaseConfig(), backbone)
+        torch.testing.assert_close(found[row], alone.predict(*inputs(WIDTH))[row], rtol=1e-4, atol=1e-5)
+    assert (found - backbone.predict_noise(*inputs(WIDTH))).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_a_folder_without_loras_is_refused(tmp_path):
+    with pytest.raises(TrainingConfigError, match="without .safetensors files; wanted a LoRA for each"):
+        load_teacher(TeacherConfig(lora=str(tmp_path)), BaseConfig())
 
 
 def test_without_a_loaded_base_the_teacher_loads_it(lora, backbone):
