@@ -4,7 +4,7 @@ import logging
 import warnings
 
 from ..emma_core.assembly import Reference, check_fits
-from ..emma_core.errors import EmmaWarning
+from ..emma_core.errors import ConnectorMismatchError, EmmaWarning
 from ..emma_core.reference_features import ReferenceFeatures, check_for_module
 from .conditioning import connect_conditioning
 from .loaded import LoadedConnector, LoadedModule
@@ -35,6 +35,7 @@ def connect(
     Raises:
         ConnectorMismatchError: model, connector, modules and text do not fit together.
     """
+    _check_ella(ella)
     assembly = assembly or HostAssembly()
     connected = connect_model(model, [ella.patcher, *assembly.patchers], ella.connector.width)
     _check_modules(ella, assembly)
@@ -43,6 +44,13 @@ def connect(
         positive = connect_conditioning(ella, positive, assembly, clip_positive)
         negative = connect_conditioning(ella, negative, HostAssembly(), clip_negative)
     return connected, positive, negative
+
+
+def _check_ella(ella) -> None:
+    """ComfyUI-ELLA's socket has the name of ours, so the editor lets its wire be drawn here."""
+    if not isinstance(ella, LoadedConnector):
+        raise ConnectorMismatchError(f"this ELLA comes from another node pack (a {type(ella).__name__}); wanted the output of "
+                                     "Load ELLA. Use Load ELLA with the same file.")
 
 
 def _check_modules(ella: LoadedConnector, assembly: HostAssembly) -> None:
