@@ -60,6 +60,7 @@ def _with_tokens(entry, sigma_B, timestep_B, schedule, frames):
     carrier = entry["model_conds"].get(KEY)
     if carrier is None:
         return entry
+    _check_boxes(entry)
     payload: EmmaPayload = carrier.cond
     model_conds = {name: cond for name, cond in entry["model_conds"].items() if name != KEY}
     if _acts(entry, sigma_B):
@@ -68,6 +69,16 @@ def _with_tokens(entry, sigma_B, timestep_B, schedule, frames):
         tokens_BKW = payload.tokens(timestep_B, schedule, frames)
         model_conds["c_crossattn"] = placeholder._copy_with(_join(tokens_BKW, appended))
     return {**entry, "model_conds": model_conds}
+
+
+def _check_boxes(entry) -> None:
+    """GLIGEN's boxes hold a pooled vector each."""
+    _, _, boxes = entry.get("gligen", (None, None, ()))
+    if any(pooled is None for pooled, *_ in boxes):
+        raise ConnectorMismatchError(
+            "a box of GLIGENTextBoxApply was encoded with a T5, which gives no pooled vector. Wire the checkpoint's own CLIP "
+            "into GLIGENTextBoxApply; the prompt stays with Load ELLA Text Encoder."
+        )
 
 
 def _acts(entry, sigma_B: torch.Tensor) -> bool:

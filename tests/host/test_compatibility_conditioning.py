@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sd15_layout import SD15_UNET
-from tiny_models import UNET, WIDTH, fill_, noise, wire
-from token_check import CallSpy, check
+from tiny_models import UNET, WIDTH, fill_, noise, save_t5, wire
+from token_check import CallSpy, check, judge
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,16 @@ def test_gligen(spy, run_node, ksample, wired, gligen):
     assert not torch.equal(samples, ksample(wired.model, wired.positive, wired.negative))
 
 
+def test_gligen_with_a_t5_is_refused(run_node, ksample, base_directory, pack_import, wired, gligen):
+    save_t5(base_directory / "models" / "text_encoders" / "t5-of-boxes")
+    clip = run_node("EMMALoadTextEncoder", text_encoder_name="t5-of-boxes", dtype="auto", empty_prompt="natural length")[0]
+    positive = run_node("GLIGENTextBoxApply", conditioning_to=wired.positive, clip=clip, gligen_textbox_model=gligen,
+                        text="a red cat", width=32, height=32, x=0, y=0)[0]
+    error = pack_import("emma_core.errors").ConnectorMismatchError
+    with pytest.raises(error, match="no pooled vector.*Wire the checkpoint's own CLIP into GLIGENTextBoxApply"):
+        ksample(wired.model, positive, wired.negative)
+
+
 def lora_hook(model, seed: int):
     """HOOKS that add to the values of every cross-attention."""
     weights = {}
@@ -178,3 +188,25 @@ def test_hooks_with_keyframes(spy, run_node, ksample, wired, model, combined):
     samples = ksample(wired.model, positive, negative, **settings)
     check(spy.calls, wired.answers)
     assert not torch.equal(samples, ksample(wired.model, wired.positive, wired.negative, **settings))
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_hooks_of_the_text_encoder(spy, run_node, tiny, ksample, model, base_directory, scheduled):
+    """Set CLIP Hooks: what CLIP Text Encode then gives carries the hooks, in parts of the sampling."""
+    keyframes = run_node("CreateHookKeyframe", strength_mult=1.0, start_percent=0.0)[0]
+    keyframes = run_node("CreateHookKeyframe", strength_mult=0.2, start_percent=0.5, prev_hook_kf=keyframes)[0]
+    hooks = run_node("SetHookKeyframes", hooks=lora_hook(model, 100), hook_kf=keyframes)[0]
+    save_t5(base_directory / "models" / "text_encoders" / "t5-of-hooks")
+    clip = run_node("EMMALoadTextEncoder", text_encoder_name="t5-of-hooks", dtype="auto", empty_prompt="natural length")[0]
+    hooked = run_node("SetClipHooks", clip=clip, apply_to_conds=True, schedule_clip=scheduled, hooks=hooks)[0]
+    texts = [[run_node("CLIPTextEncode", clip=each, text=prompt)[0] for each in (hooked, clip)]
+             for prompt in ("a red cat", "")]
+    samples = []
+    for positive, negative in zip(*texts, strict=True):
+        wired = wire(tiny, model, tiny.ella(), positive, negative)
+        spy.calls.clear()
+        samples.append(ksample(wired.model, wired.positive, wired.negative, steps=6, scheduler="normal"))
+        verdict = judge(spy.calls, wired.answers)  # the parts of a schedule have one text here, so not all can be met
+        assert verdict.right == verdict.total == 6
+    assert len(texts[0][0]) == (2 if scheduled else 1)
+    assert not torch.equal(*samples), "the hooks act"
