@@ -8,16 +8,16 @@ K latent tokens, C reference tokens, W token width, E channels of the time embed
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
 from .errors import ConnectorMismatchError, EmmaWarning, ReferenceMismatchError
 from .gated_resampler import GatedResampler
+from .strength_keyframes import LAST_TIMESTEP, StrengthKeyframes
 
-LAST_TIMESTEP = 999
 # enough rows to keep matrix products busy; on CPUs, few enough for the hidden layer to stay in the cache
 ROWS_PER_PASS = 64
 ROWS_PER_PASS_ON_CPU = 16
@@ -54,6 +54,7 @@ class Reference:
         features: feature name -> (R, vectors, dim); R is 1, or one per row of the batch (frames of a video).
         strength: multiplies the module's contribution; a float, or (R,) one per row.
         start_percent, end_percent: part of the sampling where it acts, 0 (pure noise) to 1 (picture).
+        keyframes: factors on the strength that change over the sampling.
     Raises:
         ReferenceMismatchError: features the module does not declare, or of another size; strengths that are not
             numbers or not one per reference; an empty range.
@@ -64,6 +65,7 @@ class Reference:
     strength: float | torch.Tensor = 1.0
     start_percent: float = 0.0
     end_percent: float = 1.0
+    keyframes: StrengthKeyframes = StrengthKeyframes()
 
     def __post_init__(self):
         self.module.config.check_features(self.features)
@@ -97,7 +99,15 @@ class Reference:
         acts_B = (percent_B >= self.start_percent - slack) & (percent_B <= self.end_percent + slack)
         strength = torch.as_tensor(self.strength, dtype=torch.float32, device=timestep_B.device).flatten()
         row_B = torch.arange(timestep_B.shape[0], device=timestep_B.device) % strength.numel()
-        return strength[row_B] * acts_B
+        return strength[row_B] * acts_B * self.keyframes.of_rows(timestep_B)
+
+    def of_row(self, row: int) -> "Reference":
+        """The reference of one row (frame) alone."""
+        if self.rows == 1:
+            return self
+        features = {name: tensor[row % len(tensor)][None] for name, tensor in self.features.items()}
+        strength = torch.as_tensor(self.strength).flatten()
+        return replace(self, features=features, strength=float(strength[row % len(strength)]))
 
 
 @dataclass(frozen=True, eq=False)

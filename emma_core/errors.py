@@ -41,6 +41,10 @@ class ImageInputError(EmmaError):
     """A picture or a mask cannot be used as it is."""
 
 
+class TextInputError(EmmaError):
+    """A text that was typed into a node cannot be read."""
+
+
 class UnconnectedModelError(EmmaError):
     """EMMA conditioning reached a MODEL that was not connected through EMMA Connector."""
 

@@ -63,6 +63,7 @@ class Pipeline:
         predict_noise: (noised latent (B, 4, h, w), timestep (B,), context (B, K, W)) -> predicted noise.
         decode: latents of unit deviation times 1/0.18215 -> pictures (B, 3, H, W) in [-1, 1].
         scheduler: as `sd15_scheduler` makes it.
+        assemble: (connector, text, timesteps, assembly) -> tokens, as `tokens_over_schedule`: the sum of the modules.
     """
 
     encode_text: Callable[[Sequence[str]], list[torch.Tensor]]
@@ -70,6 +71,7 @@ class Pipeline:
     predict_noise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
     scheduler: DDIMScheduler
+    assemble: Callable[[Connector, torch.Tensor, torch.Tensor, Assembly], torch.Tensor] = tokens_over_schedule
 
 
 def sd15_scheduler() -> DDIMScheduler:
@@ -129,5 +131,5 @@ def _tokens(
     for (prompt, assembly), text_1ND in zip(entries, texts, strict=True):
         key = (prompt, assembly.references)
         if key not in known:
-            known[key] = tokens_over_schedule(pipeline.connector, text_1ND, timestep_T, assembly)
+            known[key] = pipeline.assemble(pipeline.connector, text_1ND, timestep_T, assembly)
     return torch.cat([known[prompt, assembly.references] for prompt, assembly in entries], dim=1)

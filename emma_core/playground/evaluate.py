@@ -1,8 +1,9 @@
 """`python -m emma_core.playground.evaluate --data DIR --judge FILE --out DIR`: do the modules do what they claim?
 
 On held-out (role, vendor, tone) triples: the prompt names the role, the style reference is another emoji of the wanted
-vendor, the face reference another person of the wanted tone by another vendor. A judge says which vendor, tone and
-caption the picture has; real pictures and autoencoder reconstructions are the ceilings.
+vendor, the face reference another person of the wanted tone by another vendor. Where the prompt names the category only,
+the object reference is the same emoji by another vendor. A judge says which vendor, tone and caption the picture has; real
+pictures and autoencoder reconstructions are the ceilings. A run can be stopped and called again.
 
 Shapes: B pictures of H x W pixels.
 """
@@ -10,9 +11,11 @@ Shapes: B pictures of H x W pixels.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,78 +23,168 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..assembly import Assembly, Reference
+from ..assembly import Assembly, Reference, tokens_over_schedule
+from ..connector_file import load_connector
 from ..emoji.dataset import EmojiPeople, Row, load
+from ..gated_resampler import GatedResampler
 from ..generate import Request, Sampling, generate
+from ..module_file import load_module
 from . import PLAYGROUND_DIR, load_autoencoder
+from .assembling import averaged, sequential, strongest
+from .autoencoder import Autoencoder
 from .judge import Judge, load_judge, verdicts
-from .pairs import ReferencePicker
+from .pairs import GROUPS, ReferencePicker
+from .text import CATEGORY
 from .train_encoder import LABELS, labels_of
 from .training import to_float
 from .world import World, load_world
 
 ALL = "all three"
 RESAMPLES, CONFIDENCE = 2000, 0.95
-STRENGTHS = (1.0, 1.25, 1.5)
+STRENGTHS = (0.5, 1.0, 1.25, 1.5, 2.0)
+REPORT = "scores.json"
+ASSEMBLING = {"sum": tokens_over_schedule, "average": averaged, "one after the other": sequential, "strongest gate": strongest}
 SHEET_COLUMNS, SHEET_PICTURES = 16, 32
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One held-out picture to aim at, by position in the data, and its two references."""
+    """One held-out picture to aim at, by position in the data, a reference for each condition, and the seed of its noise."""
 
     target: int
     style: int
     face: int
+    object: int
+    seed: int
 
 
 def choose_trials(data: EmojiPeople, count: int, seed: int) -> list[Trial]:
-    """Held-out pictures, vendors in turn; references come from the train split."""
+    """Held-out pictures, vendors in turn, again and again with other references; references come from the train split."""
     chance = random.Random(seed)
     picker = ReferencePicker(data.rows, data.positions("train"))
     heldout = data.positions("heldout-pair") + data.positions("heldout-triple")
-    chance.shuffle(heldout)
-    queues = [[position for position in heldout if data.rows[position].vendor == vendor] for vendor in picker.vendors]
-    most = max(map(len, queues))
-    targets = [queue[turn] for turn in range(most) for queue in queues if turn < len(queue)][:count]
-    return [Trial(target, picker.style(data.rows[target], chance), picker.face(data.rows[target], chance, True))
-            for target in targets]
+    trials: list[Trial] = []
+    while len(trials) < count:
+        chance.shuffle(heldout)
+        queues = [[position for position in heldout if data.rows[position].vendor == vendor] for vendor in picker.vendors]
+        most = max(map(len, queues))
+        for target in [queue[turn] for turn in range(most) for queue in queues if turn < len(queue)]:
+            row = data.rows[target]
+            trials.append(Trial(target, picker.style(row, chance), picker.face(row, chance, True), picker.object(row, chance),
+                                len(trials)))
+    return trials[:count]
 
 
 def shuffled_trials(trials: Sequence[Trial], rows: Sequence[Row], seed: int) -> list[Trial]:
-    """The same references, given to other targets: each at random to one of another vendor, or of another tone."""
+    """The same references, given to other targets: each at random to one of another vendor, another tone, another caption."""
     chance = random.Random(seed)
     shuffled = []
     for trial in trials:
-        target = rows[trial.target]
-        styles = [other.style for other in trials if rows[other.style].vendor != target.vendor]
-        faces = [other.face for other in trials if rows[other.face].tone != target.tone]
-        shuffled.append(replace(trial, style=chance.choice(styles), face=chance.choice(faces)))
+        others = {}
+        for condition, label in GROUPS.items():
+            wrong = [getattr(other, condition) for other in trials
+                     if getattr(rows[getattr(other, condition)], label) != getattr(rows[trial.target], label)]
+            others[condition] = chance.choice(wrong)
+        shuffled.append(replace(trial, **others))
     return shuffled
 
 
+@dataclass(frozen=True)
+class Line:
+    """One line of the table.
+
+    Args:
+        name: as the table shows it.
+        strengths: of each condition; one left out has no reference.
+        told: the prompt names who is shown; else it names the category only.
+        shuffled: the references are of other targets.
+        gates: factor on all global gates A and F.
+        assemble: name of a way to assemble, of ASSEMBLING.
+        folder: modules, and an ELLA if there is one, that take the place of the playground's.
+    """
+
+    name: str
+    strengths: Mapping[str, float]
+    told: bool = True
+    shuffled: bool = False
+    gates: float = 1.0
+    assemble: str = "sum"
+    folder: Path | None = None
+
+
+BOTH = {"style": 1.0, "face": 1.0}
+CONTROLS = (
+    Line("assembled, shuffled references", BOTH, shuffled=True),
+    Line("assembled, gates zero", BOTH, gates=0.0),
+)
+WAYS = tuple(Line(f"assembled, {way}", BOTH, assemble=way) for way in ASSEMBLING if way != "sum")
+OBJECT = (
+    Line("category only", {}, told=False),
+    Line("category only + object", {"object": 1.0}, told=False),
+    Line("category only + object, shuffled references", {"object": 1.0}, told=False, shuffled=True),
+    Line("category only + object + style + face", {**BOTH, "object": 1.0}, told=False),
+)
+
+
+def lines_to_generate(strengths: Sequence[float], variants: Mapping[str, Path]) -> list[Line]:
+    """Each condition alone and together, then controls, other ways of assembling, the object module, and the variants."""
+    alone = [Line("text only", {}), Line("+ style", {"style": 1.0}), Line("+ face", {"face": 1.0})]
+    swept = [Line(f"assembled, strength {strength:g}", {"style": strength, "face": strength}) for strength in strengths]
+    others = []
+    for name, folder in variants.items():
+        has = [condition for condition in BOTH if (folder / f"emma-{condition}.safetensors").is_file()]
+        others += [Line(f"{name}: + {condition}", {condition: 1.0}, folder=folder) for condition in has]
+        others += [Line(f"{name}: assembled", BOTH, folder=folder)] if len(has) == 2 else []
+    return [*alone, *swept, *CONTROLS, *WAYS, *OBJECT, *others]
+
+
 class Generation:
-    """Pictures of trials with chosen conditions and strengths; the noise of a trial is the same in every row."""
+    """Pictures of trials, a line of the table at a time; the noise of a trial is the same in every line."""
 
     def __init__(self, world: World, data: EmojiPeople, sampling: Sampling):
         self._world, self._data, self._sampling = world, data, sampling
-        self._known: dict[tuple[str, int], Reference] = {}
 
-    def _reference(self, condition: str, position: int) -> Reference:
-        key = (condition, position)
-        if key not in self._known:
-            image_1HW3 = torch.from_numpy(self._data.images_NHWC[position].copy())[None].float() / 255
-            self._known[key] = self._world.encode_reference(condition, image_1HW3)
-        return self._known[key]
-
-    def pictures(self, trials: Sequence[Trial], strengths: dict[str, float]) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1]; `strengths` by condition, a condition left out has no reference."""
+    def pictures(self, trials: Sequence[Trial], line: Line) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1]."""
+        world = replaced(self._world, line)
+        known: dict[tuple[str, int], Reference] = {}
         requests = []
-        for seed, trial in enumerate(trials):
-            references = [replace(self._reference(condition, getattr(trial, condition)), strength=strength)
-                          for condition, strength in strengths.items()]
-            requests.append(Request(self._data.rows[trial.target].caption, Assembly(references), seed=seed))
-        return generate(self._world.pipeline, requests, self._sampling).permute(0, 3, 1, 2) * 2 - 1
+        for trial in trials:
+            row = self._data.rows[trial.target]
+            references = [replace(self._reference(world, known, condition, getattr(trial, condition)), strength=strength)
+                          for condition, strength in line.strengths.items()]
+            requests.append(Request(row.caption if line.told else CATEGORY, Assembly(references), seed=trial.seed))
+        return generate(world.pipeline, requests, self._sampling).permute(0, 3, 1, 2) * 2 - 1
+
+    def _reference(self, world: World, known: dict, condition: str, position: int) -> Reference:
+        if (condition, position) not in known:
+            image_1HW3 = torch.from_numpy(self._data.images_NHWC[position].copy())[None].float() / 255
+            known[condition, position] = world.encode_reference(condition, image_1HW3)
+        return known[condition, position]
+
+
+def replaced(world: World, line: Line) -> World:
+    """The world with what a line exchanges in it."""
+    modules, connector = dict(world.modules), world.pipeline.connector
+    if line.folder is not None:
+        modules = {condition: load_module(path) for condition in modules
+                   if (path := line.folder / f"emma-{condition}.safetensors").is_file()}
+        if (line.folder / "ella.safetensors").is_file():
+            connector = load_connector(line.folder / "ella.safetensors")
+    if line.gates != 1.0:
+        modules = {condition: with_gates(module, line.gates) for condition, module in modules.items()}
+    pipeline = replace(world.pipeline, connector=connector, assemble=ASSEMBLING[line.assemble])
+    return replace(world, pipeline=pipeline, modules=modules)
+
+
+@torch.no_grad()
+def with_gates(module: GatedResampler, factor: float) -> GatedResampler:
+    """A copy whose global gates A and F are multiplied."""
+    module = copy.deepcopy(module)
+    for block in module.blocks:
+        block.attn_gate *= factor
+        block.ffn_gate *= factor
+    return module
 
 
 @dataclass(frozen=True)
@@ -121,13 +214,6 @@ def bootstrapped(hit_B: np.ndarray, emoji: Sequence[str], seed: int = 0) -> Scor
     return Score(float(hit_B.mean()), float(low), float(high))
 
 
-def rows_to_generate(strengths: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Name of a row -> strength of each condition."""
-    alone = {"text only": {}, "+ style": {"style": 1.0}, "+ face": {"face": 1.0}}
-    assembled = {f"assembled, strength {strength:g}": {"style": strength, "face": strength} for strength in strengths}
-    return {**alone, **assembled}
-
-
 def table(scores: dict[str, dict[str, Score]]) -> str:
     """Markdown."""
     columns = [*LABELS, ALL]
@@ -141,42 +227,56 @@ def table(scores: dict[str, dict[str, Score]]) -> str:
 def save_sheet(image_B3HW: torch.Tensor, path: Path) -> None:
     """The first pictures of a row, side by side."""
     shown = ((image_B3HW[:SHEET_PICTURES] + 1) * 127.5).clamp(0, 255).round().byte()
-    lines = [torch.cat(list(line), dim=2) for line in shown.split(SHEET_COLUMNS) if len(line) == SHEET_COLUMNS]
+    empty = shown.new_full((-len(shown) % SHEET_COLUMNS, *shown.shape[1:]), 255)
+    lines = [torch.cat(list(line), dim=2) for line in torch.cat([shown, empty]).split(SHEET_COLUMNS)]
     Image.fromarray(torch.cat(lines, dim=1).permute(1, 2, 0).numpy()).save(path)
 
 
 @torch.no_grad()
 def evaluate(options: argparse.Namespace) -> dict[str, dict[str, Score]]:
+    """Scores by line; lines that `scores.json` in the folder has already are kept, if they are of the same trials."""
     data, judge = load(options.data), load_judge(options.judge)
     generation = Generation(load_world(options.playground), data,
                             Sampling(steps=options.steps, guidance=options.guidance))
     autoencoder = load_autoencoder(options.playground / "autoencoder.safetensors")
     trials = choose_trials(data, options.pictures, options.seed)
+    misled = shuffled_trials(trials, data.rows, options.seed)
     targets = [trial.target for trial in trials]
     numbers, classes = labels_of(data)
     wanted = {label: numbers[label][targets] for label in LABELS}
     emoji = [data.rows[target].emoji for target in targets]
     real_B3HW = to_float(data.images_NHWC[targets])
-    jobs = {"real pictures": lambda: real_B3HW, "autoencoder": lambda: autoencoder.decode(autoencoder.encode(real_B3HW))}
-    for name, strengths in rows_to_generate(options.strengths).items():
-        jobs[name] = lambda strengths=strengths: generation.pictures(trials, strengths)
-    misled = shuffled_trials(trials, data.rows, options.seed)
-    jobs["assembled, references shuffled"] = lambda: generation.pictures(misled, {"style": 1.0, "face": 1.0})
-    scores = {}
+    jobs = {"real pictures": lambda: real_B3HW, "autoencoder": lambda: _through(autoencoder, real_B3HW)}
+    for line in lines_to_generate(options.strengths, dict(options.variant)):
+        jobs[line.name] = lambda line=line: generation.pictures(misled if line.shuffled else trials, line)
+    report = {"pictures": len(trials), "base_emoji": len(set(emoji)), "guidance": options.guidance, "steps": options.steps,
+              "seed": options.seed, "chance": {label: 1 / count for label, count in classes.items()}}
     options.out.mkdir(parents=True, exist_ok=True)
-    for row, make in jobs.items():
-        if options.rows and row not in options.rows:
+    scores = scores_so_far(options.out / REPORT, report)
+    for name, make in jobs.items():
+        if name in scores or (options.rows and name not in options.rows):
             continue
         image_B3HW = make()
-        scores[row] = {name: bootstrapped(hit_B, emoji) for name, hit_B in hits_of(judge, image_B3HW, wanted).items()}
-        save_sheet(image_B3HW, options.out / f"{row.replace(',', '').replace(' ', '-')}.png")
-        print(table({row: scores[row]}).splitlines()[-1], flush=True)
-    chance = {label: 1 / count for label, count in classes.items()}
-    report = {"pictures": len(trials), "base_emoji": len(set(emoji)), "guidance": options.guidance, "steps": options.steps,
-              "chance": chance, "scores": {row: {name: vars(one) for name, one in score.items()}
-                                           for row, score in scores.items()}}
-    (options.out / "scores.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return scores
+        scores[name] = {label: bootstrapped(hit_B, emoji) for label, hit_B in hits_of(judge, image_B3HW, wanted).items()}
+        save_sheet(image_B3HW, options.out / f"{re.sub('[^a-z0-9.+]+', '-', name.lower())}.png")
+        print(table({name: scores[name]}).splitlines()[-1], flush=True)
+        values = {row: {label: vars(one) for label, one in score.items()} for row, score in scores.items()}
+        (options.out / REPORT).write_text(json.dumps({**report, "scores": values}, indent=1) + "\n", encoding="utf-8")
+    return {name: scores[name] for name in jobs if name in scores}
+
+
+def _through(autoencoder: Autoencoder, image_B3HW: torch.Tensor) -> torch.Tensor:
+    return torch.cat([autoencoder.decode(autoencoder.encode(part)) for part in image_B3HW.split(64)])
+
+
+def scores_so_far(path: Path, report: dict) -> dict[str, dict[str, Score]]:
+    """What an earlier run with the same settings found."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if {key: found.get(key) for key in report} != report:
+        return {}
+    return {row: {label: Score(**one) for label, one in score.items()} for row, score in found["scores"].items()}
 
 
 def main() -> None:
@@ -189,9 +289,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Sampling.steps)
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
-    parser.add_argument("--rows", nargs="+", help="only these rows, by name")
+    parser.add_argument("--rows", nargs="+", help="only these lines of the table, by name")
+    parser.add_argument("--variant", nargs=2, action="append", default=[], metavar=("NAME", "FOLDER"),
+                        type=str, help="further lines with the modules, and the ELLA, of this folder; may be given again")
     parser.add_argument("--seed", type=int, default=5)
     options = parser.parse_args()
+    options.variant = [(name, Path(folder)) for name, folder in options.variant]
     torch.set_num_threads(1)
     print(table(evaluate(options)))
 

@@ -6,9 +6,17 @@ import random
 from collections.abc import Sequence
 
 from ..emoji.dataset import Row
+from ..emoji.icons import VENDORS
+from .text import wordings, wordings_of_category
 
-GROUPS = {"style": "vendor", "face": "tone"}  # what a reference tells
+GROUPS = {"style": "vendor", "face": "tone", "object": "caption"}  # what a reference tells
 CONDITIONS = tuple(GROUPS)
+_FAMILIES = {vendor.name: vendor.family for vendor in VENDORS}
+
+
+def prompts(condition: str, target: Row) -> list[str]:
+    """Prompts for a target whose reference is of this condition; an object module must not read in the prompt what it is."""
+    return wordings_of_category() if condition == "object" else wordings(target)
 
 
 class ReferencePicker:
@@ -23,10 +31,12 @@ class ReferencePicker:
         self._rows = rows
         self._of_vendor: dict[str, list[int]] = {}
         self._of_tone: dict[tuple[str, str], list[int]] = {}
+        self._of_emoji: dict[str, list[int]] = {}
         for position in positions:
             row = rows[position]
             self._of_vendor.setdefault(row.vendor, []).append(position)
             self._of_tone.setdefault((row.tone, row.vendor), []).append(position)
+            self._of_emoji.setdefault(row.emoji, []).append(position)
         self.vendors = sorted(self._of_vendor)
 
     def style(self, target: Row, chance: random.Random) -> int:
@@ -38,9 +48,15 @@ class ReferencePicker:
         vendors = [name for name in self.vendors if not (other_vendor and name == target.vendor)]
         return self._another(self._of_tone[target.tone, chance.choice(vendors)], target, chance)
 
+    def object(self, target: Row, chance: random.Random) -> int:
+        """The same emoji in any tone, by a vendor whose drawings are not made of the target's."""
+        family = _FAMILIES[target.vendor]
+        return chance.choice([position for position in self._of_emoji[target.emoji]
+                              if _FAMILIES[self._rows[position].vendor] != family])
+
     def pick(self, condition: str, target: Row, chance: random.Random) -> int:
         """A reference of one of CONDITIONS, as in training."""
-        return {"style": self.style, "face": self.face}[condition](target, chance)
+        return {"style": self.style, "face": self.face, "object": self.object}[condition](target, chance)
 
     def _another(self, positions: list[int], target: Row, chance: random.Random) -> int:
         return chance.choice([position for position in positions if self._rows[position].emoji != target.emoji])

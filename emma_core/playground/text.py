@@ -25,6 +25,14 @@ _FRAMES = ("{}", "{}", "{}", "a {}", "{} emoji", "an emoji of a {}", "a picture 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.:;!?'-()"
 
 
+CATEGORY = "person"  # what every picture shows, and all that a prompt says where a reference tells the rest
+
+
+def wordings_of_category() -> list[str]:
+    """Ways to say no more than the category."""
+    return [frame.format(CATEGORY) for frame in _FRAMES]
+
+
 def wordings(row: Row) -> list[str]:
     """Ways to say a caption; none names style or tone."""
     phrases = [row.caption, row.caption]
@@ -33,9 +41,12 @@ def wordings(row: Row) -> list[str]:
     return [frame.format(phrase) for phrase in phrases for frame in _FRAMES]
 
 
-def caption_of(row: Row, empty_share: float, chance: random.Random) -> str:
-    """One wording, or nothing with probability ``empty_share``."""
-    return "" if chance.random() < empty_share else chance.choice(wordings(row))
+def caption_of(row: Row, empty_share: float, category_share: float, chance: random.Random) -> str:
+    """One wording; with the given probabilities nothing, or no more than the category."""
+    draw = chance.random()
+    if draw < empty_share:
+        return ""
+    return chance.choice(wordings_of_category() if draw < empty_share + category_share else wordings(row))
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:

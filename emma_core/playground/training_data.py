@@ -1,7 +1,7 @@
 """`python -m emma_core.playground.training_data --data DIR --out DIR`: the emoji people as the trainer reads them.
 
 Writes every picture as a file and, for each condition, a JSON-lines file of the train split and one of the held-out pictures.
-References are always of the train split. A group is what a reference tells: the vendor, or the tone.
+References are always of the train split. A group is what a reference tells: the vendor, the tone, or what is shown.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..emoji.dataset import EmojiPeople, load
-from .pairs import CONDITIONS, GROUPS, ReferencePicker
-from .text import wordings
+from .pairs import CONDITIONS, GROUPS, ReferencePicker, prompts
 
 REFERENCES = 48  # of each target, drawn with repetition
 
@@ -34,7 +33,7 @@ def write_training_data(data: EmojiPeople, out: Path, seed: int = 0) -> None:
                 row = data.rows[position]
                 references = {picker.pick(condition, row, chance) for _ in range(REFERENCES)}
                 lines.append({
-                    "image": pictures[position], "captions": wordings(row), "group": getattr(row, GROUPS[condition]),
+                    "image": pictures[position], "captions": prompts(condition, row), "group": getattr(row, GROUPS[condition]),
                     "references": [pictures[reference] for reference in sorted(references)],
                 })
             text = "".join(json.dumps(line) + "\n" for line in lines)

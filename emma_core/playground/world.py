@@ -20,11 +20,12 @@ from ..module_file import load_module
 from ..reference_features import check_for_module, combine_features
 from ..text_encoder import load_text_encoder
 from . import PLAYGROUND_DIR, load_autoencoder, load_unet
+from .pairs import CONDITIONS
 
 
 @dataclass(frozen=True)
 class World:
-    """The pipeline, the two modules and their encoder."""
+    """The pipeline, its modules by condition, and their encoder."""
 
     pipeline: Pipeline
     modules: dict[str, GatedResampler]
@@ -33,7 +34,7 @@ class World:
     def encode_reference(
         self, condition: str, image_BHW3: torch.Tensor, mask_BHW: torch.Tensor | None = None
     ) -> Reference:
-        """One reference of the `style` or the `face` module, from pictures in [0, 1]; several are shown side by side.
+        """One reference of the condition's module, from pictures in [0, 1]; several are shown side by side.
 
         Raises:
             ImageInputError: unusable pictures or mask.
@@ -66,7 +67,8 @@ def load_world(folder: str | Path = PLAYGROUND_DIR) -> World:
         decode=load_autoencoder(folder / "autoencoder.safetensors").decode,
         scheduler=sd15_scheduler(),
     )
-    modules = {condition: load_module(folder / f"emma-{condition}.safetensors") for condition in ("style", "face")}
+    modules = {condition: load_module(path) for condition in CONDITIONS
+               if (path := folder / f"emma-{condition}.safetensors").is_file()}
     return World(pipeline, modules, load_playground_encoder(folder / "encoder.safetensors"))
 
 

@@ -1,17 +1,29 @@
 """The playground's evaluation: what is compared with what, and how intervals are made."""
 
+import argparse
+import json
+
 import numpy as np
 import pytest
 import torch
 from emoji_people import small_data
 
+from emma_core.assembly import Assembly, Reference, tokens_over_schedule
+from emma_core.connector_file import save_connector
+from emma_core.module_file import save_module
+from emma_core.playground import PLAYGROUND_DIR, evaluate
+from emma_core.playground.assembling import averaged, sequential, strongest
 from emma_core.playground.evaluate import (
     ALL,
+    BOTH,
+    Generation,
+    Line,
     Score,
     bootstrapped,
     choose_trials,
     hits_of,
-    rows_to_generate,
+    lines_to_generate,
+    replaced,
     shuffled_trials,
     table,
 )
@@ -25,28 +37,133 @@ def test_trials_aim_at_held_out_pictures_with_references_from_the_train_split():
     trials = choose_trials(data, 4, seed=0)
     assert sorted(data.rows[trial.target].vendor for trial in trials) == sorted({row.vendor for row in data.rows})
     for trial in trials:
-        target, style, face = (data.rows[position] for position in (trial.target, trial.style, trial.face))
-        assert target.split != "train" and style.split == face.split == "train"
+        target, style, face, thing = (data.rows[position]
+                                      for position in (trial.target, trial.style, trial.face, trial.object))
+        assert target.split != "train" and style.split == face.split == thing.split == "train"
         assert style.vendor == target.vendor and face.tone == target.tone and face.vendor != target.vendor
         assert target.emoji not in (style.emoji, face.emoji)
+        assert thing.emoji == target.emoji and thing.vendor != target.vendor
 
 
-def test_shuffled_references_are_of_another_vendor_and_tone():
+def test_more_trials_than_held_out_pictures_have_other_references_and_other_noise():
+    data = small_data()
+    trials = choose_trials(data, 12, seed=0)
+    assert [trial.seed for trial in trials] == list(range(12))
+    assert len({trial.target for trial in trials}) == 4
+    assert len({(trial.target, trial.style, trial.face, trial.object) for trial in trials}) > 8
+    assert choose_trials(data, 4, seed=0) == trials[:4]
+
+
+def data_with_two_held_out():
+    """The light farmer is held out as well."""
     data = small_data()
     for position, row in enumerate(data.rows):
         if row.role == "farmer" and row.tone == "light":
             data.rows[position] = type(row)(**{**vars(row), "split": "heldout-triple"})
+    return data
+
+
+def test_shuffled_references_are_of_another_vendor_tone_and_caption():
+    data = data_with_two_held_out()
     trials = choose_trials(data, 8, seed=0)
     for trial, misled in zip(trials, shuffled_trials(trials, data.rows, seed=0), strict=True):
         target = data.rows[trial.target]
         assert misled.target == trial.target
+        assert misled.seed == trial.seed
         assert data.rows[misled.style].vendor != target.vendor and data.rows[misled.face].tone != target.tone
+        assert data.rows[misled.object].caption != target.caption
 
 
-def test_rows_hold_each_condition_alone_and_together():
-    assert rows_to_generate((1.0, 1.5)) == {
-        "text only": {}, "+ style": {"style": 1.0}, "+ face": {"face": 1.0},
-        "assembled, strength 1": {"style": 1.0, "face": 1.0}, "assembled, strength 1.5": {"style": 1.5, "face": 1.5}}
+def test_every_condition_alone_and_together_controls_and_variants_have_a_line(tmp_path):
+    (tmp_path / "emma-style.safetensors").touch()
+    lines = {line.name: line for line in lines_to_generate((1.0, 1.5), {"ours": tmp_path})}
+    assert lines["text only"].strengths == {} and lines["+ style"].strengths == {"style": 1.0}
+    assert lines["assembled, strength 1.5"].strengths == {"style": 1.5, "face": 1.5}
+    assert lines["assembled, shuffled references"].shuffled and lines["assembled, gates zero"].gates == 0
+    assert {line.assemble for line in lines.values()} == {"sum", "average", "one after the other", "strongest gate"}
+    assert not lines["category only + object"].told and lines["+ face"].told
+    assert lines["ours: + style"].folder == tmp_path and "ours: assembled" not in lines
+
+
+@pytest.fixture(scope="module")
+def world():
+    return evaluate.load_world()
+
+
+@pytest.fixture(scope="module")
+def prompt(world):
+    """Text and one reference of each condition."""
+    generator = torch.Generator().manual_seed(0)
+    references = [world.encode_reference(condition, torch.rand(1, 128, 128, 3, generator=generator))
+                  for condition in ("style", "face")]
+    return world.pipeline.encode_text(["man cook"])[0], references
+
+
+TIMESTEPS = torch.tensor([951.0, 300.0])
+
+
+def test_one_module_is_assembled_alike_in_every_way(world, prompt):
+    text, (style, _) = prompt
+    wanted = tokens_over_schedule(world.pipeline.connector, text, TIMESTEPS, Assembly([style]))
+    for way in (averaged, sequential, strongest):
+        found = way(world.pipeline.connector, text, TIMESTEPS, Assembly([style]))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_two_modules_are_assembled_as_each_way_says(world, prompt):
+    text, (style, face) = prompt
+    connector = world.pipeline.connector
+    both = Assembly([style, face])
+    summed = tokens_over_schedule(connector, text, TIMESTEPS, both)
+    halves = Assembly([Reference(one.module, one.features, 0.5) for one in (style, face)])
+    assert torch.equal(averaged(connector, text, TIMESTEPS, both), tokens_over_schedule(connector, text, TIMESTEPS, halves))
+    ways = [summed, averaged(connector, text, TIMESTEPS, both), sequential(connector, text, TIMESTEPS, both),
+            sequential(connector, text, TIMESTEPS, Assembly([face, style])), strongest(connector, text, TIMESTEPS, both)]
+    for number, one in enumerate(ways):
+        assert all(not torch.allclose(one, other, rtol=1e-3) for other in ways[number + 1:])
+    nothing = evaluate.with_gates(face.module, 0.0)
+    alone = tokens_over_schedule(connector, text, TIMESTEPS, Assembly([style]))
+    for way in (sequential, strongest):
+        found = way(connector, text, TIMESTEPS, Assembly([style, Reference(nothing, face.features)]))
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_without_gates_the_picture_is_that_of_the_text(world):
+    data = small_data()
+    generation = Generation(world, data, evaluate.Sampling(steps=2, width_px=32, height_px=32))
+    trials = choose_trials(data, 3, seed=0)
+    plain = generation.pictures(trials, Line("text only", {}))
+    assert torch.equal(plain, generation.pictures(trials, Line("zero", BOTH, gates=0.0)))
+    assert not torch.equal(plain, generation.pictures(trials, Line("both", BOTH)))
+    assert not torch.equal(plain, generation.pictures(trials, Line("category", {}, told=False)))
+
+
+def test_a_variant_replaces_modules_and_connector(world, tmp_path):
+    module = evaluate.with_gates(world.modules["style"], 3.0)
+    save_module(module, tmp_path / "emma-style.safetensors")
+    found = replaced(world, Line("variant", {}, folder=tmp_path))
+    assert set(found.modules) == {"style"} and found.pipeline.connector is world.pipeline.connector
+    assert torch.equal(found.modules["style"].blocks[0].attn_gate, module.blocks[0].attn_gate)
+    save_connector(world.pipeline.connector, tmp_path / "ella.safetensors", torch.float32)
+    assert replaced(world, Line("variant", {}, folder=tmp_path)).pipeline.connector is not world.pipeline.connector
+
+
+def test_a_run_goes_on_with_the_lines_that_are_missing(monkeypatch, tmp_path, capsys):
+    data = data_with_two_held_out()
+    monkeypatch.setattr(evaluate, "load", lambda folder: data)
+    torch.manual_seed(0)
+    save_judge(Judge(CLASSES).eval(), tmp_path / "judge.safetensors")
+    options = argparse.Namespace(data=tmp_path, judge=tmp_path / "judge.safetensors", out=tmp_path / "out", steps=1,
+                                 guidance=2.0, pictures=8, seed=5, strengths=(1.0,), variant=[], playground=PLAYGROUND_DIR,
+                                 rows=["real pictures", "text only"])
+    evaluate.evaluate(options)
+    options.rows = ["text only", "+ style"]
+    scores = evaluate.evaluate(options)
+    printed = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert printed == list(scores) == ["real pictures", "text only", "+ style"]
+    assert list(json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]) == list(scores)
+    options.pictures, options.rows = 9, ["text only"]
+    assert list(evaluate.evaluate(options)) == ["text only"], "other trials are another run"
 
 
 def test_intervals_resample_base_emoji():

@@ -14,7 +14,7 @@ from emma_core.errors import ImageInputError
 from emma_core.playground import export, train_base
 from emma_core.playground.autoencoder import Autoencoder
 from emma_core.playground.files import load_unet
-from emma_core.playground.train_base import Base, bucket_losses, mean_of_buckets, saved_or_new_tokenizer
+from emma_core.playground.train_base import Base, base_of_files, bucket_losses, mean_of_buckets, saved_or_new_tokenizer
 from emma_core.text_encoder import load_text_encoder
 
 DATA_PICTURES = {"noto": ("man cook", "light")}
@@ -31,7 +31,8 @@ def trained(tmp_path, monkeypatch):
     save_file({name: value.contiguous() for name, value in PlaygroundEncoder().state_dict().items()},
               tmp_path / "encoder.safetensors")
     options = argparse.Namespace(data=tmp_path, autoencoder=tmp_path / "autoencoder.safetensors", out=tmp_path / "base",
-                                 encoder=tmp_path / "encoder.safetensors", minutes=0.02, rate=1e-3, threads=1, seed=0)
+                                 encoder=tmp_path / "encoder.safetensors", start=None, minutes=0.02, rate=1e-3, threads=1,
+                                 seed=0)
     train_base.train(options)
     return options
 
@@ -47,13 +48,33 @@ def test_a_run_goes_on_from_its_checkpoint_with_its_tokenizer(trained):
     assert not torch.equal(after["base"]["unet.conv_in.weight"], before["base"]["unet.conv_in.weight"])
 
 
+def test_a_run_may_start_from_exported_files(trained, tmp_path):
+    options = argparse.Namespace(**{**vars(trained), "base": trained.out, "out": tmp_path / "shipped"})
+    export.export_base(options)
+    began, averaged = base_of_files(options.out).state_dict(), export.averaged_base(trained.out / "base.pt").state_dict()
+    assert all(torch.allclose(began[name], value, rtol=1e-3, atol=1e-6) for name, value in averaged.items())
+    trained.start, trained.out = options.out, tmp_path / "further"
+    train_base.train(trained)
+    assert (trained.out / "tokenizer.json").read_bytes() == (options.out / "tokenizer.json").read_bytes()
+    assert torch.load(trained.out / "base.pt", weights_only=True)["step"] > 0
+
+
+def test_noisy_timesteps_come_more_often_and_count_more():
+    drawn_B = train_base.draw_timesteps(20_000, torch.Generator().manual_seed(0))
+    assert drawn_B.min() >= 0 and drawn_B.max() == 999
+    assert torch.isclose((drawn_B < 500).float().mean(), torch.tensor(0.5 ** (1 / train_base.TIMESTEP_POWER)), atol=0.02)
+    weight_T = train_base.weights_of_timesteps()
+    assert torch.isclose(weight_T[drawn_B].mean(), torch.tensor(1.0), atol=0.02)
+    assert torch.isclose(weight_T[999] / weight_T[0], torch.tensor(train_base.MOST_WEIGHT)) and (weight_T.diff() >= 0).all()
+
+
 def test_exported_files_predict_what_the_averaged_base_does(trained, tmp_path):
     options = argparse.Namespace(**{**vars(trained), "base": trained.out, "out": tmp_path / "shipped"})
     export.export_base(options)
     base, unet = export.averaged_base(trained.out / "base.pt"), load_unet(options.out / "unet.safetensors")
     connector, text_encoder = (load_connector(options.out / "ella.safetensors"),
                                load_text_encoder(options.out / "t5.safetensors"))
-    tokenizer = saved_or_new_tokenizer(options.out / "tokenizer.json", small_data())
+    tokenizer = saved_or_new_tokenizer(options.out / "tokenizer.json", small_data(), None)
     latent, timestep = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([400])
     with torch.no_grad():
         wanted = base([[*tokenizer.encode("man cook").ids, 1]], latent, timestep)
@@ -64,11 +85,11 @@ def test_exported_files_predict_what_the_averaged_base_does(trained, tmp_path):
 
 def test_an_existing_tokenizer_is_kept_as_it_is(tmp_path):
     path = tmp_path / "tokenizer.json"
-    saved_or_new_tokenizer(path, small_data())
+    saved_or_new_tokenizer(path, small_data(), None)
     content = json.loads(path.read_text(encoding="utf-8"))
     content["model"]["vocab"].append(["added", -9.0])
     path.write_text(json.dumps(content), encoding="utf-8")
-    assert saved_or_new_tokenizer(path, small_data()).token_to_id("added") is not None
+    assert saved_or_new_tokenizer(path, small_data(), None).token_to_id("added") is not None
 
 
 def test_prompts_of_different_lengths_keep_their_rows():
