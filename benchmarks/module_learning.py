@@ -26,7 +26,7 @@ from accelerate import Accelerator  # noqa: E402
 from emma_core.emoji.dataset import load  # noqa: E402
 from emma_core.gated_resampler import GatedResampler  # noqa: E402
 from emma_core.generate import Sampling  # noqa: E402
-from emma_core.playground.evaluate import Generation, choose_trials, hits_of  # noqa: E402
+from emma_core.playground.evaluate import Generation, Line, choose_trials, hits_of  # noqa: E402
 from emma_core.playground.judge import load_judge  # noqa: E402
 from emma_core.playground.train_encoder import LABELS, labels_of  # noqa: E402
 from emma_core.playground.world import load_world  # noqa: E402
@@ -112,7 +112,7 @@ class Learning:
         if not self.trials:
             return {"judged": None, "caption": None}
         world = dataclasses.replace(self.world, modules={**self.world.modules, self.condition: module})
-        pictures = Generation(world, self.emoji, Sampling()).pictures(self.trials, {self.condition: 1.0})
+        pictures = Generation(world, self.emoji, Sampling()).pictures(self.trials, Line(self.condition, {self.condition: 1.0}))
         numbers, _ = labels_of(self.emoji)
         wanted = {label: numbers[label][[trial.target for trial in self.trials]] for label in LABELS}
         hits = hits_of(self.judge, pictures, wanted)

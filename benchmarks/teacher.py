@@ -29,7 +29,7 @@ from emma_core.emoji.dataset import EmojiPeople, load  # noqa: E402
 from emma_core.generate import Sampling  # noqa: E402
 from emma_core.module_file import load_module  # noqa: E402
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder  # noqa: E402
-from emma_core.playground.evaluate import Generation, Trial, hits_of, save_sheet  # noqa: E402
+from emma_core.playground.evaluate import Generation, Line, Trial, hits_of, save_sheet  # noqa: E402
 from emma_core.playground.judge import load_judge  # noqa: E402
 from emma_core.playground.text import wordings  # noqa: E402
 from emma_core.playground.train_base import unit_latents  # noqa: E402
@@ -108,8 +108,9 @@ def score(options: argparse.Namespace, lora: Path, module: Path, data: EmojiPeop
     heldout = [p for p in range(len(data.rows)) if data.rows[p].split != "train" and data.rows[p].vendor != options.vendor]
     references = [p for p in data.positions("train") if data.rows[p].vendor == options.vendor]
     targets = chance.sample(heldout, options.judged)
-    trials = [Trial(target, reference, reference) for target, reference in zip(
-        targets, chance.choices(references, k=len(targets)), strict=True)]
+    shown = chance.choices(references, k=len(targets))
+    trials = [Trial(target, reference, reference, reference, seed)
+              for seed, (target, reference) in enumerate(zip(targets, shown, strict=True))]
     distilled = dataclasses.replace(world, modules={**world.modules, "style": load_module(module)})
     taught = dataclasses.replace(world, pipeline=dataclasses.replace(world.pipeline, predict_noise=teacher.predict_noise))
     numbers, _ = labels_of(data)
@@ -118,8 +119,8 @@ def score(options: argparse.Namespace, lora: Path, module: Path, data: EmojiPeop
     rows = {"text only": (world, {}), "teacher (LoRA)": (taught, {}), "distilled module": (distilled, {"style": 1.0}),
             "distilled module, strength 1.5": (distilled, {"style": 1.5})}
     print("| | vendor | caption |\n| --- | --- | --- |")
-    for name, (shown, strengths) in rows.items():
-        pictures = Generation(shown, data, Sampling()).pictures(trials, strengths)
+    for name, (drawn_by, strengths) in rows.items():
+        pictures = Generation(drawn_by, data, Sampling()).pictures(trials, Line(name, strengths))
         hits = hits_of(judge, pictures, wanted)
         save_sheet(pictures, options.out / f"{name.replace(',', '').replace(' ', '-')}.png")
         print(f"| {name} | {hits['vendor'].mean():.2f} | {hits['caption'].mean():.2f} |", flush=True)

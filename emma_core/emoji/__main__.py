@@ -1,4 +1,4 @@
-"""`python -m emma_core.emoji build --out DIR [--packages NODE_MODULES]`"""
+"""`python -m emma_core.emoji build --out DIR [--packages NODE_MODULES] [--unseen]`"""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ def main() -> None:
     command = commands.add_parser("build", help="render the emoji people and write images, index and card")
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--packages", type=Path, help="a node_modules folder; without it npm installs into OUT/npm")
+    command.add_argument("--unseen", action="store_true",
+                         help="also OpenMoji (CC-BY-SA-4.0), a style that nothing learns from: for evaluation, with its own judge")
     options = parser.parse_args()
     packages = options.packages or install_packages(options.out / "npm")
-    card = build(packages, options.out)
+    card = build(packages, options.out, unseen=options.unseen)
     shown = {key: card[key] for key in ("pictures", "per_vendor", "per_tone", "per_split")}
     print(json.dumps(shown, indent=1))
 

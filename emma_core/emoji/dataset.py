@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .icons import DATASOURCE, VENDORS, EmojiPackageError, IconSet, Vendor, read_json, render
+from .icons import DATASOURCE, UNSEEN, VENDORS, EmojiPackageError, IconSet, Vendor, read_json, render
 from .people import TONES, Person, select_people
 
 IMAGE_SIZE_PX = 128
 IMAGES_FILE, INDEX_FILE, CARD_FILE = "images.npy", "index.jsonl", "card.json"
 SPLITS = ("train", "heldout-pair", "heldout-triple")
+UNSEEN_SPLIT = "unseen"  # of a vendor that nothing learns from
 _PAIR_SHARE, _TRIPLE_SHARE = 0.04, 0.10
 
 
@@ -58,10 +59,14 @@ def split_of(person: Person, vendor: Vendor, tone: str) -> str:
     return "train"
 
 
-def build(packages: Path, out: Path, size_px: int = IMAGE_SIZE_PX) -> dict:
-    """Renders every person in every tone by every vendor into images, index and card in `out`; returns the card."""
+def build(packages: Path, out: Path, size_px: int = IMAGE_SIZE_PX, unseen: bool = False) -> dict:
+    """Renders every person in every tone by every vendor into images, index and card in `out`; returns the card.
+
+    Args:
+        unseen: also a vendor that nothing may learn from, for evaluation.
+    """
     people = select_people(read_json(packages, f"{DATASOURCE}/emoji.json"))
-    icon_sets = {vendor: IconSet(packages, vendor) for vendor in VENDORS}
+    icon_sets = {vendor: IconSet(packages, vendor) for vendor in (*VENDORS, *((UNSEEN,) if unseen else ()))}
     rows, images, missing = [], [], []
     for vendor, icon_set in icon_sets.items():
         for person in people:
@@ -90,7 +95,7 @@ def _row(person: Person, vendor: Vendor, tone: str) -> Row:
         vendor=vendor.name,
         licence=vendor.licence,
         category=person.category,
-        split=split_of(person, vendor, tone),
+        split=UNSEEN_SPLIT if vendor == UNSEEN else split_of(person, vendor, tone),
     )
 
 
@@ -106,7 +111,8 @@ def _card(rows: list[Row], missing: list[str], versions: dict[str, str], size_px
         "heldout_pairs": sorted(pairs),
         "missing": missing,
         "package_versions": versions,
-        "credits": {vendor.name: f"{vendor.credit} ({vendor.licence})" for vendor in VENDORS},
+        "credits": {vendor.name: f"{vendor.credit} ({vendor.licence})" for vendor in (*VENDORS, UNSEEN)
+                    if vendor.name in versions},
     }
 
 

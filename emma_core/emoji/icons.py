@@ -35,8 +35,9 @@ VENDORS = (
     Vendor("fluent-emoji-flat", "fluent", "MIT", "Fluent Emoji flat, Microsoft"),
     Vendor("fluent-emoji", "fluent", "MIT", "Fluent Emoji colour, Microsoft"),
 )
+UNSEEN = Vendor("openmoji", "openmoji", "CC-BY-SA-4.0", "OpenMoji")  # nothing learns from it: a style to be judged by
 DATASOURCE = "emoji-datasource-google"
-_PACKAGES = [DATASOURCE, *(f"@iconify-json/{vendor.name}" for vendor in VENDORS)]
+_PACKAGES = [DATASOURCE, *(f"@iconify-json/{vendor.name}" for vendor in (*VENDORS, UNSEEN))]
 _NAMES_FROM = {"fluent-emoji": "fluent-emoji-flat"}  # the colour set has the flat set's names but no chars.json
 
 

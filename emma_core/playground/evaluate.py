@@ -3,7 +3,8 @@
 On held-out (role, vendor, tone) triples: the prompt names the role, the style reference is another emoji of the wanted
 vendor, the face reference another person of the wanted tone by another vendor. Where the prompt names the category only,
 the object reference is the same emoji by another vendor. A judge says which vendor, tone and caption the picture has; real
-pictures and autoencoder reconstructions are the ceilings. A run can be stopped and called again.
+pictures and autoencoder reconstructions are the ceilings. Data built with --unseen, and a judge of these, add lines with
+references of a style that nothing has learnt from. A run can be stopped and called again.
 
 Shapes: B pictures of H x W pixels.
 """
@@ -15,7 +16,7 @@ import copy
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from PIL import Image
 
 from ..assembly import Assembly, Reference, tokens_over_schedule
 from ..connector_file import load_connector
-from ..emoji.dataset import EmojiPeople, Row, load
+from ..emoji.dataset import UNSEEN_SPLIT, EmojiPeople, Row, load
 from ..gated_resampler import GatedResampler
 from ..generate import Request, Sampling, generate
 from ..module_file import load_module
@@ -58,19 +59,24 @@ class Trial:
     seed: int
 
 
-def choose_trials(data: EmojiPeople, count: int, seed: int) -> list[Trial]:
-    """Held-out pictures, vendors in turn, again and again with other references; references come from the train split."""
+def choose_trials(data: EmojiPeople, count: int, seed: int, unseen: bool = False) -> list[Trial]:
+    """Held-out pictures, vendors in turn, again and again with other references; references come from the train split.
+
+    With `unseen` the targets and the style references are pictures of the vendor that nothing has learnt from.
+    """
     chance = random.Random(seed)
     picker = ReferencePicker(data.rows, data.positions("train"))
-    heldout = data.positions("heldout-pair") + data.positions("heldout-triple")
+    splits = [UNSEEN_SPLIT] if unseen else ["heldout-pair", "heldout-triple"]
+    targets = [position for split in splits for position in data.positions(split)]
+    styles = ReferencePicker(data.rows, targets) if unseen else picker
     trials: list[Trial] = []
     while len(trials) < count:
-        chance.shuffle(heldout)
-        queues = [[position for position in heldout if data.rows[position].vendor == vendor] for vendor in picker.vendors]
+        chance.shuffle(targets)
+        queues = [[position for position in targets if data.rows[position].vendor == vendor] for vendor in styles.vendors]
         most = max(map(len, queues))
         for target in [queue[turn] for turn in range(most) for queue in queues if turn < len(queue)]:
             row = data.rows[target]
-            trials.append(Trial(target, picker.style(row, chance), picker.face(row, chance, True), picker.object(row, chance),
+            trials.append(Trial(target, styles.style(row, chance), picker.face(row, chance, True), picker.object(row, chance),
                                 len(trials)))
     return trials[:count]
 
@@ -101,6 +107,7 @@ class Line:
         gates: factor on all global gates A and F.
         assemble: name of a way to assemble, of ASSEMBLING.
         folder: modules, and an ELLA if there is one, that take the place of the playground's.
+        unseen: targets and style references are of the vendor that nothing has learnt from.
     """
 
     name: str
@@ -110,6 +117,7 @@ class Line:
     gates: float = 1.0
     assemble: str = "sum"
     folder: Path | None = None
+    unseen: bool = False
 
 
 BOTH = {"style": 1.0, "face": 1.0}
@@ -124,9 +132,14 @@ OBJECT = (
     Line("category only + object, shuffled references", {"object": 1.0}, told=False, shuffled=True),
     Line("category only + object + style + face", {**BOTH, "object": 1.0}, told=False),
 )
+UNSEEN_STYLE = (
+    Line("text only, targets of an unseen style", {}, unseen=True),
+    Line("+ style, unseen", {"style": 1.0}, unseen=True),
+    Line("assembled, unseen style", BOTH, unseen=True),
+)
 
 
-def lines_to_generate(strengths: Sequence[float], variants: Mapping[str, Path]) -> list[Line]:
+def lines_to_generate(strengths: Sequence[float], variants: Mapping[str, Path], unseen: bool = False) -> list[Line]:
     """Each condition alone and together, then controls, other ways of assembling, the object module, and the variants."""
     alone = [Line("text only", {}), Line("+ style", {"style": 1.0}), Line("+ face", {"face": 1.0})]
     swept = [Line(f"assembled, strength {strength:g}", {"style": strength, "face": strength}) for strength in strengths]
@@ -135,7 +148,7 @@ def lines_to_generate(strengths: Sequence[float], variants: Mapping[str, Path]) 
         has = [condition for condition in BOTH if (folder / f"emma-{condition}.safetensors").is_file()]
         others += [Line(f"{name}: + {condition}", {condition: 1.0}, folder=folder) for condition in has]
         others += [Line(f"{name}: assembled", BOTH, folder=folder)] if len(has) == 2 else []
-    return [*alone, *swept, *CONTROLS, *WAYS, *OBJECT, *others]
+    return [*alone, *swept, *CONTROLS, *WAYS, *OBJECT, *(UNSEEN_STYLE if unseen else ()), *others]
 
 
 class Generation:
@@ -232,32 +245,54 @@ def save_sheet(image_B3HW: torch.Tensor, path: Path) -> None:
     Image.fromarray(torch.cat(lines, dim=1).permute(1, 2, 0).numpy()).save(path)
 
 
+@dataclass(frozen=True)
+class Job:
+    """One line of the table: what its pictures are aimed at, and how they are made."""
+
+    trials: Sequence[Trial]
+    make: Callable[[], torch.Tensor]
+
+
+def jobs_of(data: EmojiPeople, generation: Generation, autoencoder: Autoencoder, options: argparse.Namespace) -> dict[str, Job]:
+    """Every line by its name, the ceilings first."""
+    trials = choose_trials(data, options.pictures, options.seed)
+    misled = shuffled_trials(trials, data.rows, options.seed)
+    has_unseen = bool(data.positions(UNSEEN_SPLIT))
+    strange = choose_trials(data, options.pictures, options.seed, unseen=True) if has_unseen else []
+
+    def real(aimed: Sequence[Trial]) -> torch.Tensor:
+        return to_float(data.images_NHWC[[trial.target for trial in aimed]])
+
+    jobs = {"real pictures": Job(trials, lambda: real(trials)),
+            "autoencoder": Job(trials, lambda: _through(autoencoder, real(trials)))}
+    if has_unseen:
+        jobs["real pictures of an unseen style"] = Job(strange, lambda: real(strange))
+    for line in lines_to_generate(options.strengths, dict(options.variant), has_unseen):
+        aimed = strange if line.unseen else trials
+        shown = misled if line.shuffled else aimed
+        jobs[line.name] = Job(aimed, lambda line=line, shown=shown: generation.pictures(shown, line))
+    return jobs
+
+
 @torch.no_grad()
 def evaluate(options: argparse.Namespace) -> dict[str, dict[str, Score]]:
     """Scores by line; lines that `scores.json` in the folder has already are kept, if they are of the same trials."""
     data, judge = load(options.data), load_judge(options.judge)
-    generation = Generation(load_world(options.playground), data,
-                            Sampling(steps=options.steps, guidance=options.guidance))
-    autoencoder = load_autoencoder(options.playground / "autoencoder.safetensors")
-    trials = choose_trials(data, options.pictures, options.seed)
-    misled = shuffled_trials(trials, data.rows, options.seed)
-    targets = [trial.target for trial in trials]
     numbers, classes = labels_of(data)
-    wanted = {label: numbers[label][targets] for label in LABELS}
-    emoji = [data.rows[target].emoji for target in targets]
-    real_B3HW = to_float(data.images_NHWC[targets])
-    jobs = {"real pictures": lambda: real_B3HW, "autoencoder": lambda: _through(autoencoder, real_B3HW)}
-    for line in lines_to_generate(options.strengths, dict(options.variant)):
-        jobs[line.name] = lambda line=line: generation.pictures(misled if line.shuffled else trials, line)
-    report = {"pictures": len(trials), "base_emoji": len(set(emoji)), "guidance": options.guidance, "steps": options.steps,
-              "seed": options.seed, "chance": {label: 1 / count for label, count in classes.items()}}
+    generation = Generation(load_world(options.playground), data, Sampling(steps=options.steps, guidance=options.guidance))
+    jobs = jobs_of(data, generation, load_autoencoder(options.playground / "autoencoder.safetensors"), options)
+    report = {"pictures": options.pictures, "guidance": options.guidance, "steps": options.steps, "seed": options.seed,
+              "chance": {label: 1 / count for label, count in classes.items()}}
     options.out.mkdir(parents=True, exist_ok=True)
     scores = scores_so_far(options.out / REPORT, report)
-    for name, make in jobs.items():
+    for name, job in jobs.items():
         if name in scores or (options.rows and name not in options.rows):
             continue
-        image_B3HW = make()
-        scores[name] = {label: bootstrapped(hit_B, emoji) for label, hit_B in hits_of(judge, image_B3HW, wanted).items()}
+        image_B3HW = job.make()
+        targets = [trial.target for trial in job.trials]
+        hits = hits_of(judge, image_B3HW, {label: numbers[label][targets] for label in LABELS})
+        emoji = [data.rows[target].emoji for target in targets]
+        scores[name] = {label: bootstrapped(hit_B, emoji) for label, hit_B in hits.items()}
         save_sheet(image_B3HW, options.out / f"{re.sub('[^a-z0-9.+]+', '-', name.lower())}.png")
         print(table({name: scores[name]}).splitlines()[-1], flush=True)
         values = {row: {label: vars(one) for label, one in score.items()} for row, score in scores.items()}

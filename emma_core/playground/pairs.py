@@ -6,12 +6,12 @@ import random
 from collections.abc import Sequence
 
 from ..emoji.dataset import Row
-from ..emoji.icons import VENDORS
+from ..emoji.icons import UNSEEN, VENDORS
 from .text import wordings, wordings_of_category
 
 GROUPS = {"style": "vendor", "face": "tone", "object": "caption"}  # what a reference tells
 CONDITIONS = tuple(GROUPS)
-_FAMILIES = {vendor.name: vendor.family for vendor in VENDORS}
+_FAMILIES = {vendor.name: vendor.family for vendor in (*VENDORS, UNSEEN)}
 
 
 def prompts(condition: str, target: Row) -> list[str]:

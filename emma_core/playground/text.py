@@ -41,12 +41,12 @@ def wordings(row: Row) -> list[str]:
     return [frame.format(phrase) for phrase in phrases for frame in _FRAMES]
 
 
-def caption_of(row: Row, empty_share: float, category_share: float, chance: random.Random) -> str:
-    """One wording; with the given probabilities nothing, or no more than the category."""
+def captions_of(row: Row, empty_share: float, category_share: float, chance: random.Random) -> list[str]:
+    """Captions to choose from: its wordings; with the given probabilities nothing, or no more than the category."""
     draw = chance.random()
     if draw < empty_share:
-        return ""
-    return chance.choice(wordings_of_category() if draw < empty_share + category_share else wordings(row))
+        return [""]
+    return wordings_of_category() if draw < empty_share + category_share else wordings(row)
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:

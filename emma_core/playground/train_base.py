@@ -1,7 +1,7 @@
 """`python -m emma_core.playground.train_base`: T5, ELLA connector and UNet, jointly from scratch.
 
-Captions name gender and role only. The error is weighted by 1/SNR, between 1 and MOST_WEIGHT, and timesteps are drawn
-toward the noisy end: unweighted, the error there is so small that the base hardly learns to begin a picture, and how a
+Captions name gender and role only. The error is weighted by 1/SNR within bounds, and timesteps are drawn toward the
+noisy end: unweighted, the error there is so small that the base hardly learns to begin a picture, and how a
 picture begins decides its style.
 
 The rate falls with the wall clock: the run ends after --minutes, whatever else the machine does. It can be stopped and
@@ -11,6 +11,7 @@ called again: it goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import shutil
 import time
@@ -25,9 +26,10 @@ from torch import nn
 from ..connector import Connector, ConnectorConfig
 from ..connector_file import load_connector
 from ..emoji.dataset import EmojiPeople, load
+from ..training.draws import captions_of_few_lengths
 from . import load_unet
 from .autoencoder import LATENT_SCALE, Autoencoder
-from .text import by_length, caption_of, make_t5, train_tokenizer, wordings, wordings_of_category
+from .text import by_length, captions_of, make_t5, train_tokenizer, wordings, wordings_of_category
 from .training import AveragedWeights, Log, cosine_rate, load_checkpoint, save_checkpoint, set_rate, to_float
 from .unet import TIMESTEPS, add_noise, alphas_cumprod, make_unet
 
@@ -36,7 +38,7 @@ CONNECTOR = ConnectorConfig(
 )
 BATCH, RATE, WARMUP, AVERAGE_DECAY = 32, 1e-3, 0.03, 0.998
 EMPTY_SHARE, CATEGORY_SHARE = 0.1, 0.1
-TIMESTEP_POWER, MOST_WEIGHT = 0.7, 50.0
+TIMESTEP_POWER, LEAST_WEIGHT, MOST_WEIGHT = 0.7, 5.0, 50.0
 BUCKETS = 5
 CHECKPOINT_SECONDS = 240.0
 
@@ -97,7 +99,7 @@ def draw_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
 def weights_of_timesteps() -> torch.Tensor:
     """(T,) weights of the squared error, 1 on average over what `draw_timesteps` gives."""
     kept_T = alphas_cumprod()
-    weight_T = ((1 - kept_T) / kept_T).clamp(1, MOST_WEIGHT)
+    weight_T = ((1 - kept_T) / kept_T).clamp(LEAST_WEIGHT, MOST_WEIGHT)
     edge_T1 = (torch.arange(TIMESTEPS + 1) / TIMESTEPS) ** (1 / TIMESTEP_POWER)
     return weight_T / (weight_T * edge_T1.diff()).sum()
 
@@ -125,6 +127,7 @@ def train(options: argparse.Namespace) -> None:
     latents = unit_latents(autoencoder.eval(), data)
     tokenizer = saved_or_new_tokenizer(options.out / "tokenizer.json", data, options.start)
     eos = tokenizer.token_to_id("</s>")
+    length_of = functools.cache(lambda caption: len(tokenizer.encode(caption).ids))
     base = base_of_files(options.start) if options.start else Base(tokenizer.get_vocab_size())
     optimizer = torch.optim.AdamW(
         [{"params": list(base.parameters()), "base_lr": options.rate}], lr=options.rate, weight_decay=0.01, fused=True
@@ -146,7 +149,8 @@ def train(options: argparse.Namespace) -> None:
         share = spent / (options.minutes * 60)
         set_rate(optimizer, cosine_rate(int(share * 1000), 1000, int(WARMUP * 1000)))
         picked = chance.choices(seen, k=BATCH)
-        ids = [[*tokenizer.encode(caption_of(data.rows[row], EMPTY_SHARE, CATEGORY_SHARE, chance)).ids, eos] for row in picked]
+        choices = [captions_of(data.rows[row], EMPTY_SHARE, CATEGORY_SHARE, chance) for row in picked]
+        ids = [[*tokenizer.encode(caption).ids, eos] for caption in captions_of_few_lengths(choices, length_of, chance)]
         unit_B4hw = latents[picked]
         timestep_B = draw_timesteps(BATCH, generator)
         noise_B4hw = torch.randn(unit_B4hw.shape, generator=generator)

@@ -23,7 +23,7 @@ def write_training_data(data: EmojiPeople, out: Path, seed: int = 0) -> None:
     """Pictures, `<condition>.jsonl` and `<condition>-heldout.jsonl` in `out`."""
     pictures = [_save_picture(data, position, out / "pictures") for position in range(len(data.rows))]
     train = data.positions("train")
-    heldout = sorted(set(range(len(data.rows))) - set(train))
+    heldout = data.positions("heldout-pair") + data.positions("heldout-triple")
     picker = ReferencePicker(data.rows, train)
     for condition in CONDITIONS:
         chance = random.Random(f"{seed} {condition}")

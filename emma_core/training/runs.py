@@ -41,7 +41,10 @@ def dry_run(config: TrainConfig) -> str:
     return describe(examples, problems, config.data)
 
 
-def run(config: TrainConfig, say: Callable[[str], None], bars: bool = True, device: str = "") -> Path:
+def run(
+    config: TrainConfig, say: Callable[[str], None], bars: bool = True, device: str = "",
+    begin_with: Callable[..., Trainer] | None = None,
+) -> Path:
     """Train what the configuration says, going on from the run in its folder if there is one.
 
     Args:
@@ -49,6 +52,7 @@ def run(config: TrainConfig, say: Callable[[str], None], bars: bool = True, devi
         say: told what happens, in lines.
         bars: show progress bars.
         device: "" is what accelerate chooses.
+        begin_with: makes the trainer in place of `begin`.
     Returns:
         The module's (or the connector's) file.
     Raises:
@@ -69,8 +73,8 @@ def run(config: TrainConfig, say: Callable[[str], None], bars: bool = True, devi
     require(examples, problems)
     folder.mkdir(parents=True, exist_ok=True)
     parts = load_parts(config, dtype, accelerator.device)
-    data, texts, references = _encode(config, parts, examples, folder, processes, bars and accelerator.is_main_process)
-    trainer = begin(config, parts, data, accelerator, folder)
+    data, texts, references = encoded(config, parts, examples, folder, processes, bars and accelerator.is_main_process)
+    trainer = (begin_with or begin)(config, parts, data, accelerator, folder)
     if accelerator.is_main_process:
         (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
     if trainer.resume() and accelerator.is_main_process:
@@ -195,7 +199,7 @@ def model_spec(config: TrainConfig) -> dict[str, str]:
     return {f"modelspec.{key}": value for key, value in entries.items() if value}
 
 
-def _encode(
+def encoded(
     config: TrainConfig, parts: Parts, examples: Sequence[Example], folder: Path, processes: Processes, bars: bool
 ) -> tuple[Prepared | OwnLatents, Mapping[str, torch.Tensor], list[Mapping[str, torch.Tensor]]]:
     """The data, encoded by all processes; texts and references of the sample pictures."""

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from emma_core.emoji.icons import VENDORS
+from emma_core.emoji.icons import UNSEEN, VENDORS
 from emma_core.emoji.people import TONES
 
 PEOPLE = {  # name in the data source -> (code points, subcategory)
@@ -18,7 +18,9 @@ PEOPLE = {  # name in the data source -> (code points, subcategory)
 }
 NOT_DRAWN = ("twemoji", "MAN ELF")
 SKIN = dict(zip(TONES, ("#fde0c8", "#eac09a", "#c68f5e", "#8d5a33", "#4a2e1d"), strict=True))
-CLOTHES = dict(zip((vendor.name for vendor in VENDORS), ("#e03030", "#3060e0", "#30a050", "#a040c0"), strict=True))
+ALL_VENDORS = (*VENDORS, UNSEEN)
+CLOTHES = dict(zip((vendor.name for vendor in ALL_VENDORS), ("#e03030", "#3060e0", "#30a050", "#a040c0", "#202020"),
+                   strict=True))
 
 
 def write_packages(folder: Path) -> Path:
@@ -28,7 +30,7 @@ def write_packages(folder: Path) -> Path:
                 _entry("SUPERHERO", "1f9b8", "person-fantasy"),
                 _entry("MAN WITHOUT TONES", "1f474", "person") | {"skin_variations": {}}]
     _write(folder / "emoji-datasource-google/emoji.json", entries)
-    for vendor in VENDORS:
+    for vendor in ALL_VENDORS:
         home = folder / "@iconify-json" / vendor.name
         icons, chars = {}, {}
         for name, (points, _) in PEOPLE.items():

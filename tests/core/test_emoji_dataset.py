@@ -59,6 +59,15 @@ def test_a_second_build_gives_the_same_bytes(built, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / "data" / name).read_bytes()
 
 
+def test_a_vendor_of_its_own_split_comes_on_demand_only(built, tmp_path):
+    folder, card, data = built
+    further = build(folder / "packages", tmp_path, size_px=32, unseen=True)
+    rows = load(tmp_path).rows
+    assert rows[:len(data.rows)] == data.rows and {row.split for row in data.rows} <= set(SPLITS)
+    assert {(row.vendor, row.split) for row in rows[len(data.rows):]} == {("openmoji", "unseen")}
+    assert "openmoji" in further["credits"] and "openmoji" not in card["credits"]
+
+
 def test_the_split_is_the_same_on_every_machine():
     """Fixed by the words alone: these answers must never change, or shipped weights would have seen held-out pictures."""
     noto = VENDORS[0]

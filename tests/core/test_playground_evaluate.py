@@ -54,6 +54,18 @@ def test_more_trials_than_held_out_pictures_have_other_references_and_other_nois
     assert choose_trials(data, 4, seed=0) == trials[:4]
 
 
+def test_an_unseen_style_has_lines_where_the_data_have_it():
+    data = small_data()
+    strange = [type(row)(**{**vars(row), "vendor": "openmoji", "split": "unseen"}) for row in data.rows if row.vendor == "noto"]
+    more = type(data)(np.concatenate([data.images_NHWC, data.images_NHWC[:len(strange)]]), [*data.rows, *strange])
+    trials = choose_trials(more, 6, seed=0, unseen=True)
+    assert {(more.rows[trial.target].split, more.rows[trial.style].split) for trial in trials} == {("unseen", "unseen")}
+    assert {more.rows[position].split for trial in trials for position in (trial.face, trial.object)} == {"train"}
+    assert choose_trials(more, 6, seed=0) == choose_trials(data, 6, seed=0)
+    names = [line.name for line in lines_to_generate((1.0,), {}, unseen=True)]
+    assert "+ style, unseen" in names and not any("unseen" in line.name for line in lines_to_generate((1.0,), {}))
+
+
 def data_with_two_held_out():
     """The light farmer is held out as well."""
     data = small_data()

@@ -1,0 +1,160 @@
+"""`python -m emma_core.playground.ablations joint|unfrozen RECIPE.toml ...`: what EMMA's claims are measured against.
+
+`unfrozen` trains the connector's blocks along with the module (the paper keeps them frozen, section 3.2); it writes the module
+and its ELLA. `joint` trains a style and a face module at once, on pictures that have both references: what assembling modules
+that were trained apart could reach at best. Everything else is as in `python -m emma_core train`, with the same flags.
+
+Shapes: B rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..assembly import Assembly, Reference
+from ..connector import Connector
+from ..connector_file import save_connector
+from ..gated_resampler import GatedResampler
+from ..module_file import save_module
+from ..training.command import add_arguments, config_of, end_as_interrupt
+from ..training.config import TrainConfig
+from ..training.draws import Row, TrainingSet
+from ..training.examples import read_examples
+from ..training.parts import Parts, encoder_metadata
+from ..training.runs import begin, encoded, model_spec, run
+from ..training.shards import Processes
+from ..training.starts import begin_module
+from ..training.student import Student
+from ..training.trainer import Trainer
+
+ALONE_SHARE = 10  # one row in so many shows the style only, and as many the face only
+
+
+@dataclass(frozen=True, eq=False)
+class Group(Student):
+    """A student of which several parts learn."""
+
+    parts: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+
+    @property
+    def learning(self) -> nn.Module:
+        return self.parts
+
+    def freeze(self) -> None:
+        self.connector.requires_grad_(self.connector in self.parts.values())
+        self.parts.train()
+
+
+@dataclass(frozen=True, eq=False)
+class JointStudent(Group):
+    """A style and a face module on rows that have a reference of each.
+
+    Args:
+        face_data: the face references of the same targets.
+    """
+
+    face_data: TrainingSet | None = None
+
+    def _assembly(self, data: TrainingSet, rows: Sequence[Row], device) -> Assembly:
+        numbers = [zlib.crc32(f"{row.target} {row.reference} {row.caption}".encode()) for row in rows]
+        shown = {"style": [], "face": []}
+        for row, number in zip(rows, numbers, strict=True):
+            shown["style"].append(row.strength * (number % ALONE_SHARE != 0))
+            shown["face"].append(row.strength * (number % ALONE_SHARE != 1))
+        faces = []
+        for row, number in zip(rows, numbers, strict=True):
+            choices = self.face_data.references(row.target)
+            faces.append((choices[number // ALONE_SHARE % len(choices)], 0))
+        found = {"style": [data.features(row.reference, row.variant) for row in rows],
+                 "face": [self.face_data.features(*face) for face in faces]}
+        references = []
+        for condition, module in self.parts.items():
+            features = {name: torch.stack([one[name] for one in found[condition]]).to(device, torch.float32)
+                        for name in module.config.features}
+            references.append(Reference(module, features, torch.tensor(shown[condition], device=device)))
+        return Assembly(references)
+
+
+class GroupTrainer(Trainer):
+    """Writes every part into a file of its own."""
+
+    def save_result(self) -> Path:
+        learnt = copy.deepcopy(self.student.learning).eval().requires_grad_(False)
+        if self.average:
+            self.average.copy_to(learnt)
+        path = self.folder / "emma.safetensors"
+        for part in learnt.values():
+            if isinstance(part, GatedResampler):
+                path = self.folder / f"emma-{part.config.condition}.safetensors"
+                training = {**part.config.training, "steps": self.step, "seconds": round(self.seconds)}
+                part.config = part.config.replace(training=training, ella={})
+                save_module(part, path, torch.float16)
+            else:
+                save_connector(part, self.folder / "ella.safetensors", torch.float16)
+        return path
+
+
+def begin_unfrozen(config: TrainConfig, parts: Parts, data, accelerator, folder: Path) -> Trainer:
+    """A module that learns together with its connector."""
+    student = begin(config, parts, data, accelerator, folder).student
+    learning = nn.ModuleDict({"module": student.module, "connector": _trainable(student.connector)})
+    return GroupTrainer(config, Group(**_fields(student), parts=learning), data, accelerator, folder)
+
+
+def joint_beginning(face_list: Path):
+    """`begin` for a style and a face module; ``face_list`` is the face data's JSON-lines file, of the same targets in order."""
+    def begin_joint(config: TrainConfig, parts: Parts, data, accelerator, folder: Path) -> Trainer:
+        face_config = replace(config, data=replace(config.data, jsonl=str(face_list)),
+                              module=replace(config.module, condition="face"))
+        examples, _ = read_examples(face_config.data)
+        face_data, *_ = encoded(face_config, parts, examples, folder, Processes.of_run(), bars=False)
+        features = face_data.features(face_data.references(0)[0], 0)
+        described = encoder_metadata(face_config, parts.reference_encoder, tuple(features))
+        generator = torch.Generator().manual_seed(config.train.seed)
+        face = begin_module(face_config, parts.connector, {name: one.shape[-1] for name, one in features.items()}, described,
+                            generator)
+        student = begin(config, parts, data, accelerator, folder).student
+        face.config = face.config.replace(training=student.module.config.training, file_metadata=model_spec(face_config))
+        learning = nn.ModuleDict({"style": student.module, "face": face})
+        joint = JointStudent(**_fields(student), parts=learning, face_data=face_data)
+        return GroupTrainer(config, joint, data, accelerator, folder)
+
+    return begin_joint
+
+
+def _trainable(connector: Connector) -> Connector:
+    return connector.requires_grad_(True)
+
+
+def _fields(student: Student) -> dict:
+    return {name: getattr(student, name) for name in ("denoiser", "connector", "module", "objective", "teacher", "places")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["joint", "unfrozen"])
+    parser.add_argument("--face-list", type=Path, help="joint: the face data's JSON-lines file")
+    add_arguments(parser)
+    parser.usage = None
+    options = parser.parse_args()
+    if options.kind == "joint" and options.face_list is None:
+        parser.error("joint needs --face-list")
+    end_as_interrupt()
+    torch.set_num_threads(1)
+    beginning = begin_unfrozen if options.kind == "unfrozen" else joint_beginning(options.face_list)
+    config = config_of(options)
+    config = replace(config, output=replace(config.output, thumbnail=False), report=replace(config.report, sample_every=0))
+    run(config, print, bars=sys.stderr.isatty(), begin_with=beginning)
+
+
+if __name__ == "__main__":
+    main()
