@@ -17,7 +17,7 @@ def main() -> None:
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--packages", type=Path, help="a node_modules folder; without it npm installs into OUT/npm")
     command.add_argument("--unseen", action="store_true",
-                         help="also OpenMoji (CC-BY-SA-4.0), a style that nothing learns from: for evaluation, with its own judge")
+                         help="also OpenMoji (CC-BY-SA-4.0), a style that nothing learns from: to evaluate, with its own judge")
     options = parser.parse_args()
     packages = options.packages or install_packages(options.out / "npm")
     card = build(packages, options.out, unseen=options.unseen)

@@ -17,6 +17,7 @@ from ..errors import ImageInputError
 from . import PLAYGROUND_DIR
 from .files import save_tensors
 from .text import t5_metadata
+from .timed_run import averaged
 from .train_base import Base
 from .training import load_checkpoint
 from .unet import UNET_CONFIG
@@ -30,13 +31,7 @@ FACE_PICTURES = {"light": ("woman", "twemoji"), "medium-light": ("man", "noto"),
 
 def averaged_base(checkpoint: Path) -> Base:
     """The base with its averaged weights."""
-    state = load_checkpoint(checkpoint)
-    base = Base(state["base"]["t5.shared.weight"].shape[0])
-    base.load_state_dict(state["base"])
-    with torch.no_grad():
-        for name, parameter in base.named_parameters():
-            parameter.copy_(state["average"][name])
-    return base.eval().requires_grad_(False)
+    return averaged(Base(load_checkpoint(checkpoint)["base"]["t5.shared.weight"].shape[0]), checkpoint)
 
 
 def export_base(options: argparse.Namespace) -> None:

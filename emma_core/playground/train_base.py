@@ -1,10 +1,6 @@
 """`python -m emma_core.playground.train_base`: T5, ELLA connector and UNet, jointly from scratch.
 
-Captions name gender and role only. The error is weighted by 1/SNR within bounds, and timesteps are drawn toward the
-noisy end: unweighted, the error there is so small that the base hardly learns to begin a picture, and how a
-picture begins decides its style.
-
-The rate falls with the wall clock: the run ends after --minutes, whatever else the machine does. It can be stopped and
+Captions name gender and role only. The run ends after --minutes, whatever else the machine does. It can be stopped and
 called again: it goes on from its last checkpoint.
 """
 
@@ -14,11 +10,9 @@ import argparse
 import functools
 import random
 import shutil
-import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
@@ -30,17 +24,15 @@ from ..training.draws import captions_of_few_lengths
 from . import load_unet
 from .autoencoder import LATENT_SCALE, Autoencoder
 from .text import by_length, captions_of, make_t5, train_tokenizer, wordings, wordings_of_category
-from .training import AveragedWeights, Log, cosine_rate, load_checkpoint, save_checkpoint, set_rate, to_float
-from .unet import TIMESTEPS, add_noise, alphas_cumprod, make_unet
+from .timed_run import BATCH, Predicted, TimedRun, noised
+from .training import to_float
+from .unet import make_unet
 
 CONNECTOR = ConnectorConfig(
     width=128, latents=16, layers=4, heads=4, text_dim=128, time_channels=128, time_width=128
 )
-BATCH, RATE, WARMUP, AVERAGE_DECAY = 32, 1e-3, 0.03, 0.998
+RATE = 1e-3
 EMPTY_SHARE, CATEGORY_SHARE = 0.1, 0.1
-TIMESTEP_POWER, LEAST_WEIGHT, MOST_WEIGHT = 0.7, 5.0, 50.0
-BUCKETS = 5
-CHECKPOINT_SECONDS = 240.0
 
 
 class Base(nn.Module):
@@ -91,31 +83,6 @@ def base_of_files(folder: Path) -> Base:
     return base
 
 
-def draw_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
-    """(B,) with more of the noisy ones."""
-    return (torch.rand(count, generator=generator) ** TIMESTEP_POWER * TIMESTEPS).long().clamp(max=TIMESTEPS - 1)
-
-
-def weights_of_timesteps() -> torch.Tensor:
-    """(T,) weights of the squared error, 1 on average over what `draw_timesteps` gives."""
-    kept_T = alphas_cumprod()
-    weight_T = ((1 - kept_T) / kept_T).clamp(LEAST_WEIGHT, MOST_WEIGHT)
-    edge_T1 = (torch.arange(TIMESTEPS + 1) / TIMESTEPS) ** (1 / TIMESTEP_POWER)
-    return weight_T / (weight_T * edge_T1.diff()).sum()
-
-
-def bucket_losses(loss_B: torch.Tensor, timestep_B: torch.Tensor) -> list[tuple[int, float]]:
-    """(bucket, loss) of each row, the timesteps cut into BUCKETS equal parts."""
-    return [(int(timestep) * BUCKETS // TIMESTEPS, float(loss))
-            for timestep, loss in zip(timestep_B, loss_B, strict=True)]
-
-
-def mean_of_buckets(losses: list[tuple[int, float]]) -> list[float]:
-    """Mean loss of each bucket; 0 for one without rows."""
-    totals = [[value for bucket, value in losses if bucket == wanted] for wanted in range(BUCKETS)]
-    return [round(sum(values) / max(1, len(values)), 4) for values in totals]
-
-
 def train(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -129,54 +96,15 @@ def train(options: argparse.Namespace) -> None:
     eos = tokenizer.token_to_id("</s>")
     length_of = functools.cache(lambda caption: len(tokenizer.encode(caption).ids))
     base = base_of_files(options.start) if options.start else Base(tokenizer.get_vocab_size())
-    optimizer = torch.optim.AdamW(
-        [{"params": list(base.parameters()), "base_lr": options.rate}], lr=options.rate, weight_decay=0.01, fused=True
-    )
-    average = AveragedWeights(base, AVERAGE_DECAY)
-    step, spent = 0, 0.0
-    checkpoint = options.out / "base.pt"
-    if checkpoint.exists():
-        state = load_checkpoint(checkpoint)
-        base.load_state_dict(state["base"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values, step, spent = state["average"], state["step"], state["spent"]
-    chance = random.Random(options.seed + step)
-    generator = torch.Generator().manual_seed(options.seed + step)
-    weight_T = weights_of_timesteps()
-    log = Log(options.out / "base.jsonl")
-    started, saved, recent = time.monotonic() - spent, time.monotonic(), []
-    while (spent := time.monotonic() - started) < options.minutes * 60:
-        share = spent / (options.minutes * 60)
-        set_rate(optimizer, cosine_rate(int(share * 1000), 1000, int(WARMUP * 1000)))
+
+    def predict(chance: random.Random, generator: torch.Generator) -> Predicted:
         picked = chance.choices(seen, k=BATCH)
         choices = [captions_of(data.rows[row], EMPTY_SHARE, CATEGORY_SHARE, chance) for row in picked]
         ids = [[*tokenizer.encode(caption).ids, eos] for caption in captions_of_few_lengths(choices, length_of, chance)]
-        unit_B4hw = latents[picked]
-        timestep_B = draw_timesteps(BATCH, generator)
-        noise_B4hw = torch.randn(unit_B4hw.shape, generator=generator)
-        predicted_B4hw = base(ids, add_noise(unit_B4hw, noise_B4hw, timestep_B), timestep_B)
-        loss_B = F.mse_loss(predicted_B4hw, noise_B4hw, reduction="none").mean((1, 2, 3))
-        optimizer.zero_grad()
-        (loss_B * weight_T[timestep_B]).mean().backward()
-        torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        average.update(base, step)
-        recent += bucket_losses(loss_B.detach(), timestep_B)
-        if step % 100 == 0:
-            log.write(step=step, share=round(share, 3), loss=round(sum(v for _, v in recent) / len(recent), 4),
-                      buckets=mean_of_buckets(recent))
-            recent = []
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            saved = time.monotonic()
-            _save(checkpoint, base, optimizer, average, step, spent)
-    _save(checkpoint, base, optimizer, average, step, spent)
-    log.write(step=step, done=True)
+        noised_B4hw, noise_B4hw, timestep_B = noised(latents[picked], generator)
+        return Predicted(base(ids, noised_B4hw, timestep_B), noise_B4hw, timestep_B)
 
-
-def _save(path: Path, base: Base, optimizer, average: AveragedWeights, step: int, spent: float) -> None:
-    save_checkpoint(path, base=base.state_dict(), optimizer=optimizer.state_dict(), average=average.values, step=step,
-                    spent=spent)
+    TimedRun(base, options.out / "base.pt", options.minutes, options.rate, options.seed).run(predict)
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from emma_core.connector_file import load_connector
 from emma_core.encoders.playground import PlaygroundEncoder
 from emma_core.errors import ImageInputError
-from emma_core.playground import export, train_base
+from emma_core.playground import export, timed_run, train_base
 from emma_core.playground.autoencoder import Autoencoder
 from emma_core.playground.files import load_unet
-from emma_core.playground.train_base import Base, base_of_files, bucket_losses, mean_of_buckets, saved_or_new_tokenizer
+from emma_core.playground.train_base import Base, base_of_files, saved_or_new_tokenizer
 from emma_core.text_encoder import load_text_encoder
 
 DATA_PICTURES = {"noto": ("man cook", "light")}
@@ -60,12 +60,12 @@ def test_a_run_may_start_from_exported_files(trained, tmp_path):
 
 
 def test_noisy_timesteps_come_more_often_and_count_more():
-    drawn_B = train_base.draw_timesteps(20_000, torch.Generator().manual_seed(0))
+    drawn_B = timed_run.draw_timesteps(20_000, torch.Generator().manual_seed(0))
     assert drawn_B.min() >= 0 and drawn_B.max() == 999
-    assert torch.isclose((drawn_B < 500).float().mean(), torch.tensor(0.5 ** (1 / train_base.TIMESTEP_POWER)), atol=0.02)
-    weight_T = train_base.weights_of_timesteps()
+    assert torch.isclose((drawn_B < 500).float().mean(), torch.tensor(0.5 ** (1 / timed_run.TIMESTEP_POWER)), atol=0.02)
+    weight_T = timed_run.weights_of_timesteps()
     assert torch.isclose(weight_T[drawn_B].mean(), torch.tensor(1.0), atol=0.02)
-    range_of_weights = train_base.MOST_WEIGHT / train_base.LEAST_WEIGHT
+    range_of_weights = timed_run.MOST_WEIGHT / timed_run.LEAST_WEIGHT
     assert (weight_T.diff() >= 0).all() and torch.isclose(weight_T[999] / weight_T[0], torch.tensor(range_of_weights))
 
 
@@ -104,11 +104,6 @@ def test_prompts_of_different_lengths_keep_their_rows():
         for row, one in enumerate(ids):
             alone = base([one], latent[row:row + 1], timestep[row:row + 1])
             torch.testing.assert_close(alone[0], together[row], rtol=0.02, atol=0.02)
-
-
-def test_losses_are_reported_per_fifth_of_the_timesteps():
-    losses = bucket_losses(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 199, 999]))
-    assert mean_of_buckets(losses) == [2.0, 0.0, 0.0, 0.0, 5.0]
 
 
 def test_reference_pictures_are_of_the_train_split(tmp_path, monkeypatch):
