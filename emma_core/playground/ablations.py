@@ -2,7 +2,8 @@
 
 `unfrozen` trains the connector's blocks along with the module (the paper keeps them frozen, section 3.2); it writes the module
 and its ELLA. `joint` trains a style and a face module at once, on pictures that have both references: what assembling modules
-that were trained apart could reach at best. Everything else is as in `python -m emma_core train`, with the same flags.
+that were trained apart could reach at best. Everything else is as in `python -m emma_core train`, with the same flags; with
+`--teacher` the target is that of `python -m emma_core.playground.labelled distil`.
 
 Shapes: B rows.
 """
@@ -21,7 +22,6 @@ import torch
 from torch import nn
 
 from ..assembly import Assembly, Reference
-from ..connector import Connector
 from ..connector_file import save_connector
 from ..gated_resampler import GatedResampler
 from ..module_file import save_module
@@ -30,11 +30,13 @@ from ..training.config import TrainConfig
 from ..training.draws import Row, TrainingSet
 from ..training.examples import read_examples
 from ..training.parts import Parts, encoder_metadata
+from ..training.prepare import Prepared
 from ..training.runs import begin, encoded, model_spec, run
 from ..training.shards import Processes
 from ..training.starts import begin_module
-from ..training.student import Student
+from ..training.student import Student, TeacherTarget
 from ..training.trainer import Trainer
+from .labelled import Labelled, label_target, load_labelled, number_of, tokens_of
 
 ALONE_SHARE = 10  # one row in so many shows the style only, and as many the face only
 
@@ -65,23 +67,30 @@ class JointStudent(Group):
     face_data: TrainingSet | None = None
 
     def _assembly(self, data: TrainingSet, rows: Sequence[Row], device) -> Assembly:
-        numbers = [zlib.crc32(f"{row.target} {row.reference} {row.caption}".encode()) for row in rows]
-        shown = {"style": [], "face": []}
-        for row, number in zip(rows, numbers, strict=True):
-            shown["style"].append(row.strength * (number % ALONE_SHARE != 0))
-            shown["face"].append(row.strength * (number % ALONE_SHARE != 1))
-        faces = []
-        for row, number in zip(rows, numbers, strict=True):
-            choices = self.face_data.references(row.target)
-            faces.append((choices[number // ALONE_SHARE % len(choices)], 0))
         found = {"style": [data.features(row.reference, row.variant) for row in rows],
-                 "face": [self.face_data.features(*face) for face in faces]}
+                 "face": [self.face_data.features(self._face_of(row), 0) for row in rows]}
+        shown = strengths_of(rows)
         references = []
         for condition, module in self.parts.items():
             features = {name: torch.stack([one[name] for one in found[condition]]).to(device, torch.float32)
                         for name in module.config.features}
             references.append(Reference(module, features, torch.tensor(shown[condition], device=device)))
         return Assembly(references)
+
+    def _face_of(self, row: Row) -> int:
+        choices = self.face_data.references(row.target)
+        return choices[_number_of(row) // ALONE_SHARE % len(choices)]
+
+
+def _number_of(row: Row) -> int:
+    """A row's own large number, the same in a run that was resumed."""
+    return zlib.crc32(f"{row.target} {row.reference} {row.caption}".encode())
+
+
+def strengths_of(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Strength of each reference of each row: one, both or none are shown."""
+    return {"style": [row.strength * (_number_of(row) % ALONE_SHARE != 0) for row in rows],
+            "face": [row.strength * (_number_of(row) % ALONE_SHARE != 1) for row in rows]}
 
 
 class GroupTrainer(Trainer):
@@ -103,16 +112,29 @@ class GroupTrainer(Trainer):
         return path
 
 
-def begin_unfrozen(config: TrainConfig, parts: Parts, data, accelerator, folder: Path) -> Trainer:
-    """A module that learns together with its connector."""
-    student = begin(config, parts, data, accelerator, folder).student
-    learning = nn.ModuleDict({"module": student.module, "connector": _trainable(student.connector)})
-    return GroupTrainer(config, Group(**_fields(student), parts=learning), data, accelerator, folder)
+def unfrozen_beginning(teacher: Path | None):
+    """`begin` for a module that learns together with its connector."""
+    def begin_unfrozen(config: TrainConfig, parts: Parts, data: Prepared, accelerator, folder: Path) -> Trainer:
+        student = begin(config, parts, data, accelerator, folder).student
+        if teacher:
+            frozen = copy.deepcopy(student.connector)
+            told = label_target(load_labelled(teacher), config.module.condition, data)
+
+            def target(noised_B4hw, timestep_B, _, rows: Sequence[Row]) -> torch.Tensor:
+                context_BKW = tokens_of(frozen, [data.text(row.caption) for row in rows], timestep_B)
+                return told(noised_B4hw, timestep_B, context_BKW, rows)
+
+            student = replace(student, teacher=target)
+        student.connector.requires_grad_(True)
+        learning = nn.ModuleDict({"module": student.module, "connector": student.connector})
+        return GroupTrainer(config, Group(**vars(student), parts=learning), data, accelerator, folder)
+
+    return begin_unfrozen
 
 
-def joint_beginning(face_list: Path):
+def joint_beginning(face_list: Path, teacher: Path | None):
     """`begin` for a style and a face module; ``face_list`` is the face data's JSON-lines file, of the same targets in order."""
-    def begin_joint(config: TrainConfig, parts: Parts, data, accelerator, folder: Path) -> Trainer:
+    def begin_joint(config: TrainConfig, parts: Parts, data: Prepared, accelerator, folder: Path) -> Trainer:
         face_config = replace(config, data=replace(config.data, jsonl=str(face_list)),
                               module=replace(config.module, condition="face"))
         examples, _ = read_examples(face_config.data)
@@ -124,19 +146,27 @@ def joint_beginning(face_list: Path):
                             generator)
         student = begin(config, parts, data, accelerator, folder).student
         face.config = face.config.replace(training=student.module.config.training, file_metadata=model_spec(face_config))
+        if teacher:
+            student = replace(student, teacher=_both_labels(load_labelled(teacher), data, face_data))
         learning = nn.ModuleDict({"style": student.module, "face": face})
-        joint = JointStudent(**_fields(student), parts=learning, face_data=face_data)
+        joint = JointStudent(**vars(student), parts=learning, face_data=face_data)
         return GroupTrainer(config, joint, data, accelerator, folder)
 
     return begin_joint
 
 
-def _trainable(connector: Connector) -> Connector:
-    return connector.requires_grad_(True)
+def _both_labels(teacher: Labelled, data: Prepared, face_data: Prepared) -> TeacherTarget:
+    """The teacher's prediction, told vendor and tone where their references are shown."""
+    groups = {"style": data.group, "face": face_data.group}
 
+    def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[Row]) -> torch.Tensor:
+        shown = strengths_of(rows)
+        told = {kind: torch.tensor([number_of(kind, group(row.target) if strength else None)
+                                    for row, strength in zip(rows, shown[kind], strict=True)])
+                for kind, group in groups.items()}
+        return teacher(noised_B4hw, timestep_B, context_BKW, told)
 
-def _fields(student: Student) -> dict:
-    return {name: getattr(student, name) for name in ("denoiser", "connector", "module", "objective", "teacher", "places")}
+    return target
 
 
 def main() -> None:
@@ -145,12 +175,16 @@ def main() -> None:
     parser.add_argument("--face-list", type=Path, help="joint: the face data's JSON-lines file")
     add_arguments(parser)
     parser.usage = None
+    parser.add_argument("--teacher", type=Path, help="checkpoint of `python -m emma_core.playground.labelled train`")
     options = parser.parse_args()
     if options.kind == "joint" and options.face_list is None:
         parser.error("joint needs --face-list")
     end_as_interrupt()
     torch.set_num_threads(1)
-    beginning = begin_unfrozen if options.kind == "unfrozen" else joint_beginning(options.face_list)
+    if options.kind == "unfrozen":
+        beginning = unfrozen_beginning(options.teacher)
+    else:
+        beginning = joint_beginning(options.face_list, options.teacher)
     config = config_of(options)
     config = replace(config, output=replace(config.output, thumbnail=False), report=replace(config.report, sample_every=0))
     run(config, print, bars=sys.stderr.isatty(), begin_with=beginning)

@@ -1,14 +1,18 @@
 """What the playground's modules are measured against: trained with their connector, or style and face together."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from emoji_people import small_data
 
 from emma_core import load_connector, load_module
-from emma_core.playground import PLAYGROUND_DIR, ablations
+from emma_core.playground import PLAYGROUND_DIR, ablations, load_unet
+from emma_core.playground.labelled import Labelled
+from emma_core.playground.timed_run import TimedRun
 from emma_core.playground.training_data import write_training_data
+from emma_core.training.draws import Row
 
 RECIPE = PLAYGROUND_DIR / "recipes" / "style.toml"
 
@@ -19,12 +23,12 @@ def run_ablation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablations")
     write_training_data(small_data(), folder)
 
-    def run(kind: str):
-        out = folder / kind
+    def run(kind: str, teacher: Path | None = None):
+        out = folder / f"{kind}-{bool(teacher)}"
         arguments = [kind, str(RECIPE), "--face-list", str(folder / "face.jsonl"), "--data.jsonl", str(folder / "style.jsonl"),
                      "--data.resolution_px", "32", "--data.bucket_step_px", "8", "--data.cache", str(folder / "cache"),
                      "--train.steps", "3", "--train.batch", "8", "--train.precision", "fp32", "--train.warmup", "0",
-                     "--train.average", "0", "--output.folder", str(out)]
+                     "--train.average", "0", "--output.folder", str(out), *(["--teacher", str(teacher)] if teacher else [])]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["ablations", *arguments])
             ablations.main()
@@ -33,12 +37,22 @@ def run_ablation(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A checkpoint of a labelled UNet that has learnt nothing yet."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    torch.manual_seed(0)
+    TimedRun(Labelled(load_unet()), path, minutes=0, rate=1e-3, seed=0).save()
+    return path
+
+
 def gates(module) -> float:
     return max(abs(block.attn_gate.item()) for block in module.blocks)
 
 
-def test_an_unfrozen_connector_learns_with_its_module(run_ablation):
-    folder = run_ablation("unfrozen")
+@pytest.mark.parametrize("taught", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_an_unfrozen_connector_learns_with_its_module(run_ablation, teacher, taught):
+    folder = run_ablation("unfrozen", teacher if taught else None)
     shipped, learnt = load_connector(PLAYGROUND_DIR / "ella.safetensors"), load_connector(folder / "ella.safetensors")
     moved = [name for name, value in learnt.state_dict().items() if not torch.equal(value, shipped.state_dict()[name])]
     assert any("perceiver_blocks.0" in name for name in moved)
@@ -46,10 +60,20 @@ def test_an_unfrozen_connector_learns_with_its_module(run_ablation):
     assert not (folder / "emma-face.safetensors").exists()
 
 
-def test_joint_training_teaches_both_modules_and_leaves_the_connector(run_ablation):
-    folder = run_ablation("joint")
+@pytest.mark.parametrize("taught", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_joint_training_teaches_both_modules_and_leaves_the_connector(run_ablation, teacher, taught):
+    folder = run_ablation("joint", teacher if taught else None)
     style, face = (load_module(folder / f"emma-{condition}.safetensors") for condition in ("style", "face"))
     assert (style.config.condition, face.config.condition) == ("style", "face")
     assert gates(style) > 0 and gates(face) > 0
     assert list(style.config.features) != list(face.config.features)
     assert not (folder / "ella.safetensors").exists()
+
+
+def test_rows_show_both_references_or_one_or_none():
+    rows = [Row(target, False, "man cook", target + 7, 0, 1.0) for target in range(2000)]
+    shown = ablations.strengths_of(rows)
+    pairs = list(zip(shown["style"], shown["face"], strict=True))
+    assert set(pairs) == {(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)} and 0.75 < pairs.count((1.0, 1.0)) / 2000 < 0.85
+    dropped = ablations.strengths_of([Row(0, False, "", 3, 0, 0.0)])
+    assert dropped == {"style": [0.0], "face": [0.0]}
