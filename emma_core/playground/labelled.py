@@ -147,6 +147,10 @@ def distilling(condition: str, teacher: Path | None):
             target = label_target(load_labelled(teacher), condition, data)
         trainer = begin(config, parts, data, accelerator, folder)
         trainer.student = replace(trainer.student, teacher=target)
+        module = trainer.student.module
+        taught = {"teacher": "the base, told the caption" if condition == "object" else "the base, taught the labels"}
+        training = {**module.config.training, "recipe": {**module.config.training["recipe"], **taught}}
+        module.config = module.config.replace(training=training)
         return trainer
 
     return begin_distilling

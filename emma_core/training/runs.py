@@ -180,6 +180,8 @@ def picture_tensor(source: Source) -> torch.Tensor:
 def recipe(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents) -> dict[str, Any]:
     """How the module is trained, for its metadata: no paths."""
     train, objective = config.train, config.objective
+    teachers = {"LoRA": config.teacher.lora, "IP-Adapter": config.teacher.ip_adapter}
+    teacher = next((kind for kind, path in teachers.items() if path), None)
     return {
         "base": {"name": parts.backbone.name, "sha256": parts.backbone.sha256}, "data": data.summary(),
         "recipe": {
@@ -187,6 +189,7 @@ def recipe(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents) -> di
             "warmup": train.warmup, "schedule": train.schedule, "precision": train.precision, "average": train.average,
             "seed": train.seed, "blocks": config.module.blocks,
             **{name: value for name, value in vars(objective).items() if value},
+            **({"teacher": teacher} if teacher else {}),
         },
     }
 

@@ -81,6 +81,7 @@ def test_a_module_learns_from_the_teacher(checkpoint, tmp_path, condition, monke
         str(tmp_path / "run"), "--output.thumbnail", "false"])
     labelled.main()
     module = load_module(tmp_path / "run" / f"emma-{condition}.safetensors")
+    assert module.config.training["recipe"]["teacher"].startswith("the base")
     assert module.config.condition == condition and max(abs(block.attn_gate.item()) for block in module.blocks) > 0
 
 
