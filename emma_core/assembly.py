@@ -65,7 +65,7 @@ class Reference:
     strength: float | torch.Tensor = 1.0
     start_percent: float = 0.0
     end_percent: float = 1.0
-    keyframes: StrengthKeyframes = StrengthKeyframes()
+    keyframes: StrengthKeyframes = field(default_factory=StrengthKeyframes)
 
     def __post_init__(self):
         self.module.config.check_features(self.features)
@@ -77,19 +77,20 @@ class Reference:
         strength = torch.as_tensor(self.strength)
         if not torch.isfinite(strength).all():
             raise ReferenceMismatchError(f"the strength {self.strength} is not finite. Use a number such as 1.0.")
-        if not strength.numel() or len({strength.numel(), self._frames} - {1}) > 1:
+        if not strength.numel() or len({strength.numel(), self.features_rows} - {1}) > 1:
             raise ReferenceMismatchError(
-                f"{strength.numel()} strengths for {self._frames} references; wanted one for all, or one per reference."
+                f"{strength.numel()} strengths for {self.features_rows} references; wanted one for all, or one per reference."
             )
 
     @property
-    def _frames(self) -> int:
+    def features_rows(self) -> int:
+        """1, or the number of rows (frames) that have features of their own."""
         return max(tensor.shape[0] for tensor in self.features.values())
 
     @property
     def rows(self) -> int:
         """R: 1, or the number of rows (frames) that this reference was made for."""
-        return max(self._frames, torch.as_tensor(self.strength).numel())
+        return max(self.features_rows, torch.as_tensor(self.strength).numel())
 
     def weight_of_rows(self, timestep_B: torch.Tensor) -> torch.Tensor:
         """(B,) strength where the reference acts at the row's timestep, 0 elsewhere."""
@@ -105,7 +106,8 @@ class Reference:
         """The reference of one row (frame) alone."""
         if self.rows == 1:
             return self
-        features = {name: tensor[row % len(tensor)][None] for name, tensor in self.features.items()}
+        # cloned: matrix products may round by where their numbers lie in memory
+        features = {name: tensor[row % len(tensor)].clone()[None] for name, tensor in self.features.items()}
         strength = torch.as_tensor(self.strength).flatten()
         return replace(self, features=features, strength=float(strength[row % len(strength)]))
 
@@ -127,6 +129,19 @@ class Assembly:
     def with_reference(self, reference: Reference) -> "Assembly":
         """This assembly plus one more reference."""
         return Assembly([*self.references, reference])
+
+    def of_row(self, row: int) -> "Assembly":
+        """What one row (frame) has of it."""
+        return Assembly(reference.of_row(row) for reference in self.references)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether a strength depends on the other timesteps of the schedule."""
+        return any(reference.keyframes.counts_steps for reference in self.references)
+
+    def on_schedule(self, schedule: Sequence[float]) -> "Assembly":
+        """The same references, the steps of their keyframes counted on the sampler's timesteps."""
+        return Assembly(replace(reference, keyframes=reference.keyframes.on(schedule)) for reference in self.references)
 
 
 @dataclass(frozen=True, eq=False)

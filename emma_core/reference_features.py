@@ -3,7 +3,7 @@
 Shapes: R references (pictures), V vectors of one picture, D dim of a feature.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,6 +78,30 @@ def combine_features(
     return ReferenceFeatures(combined, dict(encoder or {}), per_frame=how == "per frame")
 
 
+def blend_references(
+    reference_a: ReferenceFeatures, reference_b: ReferenceFeatures, weights: Sequence[float]
+) -> ReferenceFeatures:
+    """Between two references: (1 - w) a + w b, one reference for each weight w; 0 is a and 1 is b, bit for bit.
+
+    Args:
+        reference_a, reference_b: of one encoder; one reference each, or one for each weight.
+        weights: of reference_b.
+    Raises:
+        ReferenceMismatchError: other encoders, features, numbers of vectors or of references.
+    """
+    _check_alike(reference_a, reference_b)
+    for which, rows in (("reference_a", reference_a.rows), ("reference_b", reference_b.rows)):
+        if rows not in (1, len(weights)):
+            raise ReferenceMismatchError(f"{which} holds {rows} per-frame references for {len(weights)} frames; wanted 1 or "
+                                         f"{len(weights)}. Set frames to {rows}, or combine them into one when encoding.")
+    features = {}
+    for name, a_RVD in reference_a.features.items():
+        b_RVD = reference_b.features[name].to(a_RVD)
+        w_F11 = torch.tensor(weights).to(a_RVD)[:, None, None]
+        features[name] = (1 - w_F11) * a_RVD + w_F11 * b_RVD
+    return ReferenceFeatures(features, dict(reference_a.encoder), per_frame=len(weights) > 1)
+
+
 def check_for_module(reference: ReferenceFeatures, config: ModuleConfig) -> None:
     """Refuse features that another encoder made than the one the module was trained with.
 
@@ -123,6 +147,19 @@ def check_encoder(encoder: Mapping[str, Any], config: ModuleConfig, before: bool
             made = "this encoder is" if before else "the reference was encoded by"
             raise ReferenceMismatchError(f"{made} {_encoder_name(encoder)}; the {config.condition} module needs "
                                          f"{_encoder_name(config.encoder)}. Load that encoder{'' if before else _AGAIN}.")
+
+
+def _check_alike(a: ReferenceFeatures, b: ReferenceFeatures) -> None:
+    for key in ("family", "fingerprint", "layer"):
+        if a.encoder.get(key, _DEFAULTS.get(key)) != b.encoder.get(key, _DEFAULTS.get(key)):
+            raise ReferenceMismatchError(f"reference_a was encoded by {_encoder_name(a.encoder)}, reference_b by "
+                                         f"{_encoder_name(b.encoder)}; only references of one encoder can be blended. Encode "
+                                         "both with the same module and encoder.")
+    found_a, found_b = ({name: tuple(tensor.shape[1:]) for name, tensor in one.features.items()} for one in (a, b))
+    if found_a != found_b:
+        raise ReferenceMismatchError(f"the features (vectors, dim) of reference_a are {found_a}, those of reference_b are "
+                                     f"{found_b}; wanted the same. Encode both with the same module, and as many pictures for "
+                                     "each ('average' makes one of several).")
 
 
 def _encoder_name(encoder: Mapping[str, Any]) -> str:

@@ -13,10 +13,8 @@ from pathlib import Path
 
 from .environment import ROOT, SetupError, ensure_base_environment, say
 from .hosts import find_hosts, host_python
-from .server import HostServer
+from .server import SERVER_NEEDS, HostServer
 from .suites import run_tests
-
-SERVER_NEEDS = ("torch", "aiohttp", "einops", "comfyui_frontend_package")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -18,18 +18,26 @@ from .hosts import HOST_VENVS, Host
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 15.0
 PROBE_NODE = "EMMAConnector"
+SERVER_NEEDS = ("torch", "aiohttp", "einops", "comfyui_frontend_package")
 
 
 class HostServer:
     """A ComfyUI server as a context manager.
 
     `work_dir` becomes the host's base directory: models, input, output, temp and user live under it, and of all node
-    packs only `pack_dir` is loaded, from where it is. `url` answers while the context is open. Entering raises
-    SetupError with the end of the server's log if the server does not start or the pack's nodes are not there.
+    packs only `pack_dir` is loaded, from where it is, with those of its neighbours that `further_packs` names. `url`
+    answers while the context is open. Entering raises SetupError with the end of the server's log if the server does
+    not start or the pack's nodes are not there.
     """
 
     def __init__(
-        self, host: Host, python: Path, work_dir: Path, pack_dir: Path = ROOT, extra_arguments: Sequence[str] = ()
+        self,
+        host: Host,
+        python: Path,
+        work_dir: Path,
+        pack_dir: Path = ROOT,
+        extra_arguments: Sequence[str] = (),
+        further_packs: Sequence[str] = (),
     ) -> None:
         self.host = host
         self.python = python
@@ -41,6 +49,7 @@ class HostServer:
         self.log_path = self.work_dir / "server.log"
         self.url = ""
         self._extra_arguments = tuple(extra_arguments)
+        self._packs = (pack_dir.name, *further_packs)
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> HostServer:
@@ -53,7 +62,7 @@ class HostServer:
         command = [str(self.python), "main.py", "--listen", "127.0.0.1", "--port", port]
         command += [*isolated_arguments(self.work_dir), "--disable-auto-launch", "--disable-api-nodes"]
         command += ["--extra-model-paths-config", str(paths_file)]
-        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", self.pack_dir.name]
+        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self._packs]
         command += self._extra_arguments
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(

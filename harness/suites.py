@@ -1,4 +1,6 @@
-"""Runs the tests: core in `.venv`, then each ComfyUI in a process of its own; adds up what pytest reports."""
+"""Runs the tests: core in `.venv`, then each ComfyUI in a process of its own, then each in a browser; adds up what pytest
+reports.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .browser import ensure_browser_environment, find_chromium
 from .environment import ROOT, ensure_base_environment, say
 from .hosts import Host, find_hosts, host_python
-from .server import host_environment
+from .server import SERVER_NEEDS, host_environment
 
 CORE_TESTS = ROOT / "tests" / "core"
 HOST_TESTS = ROOT / "tests" / "host"
-HOST_TEST_NEEDS = ("torch", "aiohttp", "einops", "comfyui_frontend_package", "pytest", "pytest_timeout")
+BROWSER_TESTS = ROOT / "tests" / "browser"
+HOST_TEST_NEEDS = (*SERVER_NEEDS, "pytest", "pytest_timeout")
 NO_HOST_LINE = "HOST TESTS SKIPPED: NO COMFYUI FOUND (set COMFYUI_PATH to a ComfyUI folder, or pass --comfyui DIR)"
+NO_HOST_FOR_BROWSER_LINE = "BROWSER TESTS SKIPPED: NO COMFYUI FOUND"
+NO_CHROMIUM_LINE = (
+    "BROWSER TESTS SKIPPED: NO CHROMIUM FOUND (install one, on Debian: sudo apt install chromium; or set CHROMIUM_PATH)"
+)
 PYTEST_NO_TESTS = 5
 
 
@@ -43,14 +51,18 @@ def run_tests(named_hosts: Sequence[str], pytest_arguments: Sequence[str], slow:
 
     Prints a summary and returns the exit status.
     """
-    hosts = find_hosts(named_hosts)
+    hosts, chromium = find_hosts(named_hosts), find_chromium()
     choice = split_arguments(pytest_arguments)
     python = ensure_base_environment()
-    results, wants_host = [], choice.host_paths or not choice.core_paths
-    if choice.core_paths or not choice.host_paths:
+    browser_hosts = hosts if chromium and choice.wants(choice.browser_paths) else []
+    if browser_hosts:
+        ensure_browser_environment()  # what it lacks is better known now than after the other suites
+    results = []
+    if choice.wants(choice.core_paths):
         results.append(run_core(python, choice))
-    for host in hosts if wants_host else ():
+    for host in hosts if choice.wants(choice.host_paths) else ():
         results.append(run_host(host, choice))
+    results += [run_browser(host, choice) for host in browser_hosts]
     if slow:
         results.append(run_core(python, choice, slow=True))
     say("\n" + "=" * 100)
@@ -58,8 +70,8 @@ def run_tests(named_hosts: Sequence[str], pytest_arguments: Sequence[str], slow:
         say(f"{result.label}: {result.counts} ({result.duration_s:.0f} s)")
     for complaint in complaints(results, chosen=bool(pytest_arguments)):
         say(complaint)
-    if wants_host and not hosts:
-        say(NO_HOST_LINE)
+    for line in skipped_suites(choice, bool(hosts), bool(chromium)):
+        say(line)
     say(total_line(results))
     return 1 if complaints(results, chosen=bool(pytest_arguments)) else 0
 
@@ -70,22 +82,36 @@ class Choice:
 
     core_paths: tuple[str, ...]
     host_paths: tuple[str, ...]
+    browser_paths: tuple[str, ...]
     options: tuple[str, ...]
+
+    def wants(self, paths: tuple[str, ...]) -> bool:
+        """Whether the suite with these paths is to run: one that paths name, or all of them where none does."""
+        return bool(paths) or not (self.core_paths or self.host_paths or self.browser_paths)
 
 
 def split_arguments(arguments: Sequence[str]) -> Choice:
     """Sort out the arguments that name tests of one suite; `path::test` counts as its path, made absolute."""
-    core, host, options = [], [], []
+    suites, options = {folder: [] for folder in (CORE_TESTS, HOST_TESTS, BROWSER_TESTS)}, []
     for argument in arguments:
         path, separator, test = argument.partition("::")
         absolute = Path(os.path.abspath(path))
-        if absolute.exists() and absolute.is_relative_to(CORE_TESTS):
-            core.append(f"{absolute}{separator}{test}")
-        elif absolute.exists() and absolute.is_relative_to(HOST_TESTS):
-            host.append(f"{absolute}{separator}{test}")
+        folder = next((folder for folder in suites if absolute.exists() and absolute.is_relative_to(folder)), None)
+        if folder:
+            suites[folder].append(f"{absolute}{separator}{test}")
         else:
             options.append(argument)
-    return Choice(tuple(core), tuple(host), tuple(options))
+    return Choice(*map(tuple, suites.values()), tuple(options))
+
+
+def skipped_suites(choice: Choice, has_host: bool, has_chromium: bool) -> list[str]:
+    """What does not run although it is wanted, a line each."""
+    lines = []
+    if choice.wants(choice.host_paths) and not has_host:
+        lines.append(NO_HOST_LINE)
+    if choice.wants(choice.browser_paths) and not (has_host and has_chromium):
+        lines.append(NO_HOST_FOR_BROWSER_LINE if has_chromium else NO_CHROMIUM_LINE)
+    return lines
 
 
 def run_core(python: Path, choice: Choice, slow: bool = False) -> SuiteResult:
@@ -102,6 +128,17 @@ def run_host(host: Host, choice: Choice) -> SuiteResult:
     arguments = [*(choice.host_paths or (str(HOST_TESTS),)), *choice.options]
     environment = {"OMP_NUM_THREADS": "1", **host_environment(), "EMMA_TEST_HOST": str(host.path)}
     return run_pytest(host.label, python, arguments, HOST_TESTS, environment)
+
+
+def run_browser(host: Host, choice: Choice) -> SuiteResult:
+    """The browser tests against a server of one ComfyUI."""
+    server_python, python = host_python(host, SERVER_NEEDS), ensure_browser_environment()
+    arguments = [*(choice.browser_paths or (str(BROWSER_TESTS),)), *choice.options]
+    environment = {
+        "OMP_NUM_THREADS": "1", **host_environment(), "EMMA_TEST_HOST": str(host.path),
+        "EMMA_TEST_HOST_PYTHON": str(server_python),
+    }
+    return run_pytest(f"browser: {host.label}", python, arguments, BROWSER_TESTS, environment)
 
 
 def run_pytest(

@@ -6,6 +6,7 @@ import torch
 from ..emma_core.errors import ConnectorMismatchError
 from .loaded import LoadedConnector
 from .payload import KEY, CONDEmma, EmmaPayload, HostAssembly
+from .text_rows import LENGTHS
 
 
 def connect_conditioning(
@@ -15,11 +16,11 @@ def connect_conditioning(
 
     Args:
         ella: the connector.
-        conditioning: the host's CONDITIONING, holding T5 features (B, N, D).
+        conditioning: the host's CONDITIONING, holding T5 features (B, N, D), of Encode Prompt List too.
         assembly: references for every entry; empty for the negative.
         clip_conditioning: CLIP's CONDITIONING, appended behind the tokens (ELLA+CLIP); one entry for all, or one each.
     Raises:
-        ConnectorMismatchError: connected before, not T5's width, or CLIP of another width or number of entries.
+        ConnectorMismatchError: connected before, not T5's width, or CLIP of another width or number of entries or prompts.
     """
     appended = _clip_entries(ella, clip_conditioning, len(conditioning))
     connected = []
@@ -30,18 +31,25 @@ def connect_conditioning(
         if text_BND is None:
             raise ConnectorMismatchError("this conditioning holds no text features. Wire a CLIP Text Encode node that uses "
                                          "the CLIP of Load ELLA Text Encoder.")
-        payload = EmmaPayload(ella, text_BND, assembly)
+        payload = EmmaPayload(ella, text_BND, assembly, options.get(LENGTHS))
         context_1SW = payload.placeholder_1KW
         if clip_1SW is not None:
+            _check_clip_rows(clip_1SW.shape[0], payload.frames)
             context_1SW = torch.cat([context_1SW.expand(clip_1SW.shape[0], -1, -1), clip_1SW.to(context_1SW)], dim=1)
         connected += node_helpers.conditioning_set_values(
-            [[context_1SW, options]],
+            [[context_1SW, {key: value for key, value in options.items() if key != LENGTHS}]],
             {
                 "model_conds": {**options.get("model_conds", {}), KEY: CONDEmma(payload)},
                 "additional_models": [*options.get("additional_models", []), *payload.patchers],
             },
         )
     return connected
+
+
+def _check_clip_rows(found: int, wanted: int) -> None:
+    if found > 1 and wanted > 1 and found != wanted:
+        raise ConnectorMismatchError(f"the CLIP conditioning holds {found} prompts for {wanted} prompts or frames of T5; "
+                                     f"wanted 1 or {wanted}. Encode the same list of prompts with both.")
 
 
 def _clip_entries(ella: LoadedConnector, clip_conditioning: list | None, count: int) -> list:

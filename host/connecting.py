@@ -10,19 +10,24 @@ from .conditioning import connect_conditioning
 from .loaded import LoadedConnector, LoadedModule
 from .payload import HostAssembly
 from .seam import connect_model
+from .strengths import changing_strength
 
 
 def assemble(
     module: LoadedModule, reference: ReferenceFeatures, strength: float, start_percent: float, end_percent: float,
-    assembly: HostAssembly | None,
+    assembly: HostAssembly | None, strengths=None,
 ) -> HostAssembly:
     """One more reference in an assembly.
 
+    Args:
+        strengths: factors on ``strength`` that change, see `changing_strength`; None: it stays.
     Raises:
-        ReferenceMismatchError: the reference was encoded for another module, or the range is empty.
+        ReferenceMismatchError: the reference was encoded for another module, the range is empty, or the strengths are no
+            numbers or not one per frame.
     """
     check_for_module(reference, module.module.config)
-    added = Reference(module.module, reference.features, strength, start_percent, end_percent)
+    changing, keyframes = changing_strength(strength, strengths)
+    added = Reference(module.module, reference.features, changing, start_percent, end_percent, keyframes)
     return (assembly or HostAssembly()).with_reference(module, added)
 
 

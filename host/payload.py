@@ -1,6 +1,6 @@
 """What our conditioning carries into the sampler, and the tokens it answers with.
 
-Shapes: F frames (or 1), N text tokens, D text width, T timesteps, K latent tokens, W token width.
+Shapes: F frames or pictures of a batch (or 1), N text tokens, D text width, T timesteps, K latent tokens, W token width.
 """
 
 import weakref
@@ -16,6 +16,7 @@ import torch
 from ..emma_core.assembly import Assembly, Reference, tokens_over_schedule
 from ..emma_core.errors import ReferenceMismatchError, UnconnectedModelError
 from .loaded import LoadedConnector, LoadedModule
+from .text_rows import text_rows
 
 KEY = "emma"
 ROWS_AT_ONCE = 512
@@ -29,9 +30,14 @@ class TokenCache:
     def __init__(self):
         self._chunks: OrderedDict[tuple, torch.Tensor] = OrderedDict()
 
-    def chunk(self, timesteps: tuple[float, ...], device: torch.device, compute) -> torch.Tensor:
-        """Tokens (T, F, K, W) of exactly these timesteps; ``compute(timesteps)`` makes what is not there."""
-        key = (timesteps, str(device))
+    def chunk(
+        self, timesteps: tuple[float, ...], steps: tuple[float, ...], device: torch.device, compute
+    ) -> torch.Tensor:
+        """Tokens (T, F, K, W) of exactly these timesteps; ``compute(timesteps)`` makes what is not there.
+
+        ``steps``: the whole schedule, where the tokens depend on it.
+        """
+        key = (timesteps, steps, str(device))
         if key not in self._chunks:
             self._chunks[key] = compute(timesteps)
             while len(self._chunks) > KEPT_CHUNKS:
@@ -63,24 +69,27 @@ class EmmaPayload:
         ella: the connector.
         text_FND: T5 features.
         assembly: references; empty for the negative.
+        lengths: tokens of each text, where they are unequal; what is behind them is padding.
     Raises:
         ConnectorMismatchError: text or modules do not fit the connector.
         ReferenceMismatchError: unequal numbers of prompts and per-frame references.
     """
 
-    def __init__(self, ella: LoadedConnector, text_FND: torch.Tensor, assembly: HostAssembly):
+    def __init__(
+        self, ella: LoadedConnector, text_FND: torch.Tensor, assembly: HostAssembly, lengths: Sequence[int] | None = None
+    ):
         self.connector = ella.connector
-        self.text_FND = text_FND
+        self.texts_1ND = text_rows(text_FND, lengths)
         self.assembly = Assembly(assembly.references)
         self.patchers = [ella.patcher, *assembly.patchers]
         self.cache = TokenCache()
-        self.frames = max(text_FND.shape[0], self.assembly.rows)
+        self.frames = max(len(self.texts_1ND), self.assembly.rows)
+        self._check_rows()
         comfy.model_management.load_models_gpu(self.patchers)
         device = comfy.model_management.get_torch_device()
         # ELLA's own tokens at a middle timestep: sensible numbers for stock nodes that look at them
-        self.placeholder_1KW = self._compute((MIDDLE_TIMESTEP,), device)[0, :1].to(
-            comfy.model_management.intermediate_device(), torch.float32
-        )
+        first_1KW = self._tokens_of(self.texts_1ND[0], self.assembly.of_row(0), (MIDDLE_TIMESTEP,), device)[0]
+        self.placeholder_1KW = first_1KW.to(comfy.model_management.intermediate_device(), torch.float32)
         _payloads.add(self)
 
     def tokens(
@@ -95,7 +104,7 @@ class EmmaPayload:
         Returns:
             (1, K, W) where one answer serves all rows, else (B, K, W).
         Raises:
-            ReferenceMismatchError: per-frame references for another number of frames.
+            ReferenceMismatchError: prompts, per-frame references or strengths for another number of frames.
         """
         batch, device = timestep_B.shape[0], timestep_B.device
         timesteps = timestep_B.tolist()
@@ -112,21 +121,53 @@ class EmmaPayload:
             return frame_indices
         if self.frames == batch:
             return range(batch)
-        raise ReferenceMismatchError(
-            f"this conditioning holds {self.frames} per-frame references, the latent batch has {batch} frames. "
-            "Encode one reference per frame, or combine them ('concat' or 'average') into one for all frames."
+        raise self._wrong_batch(batch)
+
+    def _wrong_batch(self, batch: int) -> ReferenceMismatchError:
+        if len(self.texts_1ND) > 1:
+            return ReferenceMismatchError(
+                f"this conditioning holds {self.frames} prompts, the latent batch has {batch} pictures. Wire the count of "
+                "Encode Prompt List into the batch size of the latent, or write another number of prompts."
+            )
+        if any(reference.features_rows > 1 for reference in self.assembly.references):
+            return ReferenceMismatchError(
+                f"this conditioning holds {self.frames} per-frame references, the latent batch has {batch} frames. "
+                "Encode one reference per frame, or combine them ('concat' or 'average') into one for all frames."
+            )
+        return ReferenceMismatchError(
+            f"this conditioning holds {self.frames} per-frame strengths, the latent batch has {batch} frames. Give one "
+            "strength per frame, or a single one for all frames."
         )
+
+    def _check_rows(self) -> None:
+        for what, count in (("prompts", len(self.texts_1ND)),
+                            *(("references or strengths", reference.rows) for reference in self.assembly.references)):
+            if count not in (1, self.frames):
+                raise ReferenceMismatchError(
+                    f"{count} {what} for {self.frames} frames; wanted 1 or {self.frames}. Use one for all, or one per frame."
+                )
 
     def _at(self, timestep: float, schedule: Sequence[float], device: torch.device) -> torch.Tensor:
         chunk = _chunk_with(timestep, schedule, max(1, ROWS_AT_ONCE // self.frames))
-        tokens_TFKW = self.cache.chunk(chunk, device, lambda timesteps: self._compute(timesteps, device))
+        steps = tuple(schedule) if self.assembly.counts_steps else ()
+        tokens_TFKW = self.cache.chunk(chunk, steps, device, lambda timesteps: self._compute(timesteps, steps, device))
         return tokens_TFKW[chunk.index(timestep)]
 
-    def _compute(self, timesteps: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    def _compute(self, timesteps: tuple[float, ...], steps: tuple[float, ...], device: torch.device) -> torch.Tensor:
+        assembly = self.assembly.on_schedule(steps)
+        if len(self.texts_1ND) == 1:
+            return self._tokens_of(self.texts_1ND[0], assembly, timesteps, device)
+        # one by one: their lengths differ, and each gets the tokens that it has alone, bit for bit
+        return torch.cat([self._tokens_of(text_1ND, assembly.of_row(row), timesteps, device)
+                          for row, text_1ND in enumerate(self.texts_1ND)], dim=1)
+
+    def _tokens_of(
+        self, text_1ND: torch.Tensor, assembly: Assembly, timesteps: tuple[float, ...], device: torch.device
+    ) -> torch.Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         timestep_T = torch.tensor(timesteps, dtype=torch.float32, device=device)
         with torch.no_grad():
-            return tokens_over_schedule(self.connector, self.text_FND.to(device), timestep_T, self.assembly)
+            return tokens_over_schedule(self.connector, text_1ND.to(device), timestep_T, assembly)
 
 
 def holds_placeholder(context_BSW: torch.Tensor) -> bool:

@@ -39,6 +39,7 @@ from .images import rgb_pictures
 from .loaded import LoadedConnector, LoadedModule, load_emma_module
 from .naming import below, numbered
 from .payload import KEY
+from .text_rows import LENGTHS, text_rows
 
 LATENT_PX = 8
 _FOLDER = "emma_training"
@@ -252,7 +253,7 @@ def _entries(conditionings: Sequence[list], what: str) -> list[torch.Tensor]:
             kind = "no text features" if text_BND is None else "tokens of EMMA Connector"
             raise ConnectorMismatchError(f"the {what} conditioning holds {kind}; wanted what a CLIP Text Encode node gives. "
                                          "Wire that node into Train EMMA Module.")
-        found += _normal(text_BND).split(1)
+        found += map(_normal, text_rows(text_BND, options.get(LENGTHS)))
     return found
 
 

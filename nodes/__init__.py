@@ -9,7 +9,9 @@ from .gate_map import EMMAGateMap
 from .load import EMMALoadELLA, EMMALoadModule, EMMALoadReferenceEncoder, EMMALoadTextEncoder
 from .playground import EMMAPlayground, EMMAPlaygroundPicture
 from .references import EMMALoadReference, EMMASaveReference
+from .story import EMMAPromptList
 from .train import EMMASaveModule, EMMATrainModule
+from .video import EMMABlendReferences, EMMAFrameStrengths
 
 
 class EmmaExtension(ComfyExtension):
@@ -19,5 +21,6 @@ class EmmaExtension(ComfyExtension):
         return [
             EMMALoadELLA, EMMALoadTextEncoder, EMMALoadModule, EMMALoadReferenceEncoder, EMMAEncodeReference,
             EMMAAssembleModules, EMMAConnector, EMMAGateMap, EMMAPlayground, EMMAPlaygroundPicture,
-            EMMASaveReference, EMMALoadReference, EMMATrainModule, EMMASaveModule,
+            EMMASaveReference, EMMALoadReference, EMMATrainModule, EMMASaveModule, EMMAFrameStrengths,
+            EMMABlendReferences, EMMAPromptList,
         ]

@@ -56,7 +56,8 @@ class EMMALoadTextEncoder(io.ComfyNode):
                                        "padded to 128 tokens as in ELLA's training."),
             ],
             outputs=[io.Clip.Output(display_name="CLIP",
-                                    tooltip="Wire this into CLIP Text Encode. It gives T5 features, for EMMA Connector only.")],
+                                    tooltip="Wire this into CLIP Text Encode or Encode Prompt List. Their T5 features are for "
+                                            "EMMA Connector, EMMA Gate Map and Train EMMA Module.")],
         )
 
     @classmethod

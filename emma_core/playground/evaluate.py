@@ -1,10 +1,10 @@
 """`python -m emma_core.playground.evaluate --data DIR --judge FILE --out DIR`: do the modules do what they claim?
 
-On held-out (role, vendor, tone) triples: the prompt names the role, the style reference is another emoji of the wanted
-vendor, the face reference another person of the wanted tone by another vendor. Where the prompt names the category only,
-the object reference is the same emoji by another vendor. A judge says which vendor, tone and caption the picture has; real
-pictures and autoencoder reconstructions are the ceilings. Data built with --unseen, and a judge of these, add lines with
-references of a style that nothing has learnt from. A run can be stopped and called again.
+On held-out (role, vendor, tone) triples, or (role, vendor) pairs: the prompt names the role, the style reference is another
+emoji of the wanted vendor, the face reference another person of the wanted tone by another vendor. Where the prompt names the
+category only, the object reference is the same emoji by another vendor. A judge says which vendor, tone and caption the picture
+has; real pictures and autoencoder reconstructions are the ceilings. Data built with --unseen, and a judge of these, add lines
+with references of a style that nothing has learnt from. A run can be stopped and called again.
 
 Shapes: B pictures of H x W pixels.
 """
@@ -43,7 +43,7 @@ from .world import World, load_world
 ALL = "all three"
 RESAMPLES, CONFIDENCE = 2000, 0.95
 STRENGTHS = (0.5, 1.0, 1.25, 1.5, 2.0)
-REPORT = "scores.json"
+REPORT, TRIPLES = "scores.json", "heldout-triple"
 ASSEMBLING = {"sum": tokens_over_schedule, "average": averaged, "one after the other": sequential, "strongest gate": strongest}
 SHEET_COLUMNS, SHEET_PICTURES = 16, 32
 
@@ -59,16 +59,15 @@ class Trial:
     seed: int
 
 
-def choose_trials(data: EmojiPeople, count: int, seed: int, unseen: bool = False) -> list[Trial]:
-    """Held-out pictures, vendors in turn, again and again with other references; references come from the train split.
+def choose_trials(data: EmojiPeople, count: int, seed: int, split: str = TRIPLES) -> list[Trial]:
+    """Pictures of a split, vendors in turn, again and again with other references; references come from the train split.
 
-    With `unseen` the targets and the style references are pictures of the vendor that nothing has learnt from.
+    Of the vendor that nothing has learnt from (UNSEEN_SPLIT), the style references are its own.
     """
     chance = random.Random(seed)
     picker = ReferencePicker(data.rows, data.positions("train"))
-    splits = [UNSEEN_SPLIT] if unseen else ["heldout-pair", "heldout-triple"]
-    targets = [position for split in splits for position in data.positions(split)]
-    styles = ReferencePicker(data.rows, targets) if unseen else picker
+    targets = data.positions(split)
+    styles = ReferencePicker(data.rows, targets) if split == UNSEEN_SPLIT else picker
     trials: list[Trial] = []
     while len(trials) < count:
         chance.shuffle(targets)
@@ -255,10 +254,10 @@ class Job:
 
 def jobs_of(data: EmojiPeople, generation: Generation, autoencoder: Autoencoder, options: argparse.Namespace) -> dict[str, Job]:
     """Every line by its name, the ceilings first."""
-    trials = choose_trials(data, options.pictures, options.seed)
+    trials = choose_trials(data, options.pictures, options.seed, options.split)
     misled = shuffled_trials(trials, data.rows, options.seed)
     has_unseen = bool(data.positions(UNSEEN_SPLIT))
-    strange = choose_trials(data, options.pictures, options.seed, unseen=True) if has_unseen else []
+    strange = choose_trials(data, options.pictures, options.seed, UNSEEN_SPLIT) if has_unseen else []
 
     def real(aimed: Sequence[Trial]) -> torch.Tensor:
         return to_float(data.images_NHWC[[trial.target for trial in aimed]])
@@ -282,6 +281,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, dict[str, Score]]:
     generation = Generation(load_world(options.playground), data, Sampling(steps=options.steps, guidance=options.guidance))
     jobs = jobs_of(data, generation, load_autoencoder(options.playground / "autoencoder.safetensors"), options)
     report = {"pictures": options.pictures, "guidance": options.guidance, "steps": options.steps, "seed": options.seed,
+              "split": options.split,
               "chance": {label: 1 / count for label, count in classes.items()}}
     options.out.mkdir(parents=True, exist_ok=True)
     scores = scores_so_far(options.out / REPORT, report)
@@ -321,6 +321,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for scores.json and the sheets")
     parser.add_argument("--playground", type=Path, default=PLAYGROUND_DIR)
     parser.add_argument("--pictures", type=int, default=96)
+    parser.add_argument("--split", choices=[TRIPLES, "heldout-pair"], default=TRIPLES,
+                        help="targets whose vendor, tone and caption no training saw together, or whose vendor and caption")
     parser.add_argument("--steps", type=int, default=Sampling.steps)
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)

@@ -58,7 +58,7 @@ def test_an_unseen_style_has_lines_where_the_data_have_it():
     data = small_data()
     strange = [type(row)(**{**vars(row), "vendor": "openmoji", "split": "unseen"}) for row in data.rows if row.vendor == "noto"]
     more = type(data)(np.concatenate([data.images_NHWC, data.images_NHWC[:len(strange)]]), [*data.rows, *strange])
-    trials = choose_trials(more, 6, seed=0, unseen=True)
+    trials = choose_trials(more, 6, seed=0, split="unseen")
     assert {(more.rows[trial.target].split, more.rows[trial.style].split) for trial in trials} == {("unseen", "unseen")}
     assert {more.rows[position].split for trial in trials for position in (trial.face, trial.object)} == {"train"}
     assert choose_trials(more, 6, seed=0) == choose_trials(data, 6, seed=0)
@@ -166,7 +166,8 @@ def test_a_run_goes_on_with_the_lines_that_are_missing(monkeypatch, tmp_path, ca
     torch.manual_seed(0)
     save_judge(Judge(CLASSES).eval(), tmp_path / "judge.safetensors")
     options = argparse.Namespace(data=tmp_path, judge=tmp_path / "judge.safetensors", out=tmp_path / "out", steps=1,
-                                 guidance=2.0, pictures=8, seed=5, strengths=(1.0,), variant=[], playground=PLAYGROUND_DIR,
+                                 guidance=2.0, pictures=8, seed=5, strengths=(1.0,), variant=[], split="heldout-triple",
+                                 playground=PLAYGROUND_DIR,
                                  rows=["real pictures", "text only"])
     evaluate.evaluate(options)
     options.rows = ["text only", "+ style"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.browser import find_chromium
 from harness.commands import main
 from harness.environment import InstallStep, SetupError, ensure_environment, explain_failure, python_of
 from harness.hosts import find_hosts, read_host, without_torch
@@ -54,10 +55,26 @@ def test_torch_lines_of_a_host_are_left_out():
 
 
 def test_arguments_are_sorted_into_suites():
-    choice = split_arguments([str(ROOT / "tests/core/test_run.py") + "::test_x", str(ROOT / "tests/host"), "-k", "seam"])
+    named = [str(ROOT / "tests/core/test_run.py") + "::test_x", str(ROOT / "tests/host"), str(ROOT / "tests/browser")]
+    choice = split_arguments([*named, "-k", "seam"])
     assert choice.core_paths == (f"{ROOT / 'tests/core/test_run.py'}::test_x",)
     assert choice.host_paths == (str(ROOT / "tests/host"),)
+    assert choice.browser_paths == (str(ROOT / "tests/browser"),)
     assert choice.options == ("-k", "seam")
+
+
+def test_chromium_is_the_chosen_one_or_the_first_on_the_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CHROMIUM_PATH", raising=False)
+    assert find_chromium() is None
+    for name in ("google-chrome", "chromium"):
+        (tmp_path / name).touch(mode=0o755)
+    assert find_chromium() == tmp_path / "chromium"
+    monkeypatch.setenv("CHROMIUM_PATH", str(tmp_path / "google-chrome"))
+    assert find_chromium() == tmp_path / "google-chrome"
+    monkeypatch.setenv("CHROMIUM_PATH", str(tmp_path / "gone"))
+    with pytest.raises(SetupError, match="which is no file"):
+        find_chromium()
 
 
 def test_report_counts_errors_as_failures(tmp_path):
@@ -76,6 +93,7 @@ def test_a_process_without_report_is_a_failure(tmp_path):
     (SuiteResult("core", 5, 1, 0, 1), True),
     (SuiteResult("ComfyUI", 0, 0, 9, 0), True),   # a host was found, and all of its tests were skipped
     (SuiteResult("ComfyUI", 0, 0, 0, 5), True),   # a host was found, and nothing was collected
+    (SuiteResult("browser", 0, 0, 9, 0), True),   # a Chromium was found, and all of its tests were skipped
 ])
 def test_what_makes_a_run_fail(result, fails):
     assert bool(complaints([result], chosen=False)) == fails
@@ -91,6 +109,8 @@ def started(tmp_path, monkeypatch):
         return SuiteResult(label, 1, 0, 0, 0)
 
     monkeypatch.setattr("harness.suites.find_hosts", lambda named: [host])
+    monkeypatch.setattr("harness.suites.find_chromium", lambda: tmp_path / "chromium")
+    monkeypatch.setattr("harness.suites.ensure_browser_environment", lambda: Path(sys.executable))
     monkeypatch.setattr("harness.suites.ensure_base_environment", lambda: Path(sys.executable))
     monkeypatch.setattr("harness.suites.host_python", lambda host, needs: Path(sys.executable))
     monkeypatch.setattr("harness.suites.run_pytest", run_pytest)
@@ -100,13 +120,36 @@ def started(tmp_path, monkeypatch):
 @pytest.mark.parametrize("chosen", [[], ["-m", "gpu"]])
 def test_slow_tests_run_last_and_only_when_asked_for(started, chosen, capsys):
     assert main(["test", *chosen]) == 0
-    assert [label for label, _ in started] == ["core", "ComfyUI 0.3.64"]
+    assert [label for label, _ in started] == ["core", "ComfyUI 0.3.64", "browser: ComfyUI 0.3.64"]
     started.clear()
     assert main(["test", "--slow", *chosen]) == 0
-    assert [label for label, _ in started] == ["core", "ComfyUI 0.3.64", "core, slow"]
+    assert [label for label, _ in started] == ["core", "ComfyUI 0.3.64", "browser: ComfyUI 0.3.64", "core, slow"]
     assert started[0][1] == [str(ROOT / "tests" / "core"), *chosen]
-    assert started[2][1] == [str(ROOT / "tests" / "core"), *chosen, "-m", "slow"]
-    assert capsys.readouterr().out.strip().endswith("3 passed, 0 failed, 0 skipped")
+    assert started[2][1] == [str(ROOT / "tests" / "browser"), *chosen]
+    assert started[3][1] == [str(ROOT / "tests" / "core"), *chosen, "-m", "slow"]
+    assert capsys.readouterr().out.strip().endswith("4 passed, 0 failed, 0 skipped")
+
+
+@pytest.mark.parametrize("suite", ["core", "host", "browser"])
+def test_named_tests_run_in_their_suite_alone(started, suite):
+    chosen = str(ROOT / "tests" / suite)
+    assert main(["test", chosen]) == 0
+    assert [arguments for _, arguments in started] == [[chosen]]
+
+
+def test_without_a_chromium_the_rest_runs_and_the_end_says_what_to_install(started, monkeypatch, capsys):
+    monkeypatch.setattr("harness.suites.find_chromium", lambda: None)
+    assert main(["test"]) == 0
+    assert [label for label, _ in started] == ["core", "ComfyUI 0.3.64"]
+    assert "BROWSER TESTS SKIPPED: NO CHROMIUM FOUND (install one" in capsys.readouterr().out
+
+
+def test_without_a_comfyui_the_end_names_both_suites(started, monkeypatch, capsys):
+    monkeypatch.setattr("harness.suites.find_hosts", lambda named: [])
+    assert main(["test"]) == 0
+    printed = capsys.readouterr().out
+    assert [label for label, _ in started] == ["core"]
+    assert "HOST TESTS SKIPPED: NO COMFYUI FOUND" in printed and "BROWSER TESTS SKIPPED: NO COMFYUI FOUND" in printed
 
 
 def test_slow_tests_of_a_chosen_file_alone(started):

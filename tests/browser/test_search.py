@@ -1,0 +1,48 @@
+"""Double-clicking the canvas and typing: nodes are found under the names a user would try."""
+
+from __future__ import annotations
+
+import pytest
+from graphs import PACK_NAME
+from windows import open_search, search
+
+
+@pytest.fixture(scope="module")
+def ours(server) -> dict[str, dict]:
+    """What the editor knows of our nodes."""
+    nodes = server.get_json("/object_info")
+    found = {name: info for name, info in nodes.items() if info["python_module"] == f"custom_nodes.{PACK_NAME}"}
+    assert len(found) > 10
+    return found
+
+
+def test_display_names_find_their_nodes(editor, ours):
+    open_search(editor)
+    names = [info["display_name"] for info in ours.values()]
+    found = {name: search(editor, name, name)[:1] for name in names}
+    editor.screenshot("search-by-name")
+    assert found == {name: [name] for name in names}
+
+
+def test_aliases_find_their_nodes(editor, ours):
+    if not editor.frontend.finds_by_aliases:
+        pytest.skip("this host's nodes have no aliases")
+    open_search(editor)
+    lost = []
+    for info in ours.values():
+        assert info["search_aliases"], info["name"]
+        for alias in info["search_aliases"]:
+            if info["display_name"] not in search(editor, alias, info["display_name"]):
+                lost.append((info["display_name"], alias))
+    editor.screenshot("search-by-alias")
+    assert not lost
+
+
+def test_a_found_node_is_put_on_the_canvas(editor):
+    editor.clear()
+    open_search(editor)
+    assert search(editor, "encode reference", "Encode Reference Image")[0] == "Encode Reference Image"
+    editor.page.keyboard.press("Enter")
+    editor.frontend.place_found_node(editor.page)
+    editor.page.wait_for_function("() => window.app.graph._nodes.length === 1")
+    assert [node["type"] for node in editor.saved()["nodes"]] == ["EMMAEncodeReference"]
