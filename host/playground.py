@@ -33,6 +33,7 @@ class Playground:
     ella: LoadedConnector
     style: LoadedModule
     face: LoadedModule
+    object: LoadedModule
     encoder: LoadedEncoder
 
 
@@ -45,6 +46,7 @@ def load_playground() -> Playground:
         ella=load_ella(str(PLAYGROUND_DIR / "ella.safetensors")),
         style=load_emma_module(str(PLAYGROUND_DIR / "emma-style.safetensors")),
         face=load_emma_module(str(PLAYGROUND_DIR / "emma-face.safetensors")),
+        object=load_emma_module(str(PLAYGROUND_DIR / "emma-object.safetensors")),
         encoder=load_playground_reference_encoder(),
     )
 

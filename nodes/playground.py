@@ -16,8 +16,8 @@ class EMMAPlayground(io.ComfyNode):
             display_name="Load EMMA Playground",
             aliases=("emma demo", "emma example", "emoji"),
             description="A small world of emoji people that runs at once on any CPU, with nothing to download: a tiny "
-                        "SD1.5-like model with its T5, VAE, ELLA, a style and a face module and their encoder. Pictures are "
-                        "128 x 128.",
+                        "SD1.5-like model with its T5, VAE, ELLA, a style, a face and an object module and their encoder. "
+                        "Pictures are 128 x 128.",
             inputs=[],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="Tiny UNet in SD1.5 layout; use latents of 128 x 128."),
@@ -26,14 +26,17 @@ class EMMAPlayground(io.ComfyNode):
                 Ella.Output(display_name="ELLA", tooltip="Small ELLA connector."),
                 Module.Output(display_name="style module", tooltip="Takes the drawing style of a reference."),
                 Module.Output(display_name="face module", tooltip="Takes the skin tone and hair of a reference."),
-                Encoder.Output(display_name="EMMA_ENCODER", tooltip="The encoder both modules need."),
+                Encoder.Output(display_name="EMMA_ENCODER", tooltip="The encoder all modules need."),
+                Module.Output(display_name="object module",
+                              tooltip="Takes who is shown; prompt 'person' and let the reference say the rest."),
             ],
         )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
         parts = playground.load_playground()
-        return io.NodeOutput(parts.model, parts.clip, parts.vae, parts.ella, parts.style, parts.face, parts.encoder)
+        return io.NodeOutput(parts.model, parts.clip, parts.vae, parts.ella, parts.style, parts.face, parts.encoder,
+                             parts.object)
 
 
 class EMMAPlaygroundPicture(io.ComfyNode):
@@ -47,7 +50,7 @@ class EMMAPlaygroundPicture(io.ComfyNode):
             aliases=("emma example picture", "emoji"),
             description="One of the reference pictures shipped with the playground.",
             inputs=[io.Combo.Input("picture", options=playground.reference_names(), tooltip="style-* names an emoji "
-                                   "vendor's style, face-* a skin tone.")],
+                                   "vendor's style, face-* a skin tone, object-* who is shown.")],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="Wire this into Encode Reference Image.")],
         )
 

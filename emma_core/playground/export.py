@@ -27,6 +27,8 @@ STYLE_PICTURES = {"noto": ("man guard", "medium"), "twemoji": ("man guard", "med
                   "fluent-emoji-flat": ("man guard", "medium"), "fluent-emoji": ("man guard", "medium")}
 FACE_PICTURES = {"light": ("woman", "twemoji"), "medium-light": ("man", "noto"), "medium": ("woman", "noto"),
                  "medium-dark": ("man", "twemoji"), "dark": ("girl", "fluent-emoji-flat")}
+OBJECT_PICTURES = {"astronaut": ("woman astronaut", "noto", "medium-light"), "farmer": ("man farmer", "twemoji", "dark"),
+                   "mage": ("woman mage", "noto", "medium"), "scientist": ("man scientist", "twemoji", "light")}
 
 
 def averaged_base(checkpoint: Path) -> Base:
@@ -55,6 +57,8 @@ def export_references(data: EmojiPeople, out: Path) -> None:
         _save_picture(data, caption, vendor, tone, out / f"style-{vendor}.png")
     for tone, (caption, vendor) in FACE_PICTURES.items():
         _save_picture(data, caption, vendor, tone, out / f"face-{tone}.png")
+    for name, (caption, vendor, tone) in OBJECT_PICTURES.items():
+        _save_picture(data, caption, vendor, tone, out / f"object-{name}.png")
 
 
 def _save_picture(data: EmojiPeople, caption: str, vendor: str, tone: str, path: Path) -> None:

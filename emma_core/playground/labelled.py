@@ -115,12 +115,19 @@ def load_labelled(checkpoint: Path) -> Labelled:
     return averaged(Labelled(load_unet()), checkpoint)
 
 
-def label_target(teacher: Labelled, kind: str, data: Prepared) -> TeacherTarget:
-    """The teacher's prediction, told each row's group, which is the vendor or the tone that its reference shows."""
+def label_target(teacher: Labelled, kind: str, data: Prepared, guidance: float = 1.0) -> TeacherTarget:
+    """The teacher's prediction, told each row's group, which is the vendor or the tone that its reference shows.
+
+    Args:
+        guidance: what the label changes is multiplied by it.
+    """
     def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[Row]) -> torch.Tensor:
-        told = {other: torch.full((len(rows),), number_of(other, None)) for other in LABELS}
-        told[kind] = torch.tensor([number_of(kind, data.group(row.target) if row.strength else None) for row in rows])
-        return teacher(noised_B4hw, timestep_B, context_BKW, told)
+        untold = {other: torch.full((len(rows),), number_of(other, None)) for other in LABELS}
+        labels_B = torch.tensor([number_of(kind, data.group(row.target) if row.strength else None) for row in rows])
+        named_B4hw = teacher(noised_B4hw, timestep_B, context_BKW, {**untold, kind: labels_B})
+        if guidance == 1.0:
+            return named_B4hw
+        return torch.lerp(teacher(noised_B4hw, timestep_B, context_BKW, untold), named_B4hw, guidance)
 
     return target
 
@@ -138,13 +145,13 @@ def caption_target(parts: Parts, data: Prepared) -> TeacherTarget:
     return target
 
 
-def distilling(condition: str, teacher: Path | None):
+def distilling(condition: str, teacher: Path | None, guidance: float):
     """`begin` of a run whose target is the teacher's prediction."""
     def begin_distilling(config: TrainConfig, parts: Parts, data: Prepared, accelerator, folder: Path) -> Trainer:
         if condition == "object":
             target = caption_target(parts, data)
         else:
-            target = label_target(load_labelled(teacher), condition, data)
+            target = label_target(load_labelled(teacher), condition, data, guidance)
         trainer = begin(config, parts, data, accelerator, folder)
         trainer.student = replace(trainer.student, teacher=target)
         module = trainer.student.module
@@ -172,6 +179,7 @@ def main() -> None:
     add_arguments(distil)
     distil.usage = None
     distil.add_argument("--teacher", type=Path, help="checkpoint of the teacher (style, face)")
+    distil.add_argument("--teacher-guidance", type=float, default=1.0, help="what the label changes is multiplied by it")
     options = parser.parse_args()
     if options.command == "train":
         train(options)
@@ -180,7 +188,8 @@ def main() -> None:
         parser.error("--teacher is missing: the checkpoint that `labelled train` wrote")
     end_as_interrupt()
     torch.set_num_threads(1)
-    run(config_of(options), print, bars=sys.stderr.isatty(), begin_with=distilling(options.condition, options.teacher))
+    beginning = distilling(options.condition, options.teacher, options.teacher_guidance)
+    run(config_of(options), print, bars=sys.stderr.isatty(), begin_with=beginning)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,7 @@ def load_world(folder: str | Path = PLAYGROUND_DIR) -> World:
         decode=load_autoencoder(folder / "autoencoder.safetensors").decode,
         scheduler=sd15_scheduler(),
     )
-    modules = {condition: load_module(path) for condition in CONDITIONS
-               if (path := folder / f"emma-{condition}.safetensors").is_file()}
+    modules = {condition: load_module(folder / f"emma-{condition}.safetensors") for condition in CONDITIONS}
     return World(pipeline, modules, load_playground_encoder(folder / "encoder.safetensors"))
 
 

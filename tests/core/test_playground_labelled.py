@@ -68,6 +68,9 @@ def test_the_teacher_is_told_the_label_of_rows_with_a_reference_only(kind, wante
 
     rows = [labelled.Row(0, False, "man cook", 7, 0, strength) for strength in (1.0, 0.0)]
     assert labelled.label_target(Echo(), kind, Data())(None, None, None, rows).tolist() == wanted
+    untold = torch.tensor([[4.0, 5.0], [4.0, 5.0]])
+    found = labelled.label_target(Echo(), kind, Data(), guidance=2.0)(None, None, None, rows)
+    torch.testing.assert_close(found, untold + 2 * (torch.tensor(wanted) - untold))
 
 
 @pytest.mark.parametrize("condition", ["style", "object"])

@@ -110,6 +110,7 @@ def test_reference_pictures_are_of_the_train_split(tmp_path, monkeypatch):
     data = small_data()
     monkeypatch.setattr(export, "STYLE_PICTURES", DATA_PICTURES)
     monkeypatch.setattr(export, "FACE_PICTURES", {})
+    monkeypatch.setattr(export, "OBJECT_PICTURES", {})
     export.export_references(data, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["style-noto.png"]
     monkeypatch.setattr(export, "STYLE_PICTURES", {"noto": ("man pilot", "dark")})
