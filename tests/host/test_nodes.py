@@ -20,7 +20,9 @@ PROMISED = {
     "EMMAGateMap": ["IMAGE"],
     "EMMASaveReference": [], "EMMALoadReference": ["EMMA_REFERENCE"],
     "EMMATrainModule": ["EMMA_MODULE", "LOSS_MAP", "STRING"], "EMMASaveModule": [],
-    "EMMAPlayground": ["MODEL", "CLIP", "VAE", "ELLA", "EMMA_MODULE", "EMMA_MODULE", "EMMA_ENCODER"],
+    "EMMAPlayground": ["MODEL", "CLIP", "VAE", "ELLA", "EMMA_MODULE", "EMMA_MODULE", "EMMA_ENCODER", "EMMA_MODULE"],
+    "EMMAFrameStrengths": ["FLOAT", "INT"], "EMMABlendReferences": ["EMMA_REFERENCE"],
+    "EMMAPromptList": ["CONDITIONING", "INT", "STRING"],
 }
 # feature name -> (dim, tokens per vector) of the shipped encoder
 PLAYGROUND_FEATURES = {"global": (256, 4), "face": (128, 2)}
