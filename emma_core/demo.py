@@ -31,11 +31,11 @@ class DemoRow:
 
 
 ROWS = (
-    DemoRow("woman police officer", "style-noto", "face-dark", 11),
-    DemoRow("princess", "style-twemoji", "face-medium-dark", 11),
+    DemoRow("woman police officer", "style-noto", "face-dark", 3),
     DemoRow("man cook", "style-fluent-emoji", "face-medium-dark", 2),
-    DemoRow("woman firefighter", "style-fluent-emoji-flat", "face-light", 11),
-    DemoRow("man mage", "style-fluent-emoji-flat", "face-medium", 4),
+    DemoRow("man farmer", "style-fluent-emoji-flat", "face-medium", 1),
+    DemoRow("woman firefighter", "style-twemoji", "face-light", 1),
+    DemoRow("princess", "style-twemoji", "face-medium-dark", 3),
 )
 
 
