@@ -16,7 +16,7 @@ import torch
 
 from .errors import ConnectorMismatchError, EmmaWarning, ReferenceMismatchError
 from .gated_resampler import GatedResampler
-from .strength_keyframes import LAST_TIMESTEP, StrengthKeyframes
+from .strength_keyframes import LAST_TIMESTEP, SLACK_TIMESTEPS, StrengthKeyframes
 
 # enough rows to keep matrix products busy; on CPUs, few enough for the hidden layer to stay in the cache
 ROWS_PER_PASS = 64
@@ -95,8 +95,7 @@ class Reference:
     def weight_of_rows(self, timestep_B: torch.Tensor) -> torch.Tensor:
         """(B,) strength where the reference acts at the row's timestep, 0 elsewhere."""
         percent_B = 1.0 - timestep_B.float() / LAST_TIMESTEP
-        # half a timestep of slack: percents of whole timesteps are not exact in float32
-        slack = 0.5 / LAST_TIMESTEP
+        slack = SLACK_TIMESTEPS / LAST_TIMESTEP
         acts_B = (percent_B >= self.start_percent - slack) & (percent_B <= self.end_percent + slack)
         strength = torch.as_tensor(self.strength, dtype=torch.float32, device=timestep_B.device).flatten()
         row_B = torch.arange(timestep_B.shape[0], device=timestep_B.device) % strength.numel()
@@ -188,6 +187,23 @@ def check_fits(source: TokenSource, module: GatedResampler) -> None:
         )
 
 
+def check_counts(counts: Iterable[tuple[str, int]], rows: int, place: str, each: str) -> None:
+    """Refuse what is neither there once, for all rows, nor once for each.
+
+    Args:
+        counts: (name, how many there are).
+        rows: how many there should be.
+        place, each: what they are for, and what one of it is called.
+    Raises:
+        ReferenceMismatchError: another count.
+    """
+    for what, count in counts:
+        if count not in (1, rows):
+            raise ReferenceMismatchError(
+                f"{count} {what} for {place}; wanted 1 or {rows}. Use one for all, or one per {each}."
+            )
+
+
 def assembled_tokens(
     source: TokenSource, text_BND: torch.Tensor, timestep_B: torch.Tensor | float, assembly: Assembly
 ) -> torch.Tensor:
@@ -199,12 +215,9 @@ def assembled_tokens(
     """
     timestep_B = torch.as_tensor(timestep_B, device=text_BND.device).reshape(-1)
     rows = max(text_BND.shape[0], timestep_B.shape[0], assembly.rows)
-    for what, count in (("prompts", text_BND.shape[0]), ("timesteps", timestep_B.shape[0]),
-                        *(("references", reference.rows) for reference in assembly.references)):
-        if count not in (1, rows):
-            raise ReferenceMismatchError(
-                f"{count} {what} for a batch of {rows} rows; wanted 1 or {rows}. Use one for all, or one per row."
-            )
+    check_counts(
+        (("prompts", text_BND.shape[0]), ("timesteps", timestep_B.shape[0]),
+         *(("references", reference.rows) for reference in assembly.references)), rows, f"a batch of {rows} rows", "row")
     return _tokens_of_rows(source, text_BND, timestep_B.expand(rows), assembly)
 
 
@@ -219,12 +232,9 @@ def tokens_over_schedule(
         ConnectorMismatchError, ReferenceMismatchError: as `assembled_tokens`.
     """
     frames = max(text_FND.shape[0], assembly.rows)
-    for what, count in (("prompts", text_FND.shape[0]),
-                        *(("references", reference.rows) for reference in assembly.references)):
-        if count not in (1, frames):
-            raise ReferenceMismatchError(
-                f"{count} {what} for {frames} frames; wanted 1 or {frames}. Use one for all, or one per frame."
-            )
+    check_counts(
+        (("prompts", text_FND.shape[0]), *(("references", reference.rows) for reference in assembly.references)), frames,
+        f"{frames} frames", "frame")
     timestep_T = torch.as_tensor(timestep_T, device=text_FND.device).reshape(-1)
     tokens_RKW = _tokens_of_rows(source, text_FND, timestep_T.repeat_interleave(frames), assembly)
     return tokens_RKW.unflatten(0, (timestep_T.shape[0], frames))

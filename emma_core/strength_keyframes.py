@@ -12,8 +12,8 @@ import torch
 from .errors import ReferenceMismatchError
 
 LAST_TIMESTEP = 999
-# half a timestep of slack: percents of whole timesteps are not exact in float32
-_SLACK = 0.5
+# percents of whole timesteps are not exact in float32
+SLACK_TIMESTEPS = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class StrengthKeyframe:
         return -math.inf if self.percent >= 1.0 else (1.0 - self.percent) * LAST_TIMESTEP
 
     def has_begun(self, timestep: float) -> bool:
-        return timestep <= self.timestep + _SLACK
+        return timestep <= self.timestep + SLACK_TIMESTEPS
 
 
 @dataclass(frozen=True)

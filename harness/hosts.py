@@ -67,6 +67,12 @@ def _likely_folders(root: Path) -> Iterator[Path]:
     yield from sorted(Path.home().glob("ComfyUI*"))
 
 
+def peer_roots(host_path: Path) -> list[Path]:
+    """Folders that may hold other node packs, in search order: COMFYUI_PEERS, the host's custom_nodes, ~/peers."""
+    named = [Path(entry) for entry in os.environ.get("COMFYUI_PEERS", "").split(os.pathsep) if entry]
+    return [*named, host_path / "custom_nodes", Path.home() / "peers"]
+
+
 def _require_host(folder: Path) -> Host:
     host = read_host(folder)
     if host is None:

@@ -13,7 +13,7 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
-from ..emma_core.assembly import Assembly, Reference, tokens_over_schedule
+from ..emma_core.assembly import Assembly, Reference, check_counts, tokens_over_schedule
 from ..emma_core.errors import ReferenceMismatchError, UnconnectedModelError
 from .loaded import LoadedConnector, LoadedModule
 from .text_rows import text_rows
@@ -140,12 +140,8 @@ class EmmaPayload:
         )
 
     def _check_rows(self) -> None:
-        for what, count in (("prompts", len(self.texts_1ND)),
-                            *(("references or strengths", reference.rows) for reference in self.assembly.references)):
-            if count not in (1, self.frames):
-                raise ReferenceMismatchError(
-                    f"{count} {what} for {self.frames} frames; wanted 1 or {self.frames}. Use one for all, or one per frame."
-                )
+        counts = [("references or strengths", reference.rows) for reference in self.assembly.references]
+        check_counts([("prompts", len(self.texts_1ND)), *counts], self.frames, f"{self.frames} frames", "frame")
 
     def _at(self, timestep: float, schedule: Sequence[float], device: torch.device) -> torch.Tensor:
         chunk = _chunk_with(timestep, schedule, max(1, ROWS_AT_ONCE // self.frames))

@@ -34,9 +34,9 @@ from ..training.prepare import Prepared
 from ..training.runs import begin, encoded, model_spec, run
 from ..training.shards import Processes
 from ..training.starts import begin_module
-from ..training.student import Student, TeacherTarget
+from ..training.student import Student, tokens_of_texts
 from ..training.trainer import Trainer
-from .labelled import Labelled, label_target, load_labelled, number_of, tokens_of
+from .labelled import label_target, load_labelled
 
 ALONE_SHARE = 10  # one row in so many shows the style only, and as many the face only
 
@@ -97,15 +97,11 @@ class GroupTrainer(Trainer):
     """Writes every part into a file of its own."""
 
     def save_result(self) -> Path:
-        learnt = copy.deepcopy(self.student.learning).eval().requires_grad_(False)
-        if self.average:
-            self.average.copy_to(learnt)
         path = self.folder / "emma.safetensors"
-        for part in learnt.values():
+        for part in self.averaged().values():
             if isinstance(part, GatedResampler):
                 path = self.folder / f"emma-{part.config.condition}.safetensors"
-                training = {**part.config.training, "steps": self.step, "seconds": round(self.seconds)}
-                part.config = part.config.replace(training=training, ella={})
+                part.config = self.with_steps(part.config).replace(ella={})
                 save_module(part, path, torch.float16)
             else:
                 save_connector(part, self.folder / "ella.safetensors", torch.float16)
@@ -118,10 +114,10 @@ def unfrozen_beginning(teacher: Path | None):
         student = begin(config, parts, data, accelerator, folder).student
         if teacher:
             frozen = copy.deepcopy(student.connector)
-            told = label_target(load_labelled(teacher), config.module.condition, data)
+            told = label_target(load_labelled(teacher), {config.module.condition: data.group})
 
             def target(noised_B4hw, timestep_B, _, rows: Sequence[Row]) -> torch.Tensor:
-                context_BKW = tokens_of(frozen, [data.text(row.caption) for row in rows], timestep_B)
+                context_BKW = tokens_of_texts(frozen, [data.text(row.caption) for row in rows], timestep_B)
                 return told(noised_B4hw, timestep_B, context_BKW, rows)
 
             student = replace(student, teacher=target)
@@ -147,26 +143,13 @@ def joint_beginning(face_list: Path, teacher: Path | None):
         student = begin(config, parts, data, accelerator, folder).student
         face.config = face.config.replace(training=student.module.config.training, file_metadata=model_spec(face_config))
         if teacher:
-            student = replace(student, teacher=_both_labels(load_labelled(teacher), data, face_data))
+            student = replace(student, teacher=label_target(
+                load_labelled(teacher), {"style": data.group, "face": face_data.group}, shown=strengths_of))
         learning = nn.ModuleDict({"style": student.module, "face": face})
         joint = JointStudent(**vars(student), parts=learning, face_data=face_data)
         return GroupTrainer(config, joint, data, accelerator, folder)
 
     return begin_joint
-
-
-def _both_labels(teacher: Labelled, data: Prepared, face_data: Prepared) -> TeacherTarget:
-    """The teacher's prediction, told vendor and tone where their references are shown."""
-    groups = {"style": data.group, "face": face_data.group}
-
-    def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[Row]) -> torch.Tensor:
-        shown = strengths_of(rows)
-        told = {kind: torch.tensor([number_of(kind, group(row.target) if strength else None)
-                                    for row, strength in zip(rows, shown[kind], strict=True)])
-                for kind, group in groups.items()}
-        return teacher(noised_B4hw, timestep_B, context_BKW, told)
-
-    return target
 
 
 def main() -> None:

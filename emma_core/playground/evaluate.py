@@ -155,24 +155,25 @@ class Generation:
 
     def __init__(self, world: World, data: EmojiPeople, sampling: Sampling):
         self._world, self._data, self._sampling = world, data, sampling
+        self._known: dict[tuple[GatedResampler, int], Reference] = {}
 
     def pictures(self, trials: Sequence[Trial], line: Line) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1]."""
         world = replaced(self._world, line)
-        known: dict[tuple[str, int], Reference] = {}
         requests = []
         for trial in trials:
             row = self._data.rows[trial.target]
-            references = [replace(self._reference(world, known, condition, getattr(trial, condition)), strength=strength)
+            references = [replace(self._reference(world, condition, getattr(trial, condition)), strength=strength)
                           for condition, strength in line.strengths.items()]
             requests.append(Request(row.caption if line.told else CATEGORY, Assembly(references), seed=trial.seed))
         return generate(world.pipeline, requests, self._sampling).permute(0, 3, 1, 2) * 2 - 1
 
-    def _reference(self, world: World, known: dict, condition: str, position: int) -> Reference:
-        if (condition, position) not in known:
+    def _reference(self, world: World, condition: str, position: int) -> Reference:
+        key = (world.modules[condition], position)
+        if key not in self._known:
             image_1HW3 = torch.from_numpy(self._data.images_NHWC[position].copy())[None].float() / 255
-            known[condition, position] = world.encode_reference(condition, image_1HW3)
-        return known[condition, position]
+            self._known[key] = world.encode_reference(condition, image_1HW3)
+        return self._known[key]
 
 
 def replaced(world: World, line: Line) -> World:

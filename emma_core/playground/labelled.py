@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from ..training.draws import Row, captions_of_few_lengths
 from ..training.parts import Parts
 from ..training.prepare import Prepared
 from ..training.runs import begin, run
-from ..training.student import TeacherTarget
+from ..training.student import TeacherTarget, tokens_of_texts
 from ..training.trainer import Trainer
 from . import PLAYGROUND_DIR, load_autoencoder, load_unet
 from .text import captions_of
@@ -91,7 +91,7 @@ def train(options: argparse.Namespace) -> None:
         captions = captions_of_few_lengths(choices, lambda caption: text_of(caption).shape[1], chance)
         noised_B4hw, noise_B4hw, timestep_B = noised(latents[picked], generator)
         with torch.no_grad():
-            context_BKW = tokens_of(connector, [text_of(caption) for caption in captions], timestep_B)
+            context_BKW = tokens_of_texts(connector, [text_of(caption) for caption in captions], timestep_B)
         names = {"style": [row.vendor for row in rows], "face": [row.tone for row in rows]}
         told = {kind: torch.tensor([number_of(kind, None if chance.random() < UNTOLD_SHARE else name) for name in names[kind]])
                 for kind in LABELS}
@@ -100,31 +100,29 @@ def train(options: argparse.Namespace) -> None:
     TimedRun(model, options.out, options.minutes, options.rate, options.seed).run(predict)
 
 
-def tokens_of(connector, texts: Sequence[torch.Tensor], timestep_B: torch.Tensor) -> torch.Tensor:
-    """(B, K, W) of texts (1, N, D) of several lengths; equal lengths share a pass."""
-    groups: dict[int, list[int]] = {}
-    for index, text_1ND in enumerate(texts):
-        groups.setdefault(text_1ND.shape[1], []).append(index)
-    parts = [connector.tokens(torch.cat([texts[index] for index in group]), timestep_B[group]) for group in groups.values()]
-    order_B = torch.tensor([index for group in groups.values() for index in group]).argsort()
-    return torch.cat(parts)[order_B]
-
-
 def load_labelled(checkpoint: Path) -> Labelled:
     """The teacher with its averaged weights."""
     return averaged(Labelled(load_unet()), checkpoint)
 
 
-def label_target(teacher: Labelled, kind: str, data: Prepared, guidance: float = 1.0) -> TeacherTarget:
-    """The teacher's prediction, told each row's group, which is the vendor or the tone that its reference shows.
+def label_target(
+    teacher: Labelled, groups: Mapping[str, Callable[[int], str]], guidance: float = 1.0,
+    shown: Callable[[Sequence[Row]], Mapping[str, Sequence[float]]] | None = None,
+) -> TeacherTarget:
+    """The teacher's prediction, told the labels of each row where a reference shows them.
 
     Args:
-        guidance: what the label changes is multiplied by it.
+        groups: kind of label -> the label of a target by its index: its group, which is what its reference shows.
+        guidance: what the labels change is multiplied by it.
+        shown: kind of label -> strength of each row's reference; by default the row's own strength.
     """
     def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[Row]) -> torch.Tensor:
-        untold = {other: torch.full((len(rows),), number_of(other, None)) for other in LABELS}
-        labels_B = torch.tensor([number_of(kind, data.group(row.target) if row.strength else None) for row in rows])
-        named_B4hw = teacher(noised_B4hw, timestep_B, context_BKW, {**untold, kind: labels_B})
+        untold = {kind: torch.full((len(rows),), number_of(kind, None)) for kind in LABELS}
+        strengths = shown(rows) if shown else {kind: [row.strength for row in rows] for kind in groups}
+        told = {kind: torch.tensor([number_of(kind, group(row.target) if strength else None)
+                                    for row, strength in zip(rows, strengths[kind], strict=True)])
+                for kind, group in groups.items()}
+        named_B4hw = teacher(noised_B4hw, timestep_B, context_BKW, {**untold, **told})
         if guidance == 1.0:
             return named_B4hw
         return torch.lerp(teacher(noised_B4hw, timestep_B, context_BKW, untold), named_B4hw, guidance)
@@ -138,7 +136,7 @@ def caption_target(parts: Parts, data: Prepared) -> TeacherTarget:
     texts = dict(zip(groups, parts.text_encoder.encode(groups), strict=True))
 
     def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[Row]) -> torch.Tensor:
-        named_BKW = tokens_of(parts.connector, [texts[data.group(row.target)] for row in rows], timestep_B)
+        named_BKW = tokens_of_texts(parts.connector, [texts[data.group(row.target)] for row in rows], timestep_B)
         shown_B11 = torch.tensor([row.strength > 0 for row in rows])[:, None, None]
         return parts.backbone.predict_noise(noised_B4hw, timestep_B, torch.where(shown_B11, named_BKW, context_BKW))
 
@@ -151,7 +149,7 @@ def distilling(condition: str, teacher: Path | None, guidance: float):
         if condition == "object":
             target = caption_target(parts, data)
         else:
-            target = label_target(load_labelled(teacher), condition, data, guidance)
+            target = label_target(load_labelled(teacher), {condition: data.group}, guidance)
         trainer = begin(config, parts, data, accelerator, folder)
         trainer.student = replace(trainer.student, teacher=target)
         module = trainer.student.module

@@ -35,6 +35,26 @@ class Denoiser(Protocol):
 TeacherTarget = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[Row]], torch.Tensor]
 
 
+def tokens_of_texts(
+    connector: Connector, texts: Sequence[torch.Tensor], timestep_B: torch.Tensor,
+    assembly_of: Callable[[Sequence[int]], Assembly] = lambda rows: Assembly(),
+) -> torch.Tensor:
+    """Tokens (B, K, W) of texts (1, N, D) of several lengths; equal lengths share a pass, text is never padded.
+
+    Args:
+        assembly_of: the references of rows, by their indices.
+    """
+    groups: dict[int, list[int]] = {}
+    for index, text_1ND in enumerate(texts):
+        groups.setdefault(text_1ND.shape[1], []).append(index)
+    parts, order = [], []
+    for _, group in sorted(groups.items()):
+        text_GND = torch.cat([texts[index] for index in group])
+        parts.append(connector.tokens(text_GND, timestep_B[group], assembly_of(group)))
+        order += group
+    return torch.cat(parts)[torch.tensor(order, device=timestep_B.device).argsort()]
+
+
 @dataclass(frozen=True, eq=False)
 class Student:
     """A connector, the module that may be learning on it, and the frozen denoiser.
@@ -73,18 +93,11 @@ class Student:
         self, data: TrainingSet, batch: Batch, device: torch.device, with_reference: bool = True
     ) -> torch.Tensor:
         """Cross-attention tokens (B, K, W); rows of equal text length share a pass, text is never padded."""
-        groups: dict[int, list[int]] = {}
-        texts = [data.text(row.caption) for row in batch.rows]
-        for index, text_1ND in enumerate(texts):
-            groups.setdefault(text_1ND.shape[1], []).append(index)
-        parts, order = [], []
-        for _, group in sorted(groups.items()):
-            text_GND = torch.cat([texts[index] for index in group]).to(device, torch.float32)
-            timestep_G = batch.timestep_B[group].to(device)
-            assembly = self._assembly(data, [batch.rows[index] for index in group], device) if with_reference else Assembly()
-            parts.append(self.connector.tokens(text_GND, timestep_G, assembly))
-            order += group
-        return torch.cat(parts)[torch.tensor(order, device=device).argsort()]
+        def assembly_of(group: Sequence[int]) -> Assembly:
+            return self._assembly(data, [batch.rows[index] for index in group], device) if with_reference else Assembly()
+
+        texts = [data.text(row.caption).to(device, torch.float32) for row in batch.rows]
+        return tokens_of_texts(self.connector, texts, batch.timestep_B.to(device), assembly_of)
 
     def errors(
         self, data: TrainingSet, batch: Batch, device: torch.device, with_reference: bool = True

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..connector import Connector
 from ..connector_file import save_connector
 from ..errors import TrainingError
 from ..gated_resampler import GatedResampler
+from ..module_config import ModuleConfig
 from ..module_file import save_module
 from .averaging import AveragedWeights, cosine_rate
 from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_or_explain
@@ -177,13 +179,21 @@ class Trainer:
 
     def result(self) -> GatedResampler | Connector:
         """A copy of what learns, with the averaged weights if there are any, and its metadata."""
+        learning = self.averaged()
+        if isinstance(learning, GatedResampler):
+            learning.config = self.with_steps(learning.config)
+        return learning
+
+    def averaged(self) -> nn.Module:
+        """A frozen copy of what learns, with the averaged weights if there are any."""
         learning = copy.deepcopy(self.student.learning).eval().requires_grad_(False)
         if self.average:
             self.average.copy_to(learning)
-        if isinstance(learning, GatedResampler):
-            training = {**learning.config.training, "steps": self.step, "seconds": round(self.seconds)}
-            learning.config = learning.config.replace(training=training)
         return learning
+
+    def with_steps(self, config: ModuleConfig) -> ModuleConfig:
+        """A module's metadata, with how long it has been trained."""
+        return config.replace(training={**config.training, "steps": self.step, "seconds": round(self.seconds)})
 
     def state(self) -> dict[str, Any]:
         """Everything that resuming bit for bit needs."""

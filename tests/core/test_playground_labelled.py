@@ -10,8 +10,9 @@ from emoji_people import small_data
 from emma_core import load_connector, load_module
 from emma_core.emoji.people import TONES
 from emma_core.playground import PLAYGROUND_DIR, labelled, load_unet, timed_run
-from emma_core.playground.labelled import Labelled, load_labelled, number_of, tokens_of
+from emma_core.playground.labelled import Labelled, load_labelled, number_of
 from emma_core.playground.training_data import write_training_data
+from emma_core.training.student import tokens_of_texts
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_tokens_of_texts_of_several_lengths_are_those_of_each_alone():
     texts = [torch.randn(1, length, 128, generator=generator) for length in (5, 3, 5, 4)]
     timestep = torch.tensor([10, 500, 700, 900])
     wanted = torch.cat([connector.tokens(text, timestep[index:index + 1]) for index, text in enumerate(texts)])
-    torch.testing.assert_close(tokens_of(connector, texts, timestep), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tokens_of_texts(connector, texts, timestep), wanted, rtol=1e-4, atol=1e-5)
 
 
 class Echo(torch.nn.Module):
@@ -62,14 +63,13 @@ class Echo(torch.nn.Module):
 
 @pytest.mark.parametrize(("kind", "wanted"), [("style", [[1, 5], [4, 5]]), ("face", [[4, 1], [4, 5]])])
 def test_the_teacher_is_told_the_label_of_rows_with_a_reference_only(kind, wanted):
-    class Data:
-        def group(self, index):
-            return {"style": "twemoji", "face": "medium-light"}[kind]
+    def group(index):
+        return {"style": "twemoji", "face": "medium-light"}[kind]
 
     rows = [labelled.Row(0, False, "man cook", 7, 0, strength) for strength in (1.0, 0.0)]
-    assert labelled.label_target(Echo(), kind, Data())(None, None, None, rows).tolist() == wanted
+    assert labelled.label_target(Echo(), {kind: group})(None, None, None, rows).tolist() == wanted
     untold = torch.tensor([[4.0, 5.0], [4.0, 5.0]])
-    found = labelled.label_target(Echo(), kind, Data(), guidance=2.0)(None, None, None, rows)
+    found = labelled.label_target(Echo(), {kind: group}, guidance=2.0)(None, None, None, rows)
     torch.testing.assert_close(found, untold + 2 * (torch.tensor(wanted) - untold))
 
 

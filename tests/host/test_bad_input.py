@@ -35,16 +35,6 @@ def encode(run_node, module, encoder):
 
 
 @pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.model()
-
-
-@pytest.fixture(scope="module")
-def ella(tiny):
-    return tiny.ella()
-
-
-@pytest.fixture(scope="module")
 def connect(run_node, tiny, model, ella):
     """EMMA Connector with some inputs exchanged."""
     usual = {"model": model, "ella": ella, "positive": tiny.text(), "negative": tiny.text(1)}

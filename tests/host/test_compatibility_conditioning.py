@@ -18,29 +18,6 @@ from tiny_models import UNET, WIDTH, fill_, noise, save_t5, wire
 from token_check import CallSpy, check, judge
 
 
-@pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.model()
-
-
-@pytest.fixture(scope="module")
-def connect(tiny):
-    ella, module = tiny.ella(), tiny.module()
-    assembly = tiny.assemble((module, tiny.reference(module)))
-    return lambda model: wire(tiny, model, ella, tiny.text(), tiny.text(1, seed=8), assembly)
-
-
-@pytest.fixture(scope="module")
-def wired(connect, model):
-    return connect(model)
-
-
-@pytest.fixture
-def spy(model):
-    with CallSpy(model.model.diffusion_model) as spy:
-        yield spy
-
-
 @pytest.fixture
 def picture():
     return noise((1, 64, 64, 3), 37).sigmoid()

@@ -7,44 +7,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import UNET, call_node, empty_latent, noise, wire
-from token_check import CallSpy, Constant, check
+from tiny_models import UNET, call_node, empty_latent, noise
+from token_check import Constant, check
 
 STEPS = 4
 SETTINGS = {"seed": 11, "steps": STEPS, "cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "normal", "denoise": 1.0}
 
 
 @pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.model()
-
-
-@pytest.fixture(scope="module")
-def ella(tiny):
-    return tiny.ella()
-
-
-@pytest.fixture(scope="module")
-def assembly(tiny):
-    module = tiny.module()
-    return tiny.assemble((module, tiny.reference(module)))
-
-
-@pytest.fixture(scope="module")
-def connect(tiny, ella, assembly):
-    """EMMA Connector on a MODEL."""
-    return lambda model: wire(tiny, model, ella, tiny.text(), tiny.text(1, seed=8), assembly)
-
-
-@pytest.fixture(scope="module")
 def plain(connect, model):
     return connect(model)
-
-
-@pytest.fixture
-def spy(model):
-    with CallSpy(model.model.diffusion_model) as spy:
-        yield spy
 
 
 @pytest.fixture

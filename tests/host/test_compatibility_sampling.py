@@ -7,31 +7,8 @@ import comfy.supported_models
 import comfy.taesd.taesd
 import pytest
 import torch
-from tiny_models import UNET, empty_latent, fill_, noise, wire
+from tiny_models import UNET, empty_latent, fill_, noise
 from token_check import CallSpy, check
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.model()
-
-
-@pytest.fixture(scope="module")
-def connect(tiny):
-    ella, module = tiny.ella(), tiny.module()
-    assembly = tiny.assemble((module, tiny.reference(module)))
-    return lambda model: wire(tiny, model, ella, tiny.text(), tiny.text(1, seed=8), assembly)
-
-
-@pytest.fixture(scope="module")
-def wired(connect, model):
-    return connect(model)
-
-
-@pytest.fixture
-def spy(model):
-    with CallSpy(model.model.diffusion_model) as spy:
-        yield spy
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,6 @@ TIMESTEP = 640
 
 
 @pytest.fixture(scope="module")
-def ella(tiny):
-    return tiny.ella()
-
-
-@pytest.fixture(scope="module")
 def modules(tiny):
     return tiny.module(), tiny.module("object", {"global": (20, 1), "local": (12, 1)}, seed=7)
 

@@ -32,12 +32,6 @@ def wired(tiny, model):
 
 
 @pytest.fixture
-def spy(model):
-    with CallSpy(model.model.diffusion_model) as spy:
-        yield spy
-
-
-@pytest.fixture
 def apply(run_node, wired):
     """Apply Advanced ControlNet to both prompts; (positive, negative)."""
 

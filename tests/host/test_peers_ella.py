@@ -10,7 +10,7 @@ import peers
 import pytest
 import torch
 from tiny_models import UNET, TinyWorld, call_node, noise, wire
-from token_check import CallSpy, Constant, check, judge
+from token_check import Constant, check, judge
 
 STEPS = 5
 SIZES = {"width": 768, "latents": 64, "layers": 6, "heads": 8, "text_dim": 2048, "time_channels": 320, "time_width": 768}
@@ -50,12 +50,6 @@ def texts():
 @pytest.fixture(scope="module")
 def wired(tiny, model, ellas, texts):
     return wire(tiny, model, ellas[0], *([[text, {"pooled_output": None}]] for text in texts))
-
-
-@pytest.fixture
-def spy(model):
-    with CallSpy(model.model.diffusion_model) as spy:
-        yield spy
 
 
 @pytest.fixture

@@ -10,16 +10,6 @@ from token_check import Call, CallSpy, Constant, check, judge
 
 
 @pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.model()
-
-
-@pytest.fixture(scope="module")
-def ella(tiny):
-    return tiny.ella()
-
-
-@pytest.fixture(scope="module")
 def one(tiny: TinyWorld, model, ella):
     """A prompt with a reference."""
     module = tiny.module()
@@ -32,12 +22,6 @@ def other(tiny: TinyWorld, one, ella):
     module = tiny.module("object", {"global": (20, 1), "local": (12, 1)}, seed=7)
     assembly = tiny.assemble((module, tiny.reference(module, seed=31), 1.3))
     return wire(tiny, one.model, ella, tiny.text(4, seed=32), tiny.text(1, seed=8), assembly)
-
-
-@pytest.fixture
-def spy(model):
-    with CallSpy(model.model.diffusion_model) as spy:
-        yield spy
 
 
 @pytest.fixture(scope="module")

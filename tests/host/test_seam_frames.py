@@ -10,15 +10,10 @@ import comfy.samplers
 import pytest
 import torch
 from tiny_models import empty_latent, noise, wire
-from token_check import CallSpy, check
+from token_check import check
 
 FRAMES = 6
 WINDOWS = ([0, 1, 2, 3], [2, 3, 4, 5])
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.model()
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +22,6 @@ def per_frame(tiny, model):
     style, subject = tiny.module(), tiny.module("object", {"global": (20, 1), "local": (12, 1)}, seed=7)
     assembly = tiny.assemble((style, tiny.reference(style, references=FRAMES)), (subject, tiny.reference(subject), 0.6))
     return wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), assembly)
-
-
-@pytest.fixture
-def spy(model):
-    with CallSpy(model.model.diffusion_model) as spy:
-        yield spy
 
 
 class WindowGuider(comfy.samplers.CFGGuider):

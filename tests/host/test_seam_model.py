@@ -25,16 +25,6 @@ SDXL = {"model_channels": 64, "adm_in_channels": 2816, "context_dim": 2048, "use
 
 
 @pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.model()
-
-
-@pytest.fixture(scope="module")
-def ella(tiny):
-    return tiny.ella()
-
-
-@pytest.fixture(scope="module")
 def modules(tiny):
     return tiny.module(), tiny.module("object", {"global": (20, 1), "local": (12, 1)}, seed=7)
 

@@ -8,7 +8,7 @@ import comfy.samplers
 import pytest
 import torch
 from tiny_models import empty_latent, noise, wire
-from token_check import CallSpy, check, judge, same
+from token_check import check, judge, same
 
 SCHEDULERS = ("normal", "karras", "exponential", "sgm_uniform")
 STEPS = 3
@@ -21,22 +21,11 @@ def family_of(sampler: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.model()
-
-
-@pytest.fixture(scope="module")
 def wired(tiny, model):
     """Two modules assembled, one of them for a part of the sampling only; the negative is shorter than the positive."""
     style, subject = tiny.module(), tiny.module("object", {"global": (20, 1), "local": (12, 1)}, seed=7)
     assembly = tiny.assemble((style, tiny.reference(style), 0.8), (subject, tiny.reference(subject), 1.2, 0.1, 0.7))
     return wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), assembly)
-
-
-@pytest.fixture
-def spy(model):
-    with CallSpy(model.model.diffusion_model) as spy:
-        yield spy
 
 
 @pytest.fixture

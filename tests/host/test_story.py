@@ -17,21 +17,6 @@ PICTURES = len(PROMPTS)
 
 
 @pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.model()
-
-
-@pytest.fixture(scope="module")
-def ella(tiny):
-    return tiny.ella()
-
-
-@pytest.fixture(scope="module")
-def module(tiny):
-    return tiny.module()
-
-
-@pytest.fixture(scope="module")
 def clip(run_node, base_directory):
     """The CLIP of Load ELLA Text Encoder, with a small T5."""
     save_t5(base_directory / "models" / "text_encoders" / "t5-of-story")
@@ -71,12 +56,6 @@ def mismatch(pack_import):
 @pytest.fixture(scope="module")
 def reference_mismatch(pack_import):
     return pack_import("emma_core.errors").ReferenceMismatchError
-
-
-@pytest.fixture
-def spy(model):
-    with CallSpy(model.model.diffusion_model) as spy:
-        yield spy
 
 
 @pytest.fixture(scope="module")

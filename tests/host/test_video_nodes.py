@@ -9,24 +9,9 @@ import pytest
 import torch
 from graphs import run_graph
 from tiny_models import empty_latent, wire
-from token_check import Answer, CallSpy, check, same
+from token_check import Answer, check, same
 
 FRAMES = 4
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.model()
-
-
-@pytest.fixture(scope="module")
-def ella(tiny):
-    return tiny.ella()
-
-
-@pytest.fixture(scope="module")
-def module(tiny):
-    return tiny.module()
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +22,6 @@ def core(pack_import):
 @pytest.fixture(scope="module")
 def mismatch(pack_import):
     return pack_import("emma_core.errors").ReferenceMismatchError
-
-
-@pytest.fixture
-def spy(model):
-    with CallSpy(model.model.diffusion_model) as spy:
-        yield spy
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.hosts import peer_roots
+
 PACK = Path(os.path.abspath(__file__)).parents[3]
 PACK_NAME = "ComfyUI-EMMA"
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
@@ -36,12 +38,11 @@ def pack_of(node: dict) -> str | None:
 def link_packs(folder: Path, host_path: Path) -> list[str]:
     """Link the other packs that shipped graphs use, where they are at hand, into `folder`; their names.
 
-    They are looked for in the folders of COMFYUI_PEERS, the host's custom_nodes and ~/peers; nothing is fetched.
+    They are looked for in `peer_roots`; nothing is fetched.
     """
     wanted = {pack_of(node) for node in shipped_nodes()} - {OUR_PACK, STOCK, None}
-    named = [Path(entry) for entry in os.environ.get("COMFYUI_PEERS", "").split(os.pathsep) if entry]
     linked = []
-    for root in (*named, host_path / "custom_nodes", Path.home() / "peers"):
+    for root in peer_roots(host_path):
         for pack in sorted(root.iterdir()) if root.is_dir() else ():
             if pack.name.lower() in wanted and pack.name not in linked:
                 (folder / pack.name).symlink_to(pack.resolve(), target_is_directory=True)

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from emma_harness.hosts import peer_roots
 
 PACK = Path(os.path.abspath(__file__)).parents[3]
 
 
 def peer_folder(name: str, host_path: Path) -> Path:
     """Where this pack lies; skips the test if it is nowhere."""
-    named = [Path(entry) for entry in os.environ.get("COMFYUI_PEERS", "").split(os.pathsep) if entry]
-    roots = [*named, host_path / "custom_nodes", Path.home() / "peers"]
+    roots = peer_roots(host_path)
     found = next((root / name for root in roots if (root / name / "__init__.py").is_file()), None)
     if found is None:
         pytest.skip(f"{name} is in none of {', '.join(map(str, roots))}; name its parent folder in COMFYUI_PEERS")

@@ -198,6 +198,37 @@ def tiny(pack_import) -> TinyWorld:
     return TinyWorld(pack_import)
 
 
+@pytest.fixture(scope="module")
+def model(tiny):
+    """A MODEL in SD1.5's layout."""
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def ella(tiny):
+    """An ELLA that fits it."""
+    return tiny.ella()
+
+
+@pytest.fixture(scope="module")
+def module(tiny):
+    """A style module on that ELLA."""
+    return tiny.module()
+
+
+@pytest.fixture(scope="module")
+def connect(tiny, ella, module):
+    """EMMA Connector, with one reference, on a MODEL."""
+    assembly = tiny.assemble((module, tiny.reference(module)))
+    return lambda model: wire(tiny, model, ella, tiny.text(), tiny.text(1, seed=8), assembly)
+
+
+@pytest.fixture(scope="module")
+def wired(connect, model):
+    """The MODEL connected."""
+    return connect(model)
+
+
 @pytest.fixture(scope="session")
 def run_node(host_nodes, pack):
     """`run_node("KSampler", model=..., ...)`: the node's outputs, of ours and of the host's."""

@@ -137,6 +137,13 @@ def check(calls: list[Call], answers: dict[int, list], frames=None) -> Verdict:
 
 
 @pytest.fixture
+def spy(model):
+    """The calls of the UNet of this file's MODEL."""
+    with CallSpy(model.model.diffusion_model) as spy:
+        yield spy
+
+
+@pytest.fixture
 def count_timesteps(request):
     """`count_timesteps(family, verdict)`: adds to the table at the end of the run."""
     counts = request.config.stash.setdefault(_COUNTS, {})
