@@ -4,6 +4,10 @@
 class EmmaError(Exception):
     """Base of every error this project raises on purpose."""
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.__module__ = "emma_core"  # ComfyUI shows it before the name; it loads packs under the path of their folder
+
 
 class FileError(EmmaError):
     """A file is missing, damaged, of the wrong kind, or holds unusable numbers."""

@@ -14,7 +14,7 @@ class EMMAPromptList(io.ComfyNode):
         return schema(
             node_id="EMMAPromptList",
             display_name="Encode Prompt List",
-            aliases=("emma story", "prompt batch", "batch prompts", "storyboard", "clip text encode list"),
+            aliases=("emma story", "prompt batch", "batch prompts", "storyboard"),
             description="Encodes one prompt per line, for a batch with one picture per prompt: a story with one character, "
                         "whose reference serves all pictures.",
             inputs=[

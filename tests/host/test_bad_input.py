@@ -310,3 +310,9 @@ def test_messages_name_no_python_internals(errors, encode):
     with pytest.raises(errors.ImageInputError) as refusal:
         encode(picture() * 255)
     assert not re.search(r"tensor\(|0x[0-9a-f]+|NoneType", str(refusal.value))
+
+
+def test_the_error_panel_names_the_error_without_the_folder(errors):
+    from execution import full_type_name
+
+    assert full_type_name(errors.ModuleFileError) == "emma_core.ModuleFileError"
