@@ -43,6 +43,7 @@ from .world import World, load_world
 ALL = "all three"
 RESAMPLES, CONFIDENCE = 2000, 0.95
 STRENGTHS = (0.5, 1.0, 1.25, 1.5, 2.0)
+SEED = 5
 REPORT, TRIPLES = "scores.json", "heldout-triple"
 ASSEMBLING = {"sum": tokens_over_schedule, "average": averaged, "one after the other": sequential, "strongest gate": strongest}
 SHEET_COLUMNS, SHEET_PICTURES = 16, 32
@@ -330,7 +331,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="only these lines of the table, by name")
     parser.add_argument("--variant", nargs=2, action="append", default=[], metavar=("NAME", "FOLDER"),
                         type=str, help="further lines with the modules, and the ELLA, of this folder; may be given again")
-    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=SEED)
     options = parser.parse_args()
     options.variant = [(name, Path(folder)) for name, folder in options.variant]
     torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from emoji_people import small_data
 
 from emma_core.assembly import Assembly, Reference, tokens_over_schedule
 from emma_core.connector_file import save_connector
+from emma_core.generate import Sampling
 from emma_core.module_file import save_module
 from emma_core.playground import PLAYGROUND_DIR, evaluate
 from emma_core.playground.assembling import averaged, sequential, strongest
@@ -28,6 +29,7 @@ from emma_core.playground.evaluate import (
     table,
 )
 from emma_core.playground.judge import Judge, load_judge, save_judge, verdicts
+from emma_core.playground.trial_sheet import draw_trials
 
 CLASSES = {"vendor": 4, "tone": 3, "caption": 4}
 
@@ -158,6 +160,24 @@ def test_a_variant_replaces_modules_and_connector(world, tmp_path):
     assert torch.equal(found.modules["style"].blocks[0].attn_gate, module.blocks[0].attn_gate)
     save_connector(world.pipeline.connector, tmp_path / "ella.safetensors", torch.float32)
     assert replaced(world, Line("variant", {}, folder=tmp_path)).pipeline.connector is not world.pipeline.connector
+
+
+def test_the_sheet_of_trials_shows_references_target_and_every_line(world):
+    data = small_data()
+    trials = choose_trials(data, 2, seed=0)
+    sheet = draw_trials(Generation(world, data, Sampling(steps=1)), data, trials)
+    pixels = torch.from_numpy(np.asarray(sheet).copy())
+    wanted = torch.from_numpy(data.images_NHWC[trials[1].target].copy())
+
+    def cell(row, column):  # the middle of a cell, away from frames and titles
+        step, margin = 172, 40
+        left, top = 12 + column * step + (12 if column >= 3 else 0), 40 + row * 198 + 26
+        return pixels[top + margin:top + 160 - margin, left + margin:left + 160 - margin].float()
+
+    middle = wanted[wanted.shape[0] // 4:-wanted.shape[0] // 4, wanted.shape[1] // 4:-wanted.shape[1] // 4].float()
+    assert torch.allclose(cell(1, 2).mean((0, 1)), middle.mean((0, 1)), atol=3), "the third picture of a row is the target"
+    made = [cell(1, column) for column in range(3, 8)]
+    assert all(not torch.equal(one, other) for index, one in enumerate(made) for other in made[:index])
 
 
 def test_a_run_goes_on_with_the_lines_that_are_missing(monkeypatch, tmp_path, capsys):
