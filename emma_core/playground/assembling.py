@@ -32,6 +32,8 @@ def sequential(source: TokenSource, text_1ND: torch.Tensor, timestep_T: torch.Te
 
 def strongest(source: TokenSource, text_1ND: torch.Tensor, timestep_T: torch.Tensor, assembly: Assembly) -> torch.Tensor:
     """At each token only the module whose gate lambda * g * A (and lambda * g * F) is largest in size acts."""
+    if not assembly.references:
+        return tokens_over_schedule(source, text_1ND, timestep_T, assembly)
     return tokens_over_schedule(_Strongest(source, assembly.references), text_1ND, timestep_T, Assembly())
 
 

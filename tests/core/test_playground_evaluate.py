@@ -116,11 +116,13 @@ def prompt(world):
 TIMESTEPS = torch.tensor([951.0, 300.0])
 
 
-def test_one_module_is_assembled_alike_in_every_way(world, prompt):
-    text, (style, _) = prompt
-    wanted = tokens_over_schedule(world.pipeline.connector, text, TIMESTEPS, Assembly([style]))
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_module_and_one_are_assembled_alike_in_every_way(world, prompt, count):
+    text, references = prompt
+    assembly = Assembly(references[:count])
+    wanted = tokens_over_schedule(world.pipeline.connector, text, TIMESTEPS, assembly)
     for way in (averaged, sequential, strongest):
-        found = way(world.pipeline.connector, text, TIMESTEPS, Assembly([style]))
+        found = way(world.pipeline.connector, text, TIMESTEPS, assembly)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
