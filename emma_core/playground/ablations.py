@@ -128,11 +128,16 @@ def unfrozen_beginning(teacher: Path | None):
     return begin_unfrozen
 
 
-def joint_beginning(face_list: Path, teacher: Path | None):
-    """`begin` for a style and a face module; ``face_list`` is the face data's JSON-lines file, of the same targets in order."""
+def joint_beginning(face_list: Path, teacher: Path | None, face_start: Path | None = None):
+    """`begin` for a style and a face module.
+
+    Args:
+        face_list: the face data's JSON-lines file, of the same targets in order.
+        face_start: module that the face module continues from, as the style module does from `module.start`.
+    """
     def begin_joint(config: TrainConfig, parts: Parts, data: Prepared, accelerator, folder: Path) -> Trainer:
         face_config = replace(config, data=replace(config.data, jsonl=str(face_list)),
-                              module=replace(config.module, condition="face"))
+                              module=replace(config.module, condition="face", start=str(face_start or "")))
         examples, _ = read_examples(face_config.data)
         face_data, *_ = encoded(face_config, parts, examples, folder, Processes.of_run(), bars=False)
         features = face_data.features(face_data.references(0)[0], 0)
@@ -156,6 +161,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["joint", "unfrozen"])
     parser.add_argument("--face-list", type=Path, help="joint: the face data's JSON-lines file")
+    parser.add_argument("--face-start", type=Path, help="joint: module that the face module continues from; the style module "
+                                                        "does from --module.start")
     add_arguments(parser)
     parser.usage = None
     parser.add_argument("--teacher", type=Path, help="checkpoint of `python -m emma_core.playground.labelled train`")
@@ -167,7 +174,7 @@ def main() -> None:
     if options.kind == "unfrozen":
         beginning = unfrozen_beginning(options.teacher)
     else:
-        beginning = joint_beginning(options.face_list, options.teacher)
+        beginning = joint_beginning(options.face_list, options.teacher, options.face_start)
     config = config_of(options)
     config = replace(config, output=replace(config.output, thumbnail=False), report=replace(config.report, sample_every=0))
     run(config, print, bars=sys.stderr.isatty(), begin_with=beginning)

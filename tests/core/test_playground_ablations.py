@@ -23,12 +23,13 @@ def run_ablation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablations")
     write_training_data(small_data(), folder)
 
-    def run(kind: str, teacher: Path | None = None):
-        out = folder / f"{kind}-{bool(teacher)}"
+    def run(kind: str, teacher: Path | None = None, *more: str):
+        out = folder / f"{kind}-{bool(teacher)}-{len(more)}"
         arguments = [kind, str(RECIPE), "--face-list", str(folder / "face.jsonl"), "--data.jsonl", str(folder / "style.jsonl"),
                      "--data.resolution_px", "32", "--data.bucket_step_px", "8", "--data.cache", str(folder / "cache"),
                      "--train.steps", "3", "--train.batch", "8", "--train.precision", "fp32", "--train.warmup", "0",
-                     "--train.average", "0", "--output.folder", str(out), *(["--teacher", str(teacher)] if teacher else [])]
+                     "--train.average", "0", "--output.folder", str(out), *(["--teacher", str(teacher)] if teacher else []),
+                     *more]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["ablations", *arguments])
             ablations.main()
@@ -68,6 +69,14 @@ def test_joint_training_teaches_both_modules_and_leaves_the_connector(run_ablati
     assert gates(style) > 0 and gates(face) > 0
     assert list(style.config.features) != list(face.config.features)
     assert not (folder / "ella.safetensors").exists()
+
+
+def test_joint_training_continues_from_modules_that_were_trained_apart(run_ablation, teacher):
+    starts = {condition: PLAYGROUND_DIR / f"emma-{condition}.safetensors" for condition in ("style", "face")}
+    folder = run_ablation("joint", teacher, "--module.start", str(starts["style"]), "--face-start", str(starts["face"]))
+    for condition, start in starts.items():
+        before, after = (gates(load_module(path)) for path in (start, folder / f"emma-{condition}.safetensors"))
+        assert 0 < abs(after - before) < 0.05, condition
 
 
 def test_rows_show_both_references_or_one_or_none():
