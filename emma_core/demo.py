@@ -31,11 +31,11 @@ class DemoRow:
 
 
 ROWS = (
-    DemoRow("woman police officer", "style-noto", "face-dark", 3),
-    DemoRow("man cook", "style-fluent-emoji", "face-medium-dark", 2),
+    DemoRow("woman police officer", "style-noto", "face-dark", 6),
+    DemoRow("man cook", "style-fluent-emoji", "face-medium-dark", 5),
     DemoRow("man farmer", "style-fluent-emoji-flat", "face-medium", 1),
-    DemoRow("woman firefighter", "style-twemoji", "face-light", 1),
-    DemoRow("princess", "style-twemoji", "face-medium-dark", 3),
+    DemoRow("woman firefighter", "style-twemoji", "face-light", 8),
+    DemoRow("princess", "style-twemoji", "face-medium-dark", 8),
 )
 
 
