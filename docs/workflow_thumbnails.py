@@ -33,6 +33,8 @@ SHOWN = {
     "train-a-module": (("without the module", "with the module"), ("loss",)),
     "gate-map": (("gates at timestep 900",), ("gates at timestep 100",)),
     "compose": (("first", "second"), ("averaged", "first, then second")),
+    "video": (("frames",),),
+    "story": (("text only",), ("one character",)),
 }
 # node types that a drawing names -> the name, or None for the node's own title; the rest is left out
 NAMED = {
@@ -56,14 +58,32 @@ def draw_results(name: str, workflow: Mapping[str, Any], url: str) -> Image.Imag
     for row, titles in enumerate(rows):
         width = SIZE_PX // len(titles)
         for column, title in enumerate(titles):
-            pixels_HW3 = client.picture(outputs[node_titled(prompt, title)]["images"][0])
-            picture = Image.fromarray((pixels_HW3.numpy() * 255).round().astype("uint8"))
-            scale = min((width - GAP_PX) / picture.width, (height - GAP_PX - LABEL_PX) / picture.height)
-            picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
-            middle, top = column * width + width // 2, row * height
-            sheet.paste(picture, (middle - picture.width // 2, top + (height - LABEL_PX - picture.height) // 2))
-            draw.text((middle, top + height - LABEL_PX // 2), title, fill=INK, font=ImageFont.load_default(13), anchor="mm")
+            images = outputs[node_titled(prompt, title)]["images"]
+            pictures = [Image.fromarray((client.picture(image).numpy() * 255).round().astype("uint8")) for image in images]
+            box = (width - GAP_PX, height - GAP_PX - LABEL_PX)
+            columns = max(range(1, len(pictures) + 1), key=lambda count: _scale(pictures, count, box))
+            _paste_grid(sheet, pictures, columns, (column * width + GAP_PX // 2, row * height + GAP_PX // 2, *box))
+            place = (column * width + width // 2, (row + 1) * height - LABEL_PX // 2)
+            draw.text(place, title, fill=INK, font=ImageFont.load_default(13), anchor="mm")
     return sheet
+
+
+def _scale(pictures: Sequence[Image.Image], columns: int, box: tuple[int, int]) -> float:
+    """How large pictures of one size can be in a box (width, height), so many in a row."""
+    rows = -(-len(pictures) // columns)
+    return min(box[0] / (columns * pictures[0].width), box[1] / (rows * pictures[0].height))
+
+
+def _paste_grid(sheet: Image.Image, pictures: Sequence[Image.Image], columns: int, box: tuple[int, int, int, int]) -> None:
+    """Pictures of one size, row by row, in the middle of a box (left, top, width, height)."""
+    left, top, width, height = box
+    scale = _scale(pictures, columns, (width, height))
+    across, down = (int(side * scale) for side in pictures[0].size)
+    left += (width - columns * across) // 2
+    top += (height - -(-len(pictures) // columns) * down) // 2
+    for index, picture in enumerate(pictures):
+        small = picture.resize((across, down), Image.Resampling.LANCZOS)
+        sheet.paste(small, (left + index % columns * across, top + index // columns * down))
 
 
 def draw_nodes(name: str, workflow: Mapping[str, Any]) -> Image.Image:

@@ -20,6 +20,7 @@ def test_graph_opens_without_complaint(editor, path):
     assert len(editor.widgets()) == len(graph["nodes"])
     assert not editor.red_nodes() and not editor.values_not_offered()
     assert not editor.shows_error() and not editor.new_complaints()
+    assert not editor.links_behind_nodes()
 
 
 def test_a_node_of_no_pack_is_noticed(open_editor):

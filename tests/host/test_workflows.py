@@ -11,6 +11,8 @@ import importlib
 import itertools
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import folder_paths
@@ -28,6 +30,10 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 TITLE_PX = 30
 FEWER_FRAMES = 3
 PICTURES = ("SaveImage", "SaveAnimatedWEBP", "PreviewImage")
+FACE = "face: choose a photo"  # to an AdaFace of small random weights all faces are alike
+# node -> its input, and pictures of which one is not chosen
+OTHER_PICTURES = {"LoadImage": ("image", ("example.png", "other.png")),
+                  "EMMAPlaygroundPicture": ("picture", ("object-mage", "object-farmer"))}
 
 
 @pytest.fixture(scope="module")
@@ -183,20 +189,64 @@ def test_it_runs_and_what_it_is_told_reaches_the_picture(name, prompt, executor,
     first = Run(executor, prompt, base_directory)
     for title, pictures_BHW3 in first.pictures.items():
         assert pictures_BHW3.std() > 1, f"{title} is of one colour"
-    strengths = [node for node in prompt.values() if node["class_type"] in ("EMMAAssembleModules", "ControlNetApplyAdvanced")]
-    for node in strengths if first.sampled else ():
-        given, node["inputs"]["strength"] = node["inputs"]["strength"], 0.0
-        assert Run(executor, prompt, base_directory).differs(first), f"{node['_meta']['title']} changes no picture"
-        node["inputs"]["strength"] = given
-    text = next(node for node in prompt.values() if node["_meta"]["title"].startswith("prompt"))["inputs"]
-    key = "value" if "value" in text else "text"
-    text[key] = "princess"
-    assert Run(executor, prompt, base_directory).differs(first), "the prompt changes no picture"
+    for node, key, value in changes(prompt, first.sampled):
+        with changed(node, key, value):
+            differs = Run(executor, prompt, base_directory).differs(first)
+        assert differs, f"{key} of {node['_meta']['title']} changes no picture"
     for node in prompt.values():
         if node["class_type"] == "EMMASaveModule":
             assert (base_directory / "models" / "emma" / f"{node['inputs']['name']}.safetensors").is_file()
     with capsys.disabled():
         print(f"\n{name}: {time.monotonic() - started:.1f} s")
+
+
+@pytest.mark.parametrize("name", ["story"])
+def test_each_prompt_of_the_story_makes_its_own_picture(prompt, executor, base_directory):
+    (prompts,) = (node for node in prompt.values() if node["class_type"] == "EMMAPromptList")
+    lines = prompts["inputs"]["prompts"].splitlines()
+    first = Run(executor, prompt, base_directory).pictures
+    for remainder in (0, 1):
+        others = ["judge" if row % 2 == remainder else line for row, line in enumerate(lines)]
+        with changed(prompts, "prompts", "\n".join(others)):
+            second = Run(executor, prompt, base_directory).pictures
+        for title, pictures_BHW3 in second.items():
+            differs = (pictures_BHW3 != first[title]).any((1, 2, 3)).tolist()
+            assert differs == [row % 2 == remainder for row in range(len(lines))], title
+
+
+@pytest.mark.parametrize("name", ["video"])
+def test_frames_of_the_video_differ_by_references_and_strengths_alone(prompt, executor, base_directory):
+    """Not by their noise: where neither changes, all frames are equal."""
+    nodes = {node["class_type"]: node for node in prompt.values()}
+    blend, strengths = nodes["EMMABlendReferences"], nodes["EMMAFrameStrengths"]
+    ran = Run(executor, prompt, base_directory).pictures["frames"]
+    assert len(ran) == strengths["inputs"]["frames"]
+    assert all((frame != ran[0]).any() for frame in ran[2:]), "the video stands still"
+    with changed(blend, "end_weight", blend["inputs"]["start_weight"]), changed(strengths, "keyframes", "0: 1"):
+        still = Run(executor, prompt, base_directory).pictures["frames"]
+    assert (still == still[:1]).all()
+
+
+def changes(prompt: dict, sampled: bool) -> Iterator[tuple[dict, str, str | float]]:
+    """(node, input, other value): the prompt, and in a graph that samples each strength and each picture to refer to."""
+    for node in prompt.values():
+        inputs, kind = node["inputs"], node["class_type"]
+        if node["_meta"]["title"] in ("prompt", "prompts", "prompt left", "prompt right"):
+            key = next(key for key in ("value", "text", "prompts") if key in inputs)
+            yield node, key, "\n".join("princess" for _ in inputs[key].splitlines())
+        elif sampled and kind in ("EMMAAssembleModules", "ControlNetApplyAdvanced"):
+            yield node, "strength", 0.0
+        elif sampled and kind in OTHER_PICTURES and node["_meta"]["title"] != FACE:
+            key, names = OTHER_PICTURES[kind]
+            yield node, key, next(name for name in names if name != inputs[key])
+
+
+@contextmanager
+def changed(node: dict, key: str, value: str | float) -> Iterator[None]:
+    """An input of a prompt's node with another value for a while."""
+    given, node["inputs"][key] = node["inputs"][key], value
+    yield
+    node["inputs"][key] = given
 
 
 class Run:

@@ -17,6 +17,28 @@ HOST_NOISE = re.compile(
     r"|graph accessed before initialization|^Cannot read properties of undefined \(reading 'id'\)$"
 )
 LARGE_WINDOW = {"width": 3840, "height": 2160}
+# links, as the editor drew them, on a point inside of a node that is neither of their ends
+LINKS_BEHIND_NODES = """() => {
+    const graph = window.app.graph, context = document.createElement("canvas").getContext("2d"), found = new Set();
+    const title = id => { const node = graph.getNodeById(id); return `${node.id} ${node.title}`; };
+    context.lineWidth = 2;
+    for (const link of graph.links.values()) {
+        const ways = [link.path];
+        for (let id = link.parentId; id !== undefined; id = graph.reroutes.get(id).parentId)
+            ways.push(graph.reroutes.get(id).path);
+        if (ways.some(way => !way)) found.add(`${title(link.origin_id)} -> ${title(link.target_id)} was not drawn`);
+        for (const node of graph._nodes) {
+            if (node.id === link.origin_id || node.id === link.target_id) continue;
+            const [x, y] = node.pos, [width, height] = node.size;
+            const edge = [];
+            for (let right = 0; right <= width; right += 1) edge.push([x + right, y - 30], [x + right, y + height]);
+            for (let down = -30; down <= height; down += 1) edge.push([x, y + down], [x + width, y + down]);
+            if (ways.some(way => way && edge.some(([right, down]) => context.isPointInStroke(way, right, down))))
+                found.add(`${title(link.origin_id)} -> ${title(link.target_id)} behind ${title(node.id)}`);
+        }
+    }
+    return [...found];
+}"""
 READY = "() => window.app?.extensionManager && window.app.graph?._nodes.length"
 # brightness of a picture as a node shows it, on a grid of 32 x 32
 PICTURE = """([title, size]) => {
@@ -105,6 +127,19 @@ class Editor:
         return self.page.evaluate("""() => window.app.graph._nodes.flatMap(node => (node.widgets ?? [])
             .filter(widget => Array.isArray(widget.options?.values) && !widget.options.values.includes(widget.value))
             .map(widget => `${node.type}.${widget.name} = ${widget.value}`))""")
+
+    def links_behind_nodes(self) -> list[str]:
+        """Links that pass behind a node, in the whole graph, which is small on the screen afterwards."""
+        self.page.evaluate("""() => {
+            const nodes = window.app.graph._nodes, view = window.app.canvas.ds, frame = window.app.canvas.canvas, margin = 300;
+            const least = side => Math.min(...nodes.map(node => node.pos[side])) - margin;
+            const most = side => Math.max(...nodes.map(node => node.pos[side] + node.size[side])) + margin;
+            const across = frame.clientWidth / (most(0) - least(0)), down = frame.clientHeight / (most(1) - least(1));
+            view.scale = Math.min(across, down);
+            view.offset = [-least(0), -least(1)];
+        }""")
+        self.draw()
+        return self.page.evaluate(LINKS_BEHIND_NODES)
 
     def clear(self) -> None:
         self.page.evaluate("() => window.app.graph.clear()")
