@@ -130,6 +130,11 @@ class Editor:
 
     def links_behind_nodes(self) -> list[str]:
         """Links that pass behind a node, in the whole graph, which is small on the screen afterwards."""
+        self.show_all()
+        return self.page.evaluate(LINKS_BEHIND_NODES)
+
+    def show_all(self) -> None:
+        """Make the whole graph small enough for the window."""
         self.page.evaluate("""() => {
             const nodes = window.app.graph._nodes, view = window.app.canvas.ds, frame = window.app.canvas.canvas, margin = 300;
             const least = side => Math.min(...nodes.map(node => node.pos[side])) - margin;
@@ -139,7 +144,6 @@ class Editor:
             view.offset = [-least(0), -least(1)];
         }""")
         self.draw()
-        return self.page.evaluate(LINKS_BEHIND_NODES)
 
     def clear(self) -> None:
         self.page.evaluate("() => window.app.graph.clear()")
@@ -190,7 +194,8 @@ class Editor:
         }""", polling=200)
 
     def wait_for_pictures(self, titles: Sequence[str]) -> None:
-        """Wait until the nodes with these titles show a picture each."""
+        """Wait until the nodes with these titles show a picture each; the editor fetches it when it draws the node."""
+        self.show_all()
         self.page.wait_for_function("""titles => titles.every(title => window.app.graph._nodes
             .some(node => node.title === title && node.imgs?.[0]?.complete && node.imgs[0].naturalWidth))""", arg=list(titles))
         self.draw()
