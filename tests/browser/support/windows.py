@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from editor import Editor
-from playwright.sync_api import TimeoutError
+from playwright.sync_api import Locator, TimeoutError
 
 TRIES = 5
 NONSENSE = "qqqqqqqq"  # finds nothing: what is found after it is found for the words alone
@@ -116,18 +116,34 @@ def open_templates(editor: Editor, pack: str) -> None:
 
 
 def template_cards(editor: Editor) -> dict[str, int]:
-    """The cards of the open page: name of the graph -> width of its picture, 0 where none came."""
-    widths = {}
-    for card in editor.page.locator("[role=dialog] [data-testid^=template-workflow-]").all():
-        card.scroll_into_view_if_needed()  # pictures are loaded once they come into sight
-        name = (card.get_attribute("data-testid") or "").removeprefix("template-workflow-")
-        widths[name] = 0
-        for _ in range(PATIENCE):
-            widths[name] = card.evaluate("card => card.querySelector('img')?.naturalWidth ?? 0")
-            if widths[name]:
-                break
-            editor.page.wait_for_timeout(100)
+    """The cards of the open page: name of the graph -> width of its picture, 0 where none came.
+
+    The editor makes more cards once the page is scrolled to its end, until there are no more.
+    """
+    cards = editor.page.locator("[role=dialog] [data-testid^=template-workflow-]")
+    widths: dict[str, int] = {}
+    for _ in range(TRIES):
+        found = cards.all()
+        for card in found[len(widths):]:
+            widths[(card.get_attribute("data-testid") or "").removeprefix("template-workflow-")] = _width_of_picture(card)
+        found[-1].hover()
+        editor.page.mouse.wheel(0, 10_000)
+        try:
+            cards.nth(len(found)).wait_for(timeout=2000)
+        except TimeoutError:
+            break
     return widths
+
+
+def _width_of_picture(card: Locator) -> int:
+    """In pixels; 0 where none came."""
+    card.scroll_into_view_if_needed()  # pictures are loaded once they come into sight
+    for _ in range(PATIENCE):
+        width = card.evaluate("card => card.querySelector('img')?.naturalWidth ?? 0")
+        if width:
+            return width
+        card.page.wait_for_timeout(100)
+    return 0
 
 
 def choose_template(editor: Editor, name: str) -> None:
