@@ -36,7 +36,7 @@ from ..training.shards import Processes
 from ..training.starts import begin_module
 from ..training.student import Student, tokens_of_texts
 from ..training.trainer import Trainer
-from .labelled import label_target, load_labelled
+from .labelled import GUIDANCE_HELP, label_target, load_labelled
 
 ALONE_SHARE = 10  # one row in so many shows the style only, and as many the face only
 
@@ -108,13 +108,13 @@ class GroupTrainer(Trainer):
         return path
 
 
-def unfrozen_beginning(teacher: Path | None):
-    """`begin` for a module that learns together with its connector."""
+def unfrozen_beginning(teacher: Path | None, guidance: float = 1.0):
+    """`begin` for a module that learns together with its connector; `guidance` multiplies what the teacher's label changes."""
     def begin_unfrozen(config: TrainConfig, parts: Parts, data: Prepared, accelerator, folder: Path) -> Trainer:
         student = begin(config, parts, data, accelerator, folder).student
         if teacher:
             frozen = copy.deepcopy(student.connector)
-            told = label_target(load_labelled(teacher), {config.module.condition: data.group})
+            told = label_target(load_labelled(teacher), {config.module.condition: data.group}, guidance)
 
             def target(noised_B4hw, timestep_B, _, rows: Sequence[Row]) -> torch.Tensor:
                 context_BKW = tokens_of_texts(frozen, [data.text(row.caption) for row in rows], timestep_B)
@@ -128,12 +128,13 @@ def unfrozen_beginning(teacher: Path | None):
     return begin_unfrozen
 
 
-def joint_beginning(face_list: Path, teacher: Path | None, face_start: Path | None = None):
+def joint_beginning(face_list: Path, teacher: Path | None, face_start: Path | None = None, guidance: float = 1.0):
     """`begin` for a style and a face module.
 
     Args:
         face_list: the face data's JSON-lines file, of the same targets in order.
         face_start: module that the face module continues from, as the style module does from `module.start`.
+        guidance: what the teacher's labels change is multiplied by it.
     """
     def begin_joint(config: TrainConfig, parts: Parts, data: Prepared, accelerator, folder: Path) -> Trainer:
         face_config = replace(config, data=replace(config.data, jsonl=str(face_list)),
@@ -149,7 +150,7 @@ def joint_beginning(face_list: Path, teacher: Path | None, face_start: Path | No
         face.config = face.config.replace(training=student.module.config.training, file_metadata=model_spec(face_config))
         if teacher:
             student = replace(student, teacher=label_target(
-                load_labelled(teacher), {"style": data.group, "face": face_data.group}, shown=strengths_of))
+                load_labelled(teacher), {"style": data.group, "face": face_data.group}, guidance, strengths_of))
         learning = nn.ModuleDict({"style": student.module, "face": face})
         joint = JointStudent(**vars(student), parts=learning, face_data=face_data)
         return GroupTrainer(config, joint, data, accelerator, folder)
@@ -166,15 +167,16 @@ def main() -> None:
     add_arguments(parser)
     parser.usage = None
     parser.add_argument("--teacher", type=Path, help="checkpoint of `python -m emma_core.playground.labelled train`")
+    parser.add_argument("--teacher-guidance", type=float, default=1.0, help=GUIDANCE_HELP)
     options = parser.parse_args()
     if options.kind == "joint" and options.face_list is None:
         parser.error("joint needs --face-list")
     end_as_interrupt()
     torch.set_num_threads(1)
     if options.kind == "unfrozen":
-        beginning = unfrozen_beginning(options.teacher)
+        beginning = unfrozen_beginning(options.teacher, options.teacher_guidance)
     else:
-        beginning = joint_beginning(options.face_list, options.teacher, options.face_start)
+        beginning = joint_beginning(options.face_list, options.teacher, options.face_start, options.teacher_guidance)
     config = config_of(options)
     config = replace(config, output=replace(config.output, thumbnail=False), report=replace(config.report, sample_every=0))
     run(config, print, bars=sys.stderr.isatty(), begin_with=beginning)

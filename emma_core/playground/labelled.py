@@ -41,6 +41,7 @@ from .train_base import CATEGORY_SHARE, CONNECTOR, EMPTY_SHARE, unit_latents
 LABELS = {"style": [vendor.name for vendor in VENDORS], "face": list(TONES.values())}
 UNTOLD_SHARE = 0.35  # of the rows each label is left out
 RATE = 6e-4
+GUIDANCE_HELP = "what the teacher's labels change is multiplied by it"
 
 
 class Labelled(nn.Module):
@@ -177,7 +178,7 @@ def main() -> None:
     add_arguments(distil)
     distil.usage = None
     distil.add_argument("--teacher", type=Path, help="checkpoint of the teacher (style, face)")
-    distil.add_argument("--teacher-guidance", type=float, default=1.0, help="what the label changes is multiplied by it")
+    distil.add_argument("--teacher-guidance", type=float, default=1.0, help=GUIDANCE_HELP)
     options = parser.parse_args()
     if options.command == "train":
         train(options)
