@@ -19,10 +19,9 @@ from torch import nn
 from ..errors import EmmaWarning, FileError, TrainingConfigError
 from ..playground import PLAYGROUND_DIR
 from ..tensor_file import check_finite, read_tensors, sha256_of_file
-from .config import BaseConfig
+from .config import PLAYGROUND, BaseConfig
 from .sd15_files import Sd15Model, load_autoencoder, load_folder, load_single_file
 
-PLAYGROUND = "playground"
 _LORA = "a LoRA for an SD1.5-family UNet"
 # LyCORIS's other kinds, and DoRA: the weight is changed in another way than by a product of two matrices
 _OTHER_KINDS = ("hada_", "lokr_", "lora_mid", "dora_scale", "lora_magnitude_vector")

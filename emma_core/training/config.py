@@ -23,6 +23,8 @@ else:
     import tomli as tomllib
 
 INITIALISATIONS = ("ella", "random")
+PLAYGROUND = "playground"
+ON_PLAYGROUND = {"resolution_px": 128}  # its UNet knows no other size
 PRECISIONS = ("fp32", "fp16", "bf16")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -60,7 +62,8 @@ class DataConfig:
     shards: str = _key("", "webdataset shards: a .tar file, or several by * or braces, as in data/{000..099}.tar; a sample is "
                            "a picture with .txt or .json, perhaps .ref.jpg (its reference) and .mask.png")
     cache: str = _key("", "folder of latents and features; default: `cache` in the output folder")
-    resolution_px: int = _key(512, "side of a square picture; other shapes have about its area", least=32)
+    resolution_px: int = _key(512, "side of a square picture; other shapes have about its area; on the playground, if nothing "
+                                   "is said, 128", least=32)
     bucket_step_px: int = _key(64, "sides are multiples of this", least=8)
     longest_shape: float = _key(2.0, "most that a picture's long side exceeds its short one", least=1)
     flip: bool = _key(False, "learn mirrored targets too")
@@ -75,7 +78,7 @@ class DataConfig:
 class BaseConfig:
     """The frozen diffusion model."""
 
-    checkpoint: str = _key("playground", "an SD1.5-family .safetensors file, a diffusers folder, or `playground`")
+    checkpoint: str = _key(PLAYGROUND, "an SD1.5-family .safetensors file, a diffusers folder, or `playground`")
     vae: str = _key("", "another autoencoder: a .safetensors file or a diffusers folder")
     prediction: str = _key("auto", "what the UNet predicts", choices=("auto", "eps", "v"))
     lora: str = _key("", "a LoRA that is part of the frozen model")
@@ -234,7 +237,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def resolve(given: Mapping[str, Any], preset: str = "paper", changes: Mapping[str, Any] | None = None) -> TrainConfig:
-    """Defaults, then a preset, then a file's tables, then `section.key` changes.
+    """Defaults (those of the playground where it is the base), then a preset, then a file's tables, then `section.key` changes.
 
     Raises:
         TrainingConfigError: an unknown preset, section or key (with the nearest known one), a value of the wrong kind or
@@ -244,7 +247,11 @@ def resolve(given: Mapping[str, Any], preset: str = "paper", changes: Mapping[st
         raise TrainingConfigError(f"there is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
     what = given.get("what", "module")
     tables = {name: table for name, table in given.items() if name not in ("what", "preset")}
-    made = resolve_sections(TrainConfig, tables, changes, PRESETS[preset])
+    begin = PRESETS[preset]
+    made = resolve_sections(TrainConfig, tables, changes, begin)
+    if made["base"].checkpoint == PLAYGROUND:
+        begin = {**begin, "data": {**ON_PLAYGROUND, **begin.get("data", {})}}
+        made = resolve_sections(TrainConfig, tables, changes, begin)
     if what not in ("module", "ella"):
         raise TrainingConfigError(f"what = {what!r}; wanted module or ella.")
     return TrainConfig(what=what, **made)

@@ -17,8 +17,8 @@ from ..encoders.options import AS_TRAINED, EncodeOptions, Framing
 from ..errors import TrainingConfigError
 from ..playground import PLAYGROUND_DIR
 from ..text_encoder import TextEncoder, load_text_encoder
-from .backbones import PLAYGROUND, Backbone, load_backbone
-from .config import TrainConfig
+from .backbones import Backbone, load_backbone
+from .config import PLAYGROUND, TrainConfig
 from .prepare import Encoders
 from .starts import wanted_features
 

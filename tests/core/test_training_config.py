@@ -43,6 +43,13 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
     assert parsed("ella", str(path)).what == "ella" and parsed("--preset", "paper", str(path)).train.gate_rate == 1.0
 
 
+def test_pictures_have_the_size_that_the_base_knows_if_nothing_is_said():
+    assert parsed("--preset", "small-card").data.resolution_px == 128
+    assert parsed("--data.resolution_px", "64").data.resolution_px == 64
+    assert resolve({"data": {"resolution_px": 96}}).data.resolution_px == 96
+    assert parsed("--base.checkpoint", "sd15.safetensors").data.resolution_px == 512
+
+
 def test_every_key_is_a_flag_with_an_explanation(capsys):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
