@@ -10,9 +10,9 @@ from typing import Any
 
 from ..errors import EmmaError
 from ..generate import PICTURES_AT_ONCE, PIXELS_PER_LATENT, Sampling
-from ..training.config import PRECISIONS, BaseConfig, EllaConfig, key, resolve_sections
+from ..playground import PLAYGROUND_DIR
+from ..training.config import PLAYGROUND, PRECISIONS, BaseConfig, EllaConfig, key, resolve_sections
 
-PLAYGROUND = "playground"
 PROTOCOLS = ("style", "portrait", "object")
 AS_TRAINED, MASK_ALWAYS, MASK_NEVER = MASKS = "as trained", "always", "never"
 SUBJECT = "{subject}"
@@ -128,8 +128,20 @@ class EvalConfig:
     @property
     def size_px(self) -> tuple[int, int]:
         """Width and height of the pictures."""
-        usual = (Sampling.width_px, Sampling.height_px) if self.on_playground else (_SIDE_PX, _SIDE_PX)
-        return self.sampling.width_px or usual[0], self.sampling.height_px or usual[1]
+        return size_px(self.base, self.sampling)
+
+
+def size_px(base: BaseConfig, sampling: SamplingConfig) -> tuple[int, int]:
+    """Width and height of the pictures; 0 is what the base knows."""
+    usual = (Sampling.width_px, Sampling.height_px) if base.checkpoint == PLAYGROUND else (_SIDE_PX, _SIDE_PX)
+    return sampling.width_px or usual[0], sampling.height_px or usual[1]
+
+
+def encoder_files(encoder: EncodersConfig, has_modules: bool) -> tuple[str, ...]:
+    """Those named, else the playground's own where a module needs one."""
+    if encoder.files or not has_modules:
+        return encoder.files
+    return (str(PLAYGROUND_DIR / "encoder.safetensors"),)
 
 
 @dataclass(frozen=True)

@@ -124,10 +124,14 @@ def references_in(config: ReferencesConfig) -> list[ReferencePicture]:
         inside = path.relative_to(folder)
         subject = inside.parts[0] if len(inside.parts) > 1 else path.stem
         group = inside.parts[0] if len(inside.parts) > 1 else inside.as_posix()
-        mask = path.with_name(path.stem + MASK_SUFFIX)
-        references.append(ReferencePicture(inside.as_posix(), group, subject, path,
-                                           mask=MaskFile(mask) if mask.is_file() else None))
+        references.append(reference_of(path, inside.as_posix(), group, subject))
     return references
+
+
+def reference_of(path: Path, name: str = "", group: str = "", subject: str = "") -> ReferencePicture:
+    """The picture of a file, with its mask if there is one beside it."""
+    mask = path.with_name(path.stem + MASK_SUFFIX)
+    return ReferencePicture(name or path.name, group, subject, path, mask=MaskFile(mask) if mask.is_file() else None)
 
 
 def prompts_in(config: PromptsConfig) -> list[str]:

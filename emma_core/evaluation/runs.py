@@ -14,10 +14,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..tensor_file import write_atomically
+from ..text_to_image import precision_on
 from ..training.config import toml_of
 from .coco import coco_captions, coco_references
 from .config import EvalConfig, Row, ScoresConfig, check, resolve_evaluation, rows_of
-from .generation import Drawer, files_of, precision_on
+from .generation import Drawer, files_of
 from .plan import Files, Job, comparisons
 from .references import ReferencePicture, check_prompts, chosen, prompts_in, references_in
 from .report import draw_sheet, results, save_sheet, write_results
@@ -46,7 +47,7 @@ def run(config: EvalConfig, say: Callable[[str], None], bars: bool = True, devic
     models = [Model(*named) for named in scorer_names(config.scores)]
     files = files_of(config)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    precision = precision_on(config, place)
+    precision = precision_on(config.sampling.precision, place)
     compared = list(comparisons(config, files, precision, rows, references, prompts))
     jobs = {one.job.key: one.job for one in compared}
     folder = Path(config.output.folder)

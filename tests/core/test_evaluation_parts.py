@@ -24,7 +24,7 @@ from emma_core.evaluation.config import (
     resolve_evaluation,
     rows_of,
 )
-from emma_core.evaluation.generation import Drawer, encoder_for, scheduler_for
+from emma_core.evaluation.generation import Drawer
 from emma_core.evaluation.plan import Files, Job, comparisons, sha256_of
 from emma_core.evaluation.references import chosen, prompts_in, references_in
 from emma_core.evaluation.report import RESAMPLES, crossed_interval
@@ -33,6 +33,7 @@ from emma_core.module_file import load_module, save_module
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.playground.evaluate import bootstrapped
 from emma_core.playground.world import load_world, read_picture
+from emma_core.text_to_image import encoder_for, scheduler_for
 from emma_core.training.config import read_toml, sections, toml_of
 
 STYLE = PLAYGROUND_DIR / "emma-style.safetensors"

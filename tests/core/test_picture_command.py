@@ -1,0 +1,73 @@
+"""`python -m emma_core generate`: pictures from prompts, modules and reference pictures."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emma_core import Assembly
+from emma_core.__main__ import main
+from emma_core.generate import Request, Sampling, generate
+from emma_core.playground import PLAYGROUND_DIR
+from emma_core.playground.world import load_world, read_picture
+
+STYLE, FACE = (str(PLAYGROUND_DIR / f"emma-{condition}.safetensors") for condition in ("style", "face"))
+NOTO, DARK = (PLAYGROUND_DIR / "references" / f"{name}.png" for name in ("style-noto", "face-dark"))
+QUICK = ["--sampling.steps", "3", "--sampling.guidance", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_world()
+
+
+def written(capsys, *arguments: str) -> list[str]:
+    assert main(["generate", *arguments, *QUICK]) == 0
+    return capsys.readouterr().out.split()
+
+
+def test_pictures_are_those_of_the_library(world, tmp_path, capsys):
+    """Two modules, each with its own reference and strength; a picture of each prompt for each seed."""
+    paths = written(capsys, "man cook", "woman judge", "--count", "2", "--seed", "7", "--out", str(tmp_path),
+                    "--module", STYLE, str(NOTO), "--module", FACE, str(DARK), "0.5")
+    wanted = Assembly([world.encode_reference("style", read_picture(NOTO)),
+                       replace(world.encode_reference("face", read_picture(DARK)), strength=0.5)])
+    requests = [Request(prompt, wanted, seed=seed) for prompt in ("man cook", "woman judge") for seed in (7, 8)]
+    assert [path.rpartition("/")[2] for path in paths] == [
+        "man-cook-7.png", "man-cook-8.png", "woman-judge-7.png", "woman-judge-8.png"]
+    for path, picture_HW3 in zip(paths, generate(world.pipeline, requests, Sampling(3, 4.0)), strict=True):
+        found = np.asarray(Image.open(path), dtype=np.float32) / 255
+        assert np.abs(found - picture_HW3.numpy()).max() <= 1.01 / 255
+
+
+def test_a_picture_tells_what_it_shows_and_is_never_overwritten(tmp_path, capsys):
+    [first] = written(capsys, "man cook", "--out", str(tmp_path))
+    before = Image.open(first).tobytes()
+    [second] = written(capsys, "man cook", "--out", str(tmp_path), "--module", STYLE, str(NOTO), "1.5")
+    assert second != first and Image.open(first).tobytes() == before != Image.open(second).tobytes()
+    assert Image.open(second).text == {"emma_prompt": "man cook", "emma_seed": "0",
+                                       "emma_modules": "emma-style.safetensors style-noto.png 1.5"}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--module", STYLE], "found 1 words; wanted a module file, its reference picture"),
+    (["--module", STYLE, str(NOTO), "1", "man cook"], "found 4 words; .* Prompts stand before the first --module"),
+    (["--module", STYLE, "no.png"], "names 'no.png', which is no file. Check the path"),
+    (["--module", STYLE, str(NOTO), "strong"], "the strength 'strong' is no number"),
+    (["--module", str(NOTO), str(NOTO)], "style-noto.png"),
+    (["--module", STYLE, STYLE], "emma-style.safetensors is no picture that can be read"),
+    (["--count", "0"], "--count 0; wanted 1 or more"),
+    (["--encoder.files", "no-such-file", "--module", STYLE, str(NOTO)], "no-such-file"),
+    (["--base.checkpoint", "no-such-file.safetensors"], "ella.file|ella.text_encoder|no-such-file"),
+])
+def test_mistakes_are_told_in_one_line_and_nothing_is_written(tmp_path, capsys, arguments, message):
+    assert main(["generate", "man cook", "--out", str(tmp_path / "out"), *QUICK, *arguments]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+
+    assert re.search(message, lines[0]), lines[0]
+    assert not (tmp_path / "out").exists()
