@@ -102,13 +102,18 @@ def from_picture(connected: Connected) -> Wire:
     return connected.sampled(latent_image=latent, denoise=0.7)
 
 
+def rectangle(graph: Graph, x: int, width: int, height: int) -> Wire:
+    """A mask, white in a rectangle at the upper edge."""
+    whole = graph.wire("SolidMask", value=0.0, width=SIDE_PX, height=SIDE_PX)
+    part = graph.wire("SolidMask", value=1.0, width=width, height=height)
+    return graph.wire("MaskComposite", destination=whole, source=part, x=x, y=0, operation="add")
+
+
 def inpainted(connected: Connected) -> Wire:
     """A person with the other face reference, whose upper part is then made anew with ours."""
     graph = connected.graph
     other = connected.with_other_face()
-    whole = graph.wire("SolidMask", value=0.0, width=SIDE_PX, height=SIDE_PX)
-    part = graph.wire("SolidMask", value=1.0, width=SIDE_PX, height=INPAINTED_PX)
-    mask = graph.wire("MaskComposite", destination=whole, source=part, x=0, y=0, operation="add")
+    mask = rectangle(graph, 0, SIDE_PX, INPAINTED_PX)
     before = connected.sampled(positive=other)
     return connected.sampled(latent_image=graph.wire("SetLatentNoiseMask", samples=before, mask=mask))
 
@@ -117,13 +122,9 @@ def two_masks(connected: Connected) -> Wire:
     """The same prompt with the other face reference in the right half."""
     graph = connected.graph
     other = connected.with_other_face()
-    whole = graph.wire("SolidMask", value=0.0, width=SIDE_PX, height=SIDE_PX)
-    half = graph.wire("SolidMask", value=1.0, width=SIDE_PX // 2, height=SIDE_PX)
-    masked = []
-    for positive, x in ((connected.positive, 0), (other, SIDE_PX // 2)):
-        mask = graph.wire("MaskComposite", destination=whole, source=half, x=x, y=0, operation="add")
-        masked.append(graph.wire("ConditioningSetMask", conditioning=positive, mask=mask, strength=1.0,
-                                 set_cond_area="default"))
+    masked = [graph.wire("ConditioningSetMask", conditioning=positive, mask=rectangle(graph, x, SIDE_PX // 2, SIDE_PX),
+                         strength=1.0, set_cond_area="default")
+              for positive, x in ((connected.positive, 0), (other, SIDE_PX // 2))]
     both = graph.wire("ConditioningCombine", conditioning_1=masked[0], conditioning_2=masked[1])
     return connected.sampled(positive=both)
 
@@ -140,7 +141,7 @@ def split_sampling(connected: Connected) -> Wire:
 
 
 def two_ranges(connected: Connected) -> Wire:
-    """The other face reference from a third of the sampling on."""
+    """The other face reference from 30% of the sampling on."""
     graph = connected.graph
     other = connected.with_other_face()
     ranges = [graph.wire("ConditioningSetTimestepRange", conditioning=positive, start=start, end=end)

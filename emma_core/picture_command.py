@@ -11,15 +11,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from .assembly import Assembly, Reference
 from .errors import EmmaError, ImageInputError
 from .evaluation.config import EncodersConfig, SamplingConfig, encoder_files, size_px
 from .evaluation.references import reference_of
 from .generate import Request, Sampling
-from .tensor_file import write_atomically
-from .text_to_image import TextToImage, picture_tensor
+from .text_to_image import TextToImage, picture_tensor, save_picture
 from .training.command import add_keys, changes_of
 from .training.config import BaseConfig, EllaConfig, resolve_sections
 
@@ -90,6 +88,8 @@ def draw(options: argparse.Namespace) -> list[Path]:
     """
     if options.count < 1:
         raise EmmaError(f"--count {options.count}; wanted 1 or more.")
+    if options.out.exists() and not options.out.is_dir():
+        raise EmmaError(f"--out {str(options.out)!r} is a file; wanted a folder, which is made if there is none. Name another.")
     shown = [shown_of(words) for words in options.shown]
     config = PictureConfig(**resolve_sections(PictureConfig, {}, changes_of(options)))
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -142,9 +142,6 @@ def save(picture: Image.Image, request: Request, shown: Sequence[Shown], folder:
     name = re.sub(r"\W+", "-", request.prompt.lower()).strip("-")[:_LONGEST_NAME] or "picture"
     names = (f"{name}-{request.seed}{f'-{number}' if number else ''}.png" for number in range(1_000_000))
     path = next(folder / free for free in names if not (folder / free).exists())
-    about = PngInfo()
     modules = "; ".join(f"{Path(one.module).name} {one.picture.name} {one.strength:g}" for one in shown)
-    for key, text in (("prompt", request.prompt), ("seed", str(request.seed)), ("modules", modules)):
-        about.add_itxt(f"emma_{key}", text)
-    write_atomically(path, lambda temporary: picture.save(temporary, "PNG", pnginfo=about))
+    save_picture(picture, path, {"prompt": request.prompt, "seed": str(request.seed), "modules": modules})
     return path

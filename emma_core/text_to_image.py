@@ -5,12 +5,14 @@ Shapes: B pictures H x W, T timesteps, latents 4 x h x w.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from .assembly import check_fits
 from .encoders.base import ReferenceEncoder, encode_pictures
@@ -20,6 +22,7 @@ from .gated_resampler import GatedResampler
 from .generate import SD15_LATENT_SCALE, Pipeline, Request, Sampling, generate, sd15_scheduler
 from .module_file import load_module
 from .reference_features import check_encoder, check_for_module, combine_features, encode_options
+from .tensor_file import write_atomically
 from .training.config import BaseConfig, EllaConfig, OptimisationConfig, TrainConfig
 from .training.parts import load_parts, prepare_precision
 
@@ -144,6 +147,14 @@ def encoder_for(module: GatedResampler, encoders: Sequence[ReferenceEncoder]) ->
 def picture_tensor(picture: Image.Image) -> torch.Tensor:
     """RGB as (1, H, W, 3), grey as (1, H, W), in [0, 1]."""
     return torch.from_numpy(np.array(picture, dtype=np.float32) / 255)[None]
+
+
+def save_picture(picture: Image.Image, path: Path, words: Mapping[str, str]) -> None:
+    """As PNG, with what it shows in its text entries, `emma_` before each name; the file appears when it is whole."""
+    about = PngInfo()
+    for name, text in words.items():
+        about.add_itxt(f"emma_{name}", text)
+    write_atomically(path, lambda temporary: picture.save(temporary, "PNG", pnginfo=about))
 
 
 def _as_training(

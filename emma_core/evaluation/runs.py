@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from ..tensor_file import write_atomically
-from ..text_to_image import precision_on
+from ..text_to_image import precision_on, save_picture
 from ..training.config import toml_of
 from .coco import coco_captions, coco_references
 from .config import EvalConfig, Row, ScoresConfig, check, resolve_evaluation, rows_of
@@ -171,12 +170,9 @@ def _counts_in_words(references, prompts, rows: Sequence[Row], jobs) -> str:
 
 def _save(picture: Image.Image, job: Job, folder: Path) -> None:
     """With what it shows in the file's text entries."""
-    about = PngInfo()
     words = {"row": job.row.name, "prompt": job.prompt, "reference": job.reference.name if job.reference else "",
              "seed": str(job.seed)}
-    for key, text in words.items():
-        about.add_itxt(f"emma_{key}", text)
-    write_atomically(folder / f"{job.key}.png", lambda temporary: picture.save(temporary, "PNG", pnginfo=about))
+    save_picture(picture, folder / f"{job.key}.png", words)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -60,6 +60,7 @@ def test_a_picture_tells_what_it_shows_and_is_never_overwritten(tmp_path, capsys
     (["--module", STYLE, str(NOTO), "strong"], "the strength 'strong' is no number"),
     (["--module", str(NOTO), str(NOTO)], "style-noto.png"),
     (["--module", STYLE, STYLE], "emma-style.safetensors is no picture that can be read"),
+    (["--out", STYLE], "emma-style.safetensors' is a file; wanted a folder"),
     (["--count", "0"], "--count 0; wanted 1 or more"),
     (["--encoder.files", "no-such-file", "--module", STYLE, str(NOTO)], "no-such-file"),
     (["--base.checkpoint", "no-such-file.safetensors"], "ella.file|ella.text_encoder|no-such-file"),
@@ -68,6 +69,5 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(tmp_path, capsys, 
     assert main(["generate", "man cook", "--out", str(tmp_path / "out"), *QUICK, *arguments]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-
     assert re.search(message, lines[0]), lines[0]
     assert not (tmp_path / "out").exists()
