@@ -76,14 +76,17 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
 def train(options: argparse.Namespace) -> int:
     """Run it; mistakes are told in one line, and Ctrl-C leaves a run that can go on."""
     from .runs import dry_run, run
+    from .shards import disconnect
 
     end_as_interrupt()
+    well = False
     try:
         config = config_of(options)
         if options.dry_run:
             print(dry_run(config))
             return 0
         print(f"saved {run(config, print, bars=sys.stderr.isatty(), device=options.device)}")
+        well = True
         return 0
     except EmmaError as found:
         print(f"error: {found}", file=sys.stderr)
@@ -92,6 +95,8 @@ def train(options: argparse.Namespace) -> int:
         print("stopped; the module as it is and a checkpoint are saved. Start again with the same folder to go on.",
               file=sys.stderr)
         return 130
+    finally:
+        disconnect(well)
 
 
 def _flag(kind: Any, entry: dataclasses.Field) -> dict[str, Any]:

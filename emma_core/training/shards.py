@@ -170,6 +170,18 @@ class Processes:
         return [made for _, part in told for made in part]
 
 
+def disconnect(well: bool) -> None:
+    """End what torch.distributed connects: a process that exits before is often aborted (SIGABRT) by gloo's threads.
+
+    Args:
+        well: all processes have come this far. Otherwise NCCL, which would wait for them, is left to the exit.
+    """
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized() and (well or distributed.get_backend() == "gloo"):
+        distributed.destroy_process_group()
+
+
 def in_workers(
     items: Sequence[Item], work: Callable[[Item], Made], workers: int, at_once: int = 1,
     fewest: int = _FEWEST_FOR_PROCESSES,

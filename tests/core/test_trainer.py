@@ -302,7 +302,9 @@ torch.set_num_threads(1)
 from accelerate import Accelerator
 from training_world import tiny_config, tiny_trainer
 config = tiny_config(**json.loads(sys.argv[3]))
-tiny_trainer(Path(sys.argv[2]), config, accelerator=Accelerator(cpu=True)).run()
+accelerator = Accelerator(cpu=True)
+tiny_trainer(Path(sys.argv[2]), config, accelerator=accelerator).run()
+accelerator.end_training()  # a process that exits with gloo's threads running is often aborted
 """
 
 
