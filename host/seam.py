@@ -41,7 +41,7 @@ def swap_in_tokens(executor, model, conds, x_in, timestep, model_options):
     all_model_conds = [entry["model_conds"] for entries in conds for entry in entries or ()]
     for model_conds in all_model_conds:
         if KEY not in model_conds and "c_crossattn" in model_conds:
-            _check_stray_tokens(model_conds["c_crossattn"].cond)
+            _check_foreign(model_conds["c_crossattn"].cond, _width(model))
     if any(KEY in model_conds for model_conds in all_model_conds):
         sampling = model.model_sampling
         _check_timesteps(sampling)  # it may have been exchanged after the connector
@@ -107,6 +107,22 @@ def _what_was_appended(context_BSW: torch.Tensor, payload: EmmaPayload) -> torch
     return context_BSW[:, count:]
 
 
+def _check_foreign(context_BSW: torch.Tensor, width: int | None) -> None:
+    """A conditioning that is not ours, beside ours: the checkpoint's CLIP's, most often.
+
+    Raises:
+        ConnectorMismatchError: the model cannot read it, as a T5's, or it holds tokens of ours.
+    """
+    if context_BSW.shape[-1] != width:
+        raise ConnectorMismatchError(
+            f"a prompt of width {context_BSW.shape[-1]} goes into the sampler straight from a text encoder; this MODEL's "
+            f"cross-attention reads width {width}. If it was encoded with Load ELLA Text Encoder, wire it into positive or "
+            "negative of EMMA Connector, and the connector's output into the sampler. Otherwise encode it with the "
+            "checkpoint's own CLIP."
+        )
+    _check_stray_tokens(context_BSW)
+
+
 def _check_stray_tokens(context_BSW: torch.Tensor) -> None:
     if holds_placeholder(context_BSW):
         raise ConnectorMismatchError(
@@ -152,14 +168,18 @@ def _window_frames(window) -> Sequence[int] | None:
 
 
 def _check_width(model: comfy.model_patcher.ModelPatcher, token_width: int) -> None:
-    unet_config = model.model.model_config.unet_config
-    width = unet_config.get("context_dim")
+    width = _width(model.model)
     if width != token_width:
         found = f"a cross-attention of width {width}" if width else "no cross-attention that ELLA's tokens could enter"
         raise ConnectorMismatchError(
             f"this MODEL ({type(model.model).__name__}) has {found}; the ELLA makes tokens of width {token_width}. Use a "
             f"checkpoint of the {'Stable Diffusion 1.5 family' if token_width == 768 else 'family this ELLA was made for'}."
         )
+
+
+def _width(model) -> int | None:
+    """What the cross-attention of the host's model reads."""
+    return model.model_config.unet_config.get("context_dim")
 
 
 def _check_timesteps(sampling) -> None:

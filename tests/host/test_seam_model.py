@@ -184,6 +184,13 @@ def test_unconnected_model_is_refused_for_the_negative_alone(pack_import, tiny, 
 
 
 @pytest.mark.parametrize("which", ["positive", "negative"])
+def test_a_t5_prompt_past_the_connector_is_refused(tiny, wired, ksample, mismatch, which):
+    entries = {"positive": wired.positive, "negative": wired.negative, which: tiny.text()}
+    with pytest.raises(mismatch, match="prompt of width 24 goes into the sampler straight.* reads width 64.*EMMA Connector"):
+        ksample(wired.model, **entries)
+
+
+@pytest.mark.parametrize("which", ["positive", "negative"])
 def test_zeroed_conditioning_is_refused(run_node, wired, ksample, mismatch, which):
     entries = {"positive": wired.positive, "negative": wired.negative}
     entries[which] = run_node("ConditioningZeroOut", conditioning=entries[which])[0]
