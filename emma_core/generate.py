@@ -111,11 +111,13 @@ def _sample(pipeline: Pipeline, requests: Sequence[Request], sampling: Sampling)
     scheduler.set_timesteps(sampling.steps)
     positive_TBKW = _tokens(pipeline, [(request.prompt, request.assembly) for request in requests], scheduler.timesteps)
     negative_TBKW = _tokens(pipeline, [(request.negative, Assembly()) for request in requests], scheduler.timesteps)
-    noise_B4hw = torch.cat([initial_noise(request.seed, sampling) for request in requests]).to(positive_TBKW)
+    # in float32, whatever the tokens are: half precision would round at every step
+    noise_B4hw = torch.cat([initial_noise(request.seed, sampling) for request in requests]).to(positive_TBKW.device)
     latent_B4hw = scheduler.add_noise(torch.zeros_like(noise_B4hw), noise_B4hw, scheduler.timesteps[:1])
     for step, timestep in enumerate(scheduler.timesteps):
         context_CKW = torch.cat([positive_TBKW[step], negative_TBKW[step]])
-        predicted_C4hw = pipeline.predict_noise(torch.cat([latent_B4hw] * 2), timestep.expand(len(context_CKW)), context_CKW)
+        timestep_C = timestep.to(context_CKW.device).expand(len(context_CKW))
+        predicted_C4hw = pipeline.predict_noise(torch.cat([latent_B4hw] * 2), timestep_C, context_CKW)
         with_text_B4hw, without_B4hw = predicted_C4hw.chunk(2)
         guided_B4hw = without_B4hw + sampling.guidance * (with_text_B4hw - without_B4hw)
         latent_B4hw = scheduler.step(guided_B4hw, timestep, latent_B4hw).prev_sample

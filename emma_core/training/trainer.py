@@ -151,9 +151,10 @@ class Trainer:
             buckets.add(batch.timestep_B, error_B)
             total += error_B.detach().mean().item() / settings.accumulate
         self._reduce_gradients()
-        self.accelerator.clip_grad_norm_([value for _, value in self.student.parameters()], settings.clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self._has_gradients():
+            self.accelerator.clip_grad_norm_([value for _, value in self.student.parameters()], settings.clip or math.inf)
+            self.optimizer.step()  # which fp16's scaler refuses without gradients
+            self.optimizer.zero_grad()
         self.step += 1
         if self.average:
             self.average.update(self.student.learning, self.step)
@@ -245,11 +246,14 @@ class Trainer:
             f"last state is saved in {self.folder}. Try a lower rate (train.rate), or bf16 or fp32 (train.precision)."
         )
 
+    def _has_gradients(self) -> bool:
+        return any(value.grad is not None for _, value in self.student.parameters())
+
     def _reduce_gradients(self) -> None:
         if self.accelerator.num_processes == 1:
             return
-        learnt = any(value.grad is not None for _, value in self.student.parameters())
-        if not self.accelerator.reduce(torch.tensor(float(learnt), device=self.accelerator.device), "sum"):
+        learnt = torch.tensor(float(self._has_gradients()), device=self.accelerator.device)
+        if not self.accelerator.reduce(learnt, "sum"):
             return  # no process had a reference: as in one process, the optimizer has nothing to do
         for _, value in self.student.parameters():
             gradient = torch.zeros_like(value) if value.grad is None else value.grad

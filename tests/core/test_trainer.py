@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from small_models import random_tensor, small_connector, small_text
 from training_world import DIMS, TinyDenoiser, TinySet, same, tiny_config, tiny_trainer, weights
 
@@ -291,6 +292,31 @@ def test_a_teachers_prediction_is_the_target(tmp_path):
     trainer.run(lambda progress: losses.append(progress.loss))
     assert set(seen) == {(False, 4, 4)}
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def scaled_trainer(folder, **changes):
+    """A run with the loss scaled, as fp16 is trained on a GPU; accelerate unscales before it clips only there."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    return tiny_trainer(folder, tiny_config(train__clip=0.0, **changes), accelerator=accelerator)
+
+
+def test_a_scaled_loss_teaches_the_same(tmp_path):
+    scaled = scaled_trainer(tmp_path / "scaled")
+    scaled.run()
+    plain = tiny_trainer(tmp_path / "plain", tiny_config(train__clip=0.0))
+    plain.run()
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(scaled)[name], value, rtol=1e-3, atol=1e-5)
+    again = scaled_trainer(tmp_path / "scaled")
+    assert again.resume() and again.accelerator.scaler.state_dict() == scaled.accelerator.scaler.state_dict()
+
+
+def test_a_scaled_batch_without_any_reference_changes_nothing(tmp_path):
+    trainer = scaled_trainer(tmp_path, objective__drop_reference=1.0, objective__drop_text=0.0, objective__drop_both=0.0)
+    begun = weights(trainer)
+    trainer.run()
+    assert trainer.step == 8 and same(weights(trainer), begun)
 
 
 _WORKER = """
