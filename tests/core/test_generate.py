@@ -1,5 +1,7 @@
 """Bare generation with a pipeline of small random parts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_models import small_connector
@@ -51,6 +53,19 @@ def test_a_picture_does_not_depend_on_the_others_in_the_batch(pipeline):
         alone = generate(pipeline, [request], Sampling(steps=3))
         torch.testing.assert_close(together[row:row + 1], alone, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(together[0], together[2])
+
+
+def test_latents_are_float32_whatever_the_tokens_are(pipeline):
+    """Half precision would round them at every step."""
+    pipeline.connector.to(torch.bfloat16)
+    seen = []
+
+    def predict_noise(latent, timestep, context):
+        seen.append((latent.dtype, context.dtype))
+        return latent * 0.5
+
+    generate(replace(pipeline, predict_noise=predict_noise), [Request("abc")], Sampling(steps=3))
+    assert seen == [(torch.float32, torch.bfloat16)] * 3
 
 
 def test_more_requests_than_one_batch(pipeline):
