@@ -118,7 +118,7 @@ def scheduler_for(alphas_cumprod_T: torch.Tensor, prediction: str) -> DDIMSchedu
     """SD1.5's scheduler, with another schedule or prediction where the checkpoint has one."""
     scheduler = sd15_scheduler()
     changes: dict = {"prediction_type": "v_prediction"} if prediction == "v" else {}
-    kept_T = alphas_cumprod_T.detach().double().cpu()
+    kept_T = alphas_cumprod_T.detach().cpu().double()
     if not torch.allclose(kept_T, scheduler.alphas_cumprod.double(), rtol=0, atol=_SAME_SCHEDULE):
         before_T = torch.cat([kept_T.new_ones(1), kept_T[:-1]])
         changes["trained_betas"] = (1 - kept_T / before_T).tolist()

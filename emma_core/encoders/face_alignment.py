@@ -65,7 +65,7 @@ def align_faces(image_HW3: torch.Tensor, keypoints_F52: torch.Tensor, size_px: i
     pixel_S = torch.arange(size_px, dtype=torch.float64)
     aligned_KK2 = torch.stack(torch.meshgrid(pixel_S, pixel_S, indexing="xy"), -1)
     sources = []
-    for keypoints_52 in keypoints_F52.double().cpu():
+    for keypoints_52 in keypoints_F52.cpu().double():
         back_23 = similarity_transform(template_52, keypoints_52)
         sources.append(aligned_KK2 @ back_23[:, :2].T + back_23[:, 2])
     grid_FSS2 = (torch.stack(sources) * 2 + 1) / torch.tensor([width, height]) - 1
