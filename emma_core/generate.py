@@ -91,18 +91,22 @@ def initial_noise(seed: int, sampling: Sampling) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate(pipeline: Pipeline, requests: Sequence[Request], sampling: Sampling | None = None) -> torch.Tensor:
+def generate(
+    pipeline: Pipeline, requests: Sequence[Request], sampling: Sampling | None = None, at_once: int = PICTURES_AT_ONCE
+) -> torch.Tensor:
     """Pictures (B, H, W, 3) in [0, 1], one per request; a request's picture does not depend on the others.
 
+    Args:
+        at_once: pictures that are sampled together; they are decoded one by one, as that takes the most memory.
     Raises:
         ConnectorMismatchError, ReferenceMismatchError: see `tokens_over_schedule`.
     """
     sampling = sampling or Sampling()
     parts = []
-    for start in range(0, len(requests), PICTURES_AT_ONCE):
-        latent_B4hw = _sample(pipeline, requests[start:start + PICTURES_AT_ONCE], sampling)
-        image_B3HW = pipeline.decode(latent_B4hw / SD15_LATENT_SCALE)
-        parts.append(((image_B3HW + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).cpu())
+    for start in range(0, len(requests), at_once):
+        for latent_14hw in _sample(pipeline, requests[start:start + at_once], sampling).split(1):
+            image_13HW = pipeline.decode(latent_14hw / SD15_LATENT_SCALE)
+            parts.append(((image_13HW + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).cpu())
     return torch.cat(parts)
 
 

@@ -25,6 +25,7 @@ from .reference_features import check_encoder, check_for_module, combine_feature
 from .tensor_file import write_atomically
 from .training.config import BaseConfig, EllaConfig, OptimisationConfig, TrainConfig
 from .training.parts import load_parts, prepare_precision
+from .training.prepare import AUTOENCODER, TEXT_ENCODER, UNET
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
@@ -56,6 +57,7 @@ class TextToImage:
         self._device = device
         self._autocast_dtype = _AUTOCAST.get(training.train.precision)
         self._parts = load_parts(training, dtype, device)
+        self._parts.place(UNET, AUTOENCODER, TEXT_ENCODER)
         self._connector = self._parts.connector.to(device)
         self._encoders = [_load_encoder(file, open_clip_model, device) for file in encoder_files]
 

@@ -22,6 +22,7 @@ from ..tensor_file import check_finite, read_tensors, sha256_of_file
 from .config import PLAYGROUND, BaseConfig
 from .sd15_files import Sd15Model, load_autoencoder, load_folder, load_single_file
 
+_PIXELS_AT_ONCE = 1 << 20  # that are encoded together: four pictures of 512 x 512
 _LORA = "a LoRA for an SD1.5-family UNet"
 # LyCORIS's other kinds, and DoRA: the weight is changed in another way than by a product of two matrices
 _OTHER_KINDS = ("hada_", "lokr_", "lora_mid", "dora_scale", "lora_magnitude_vector")
@@ -76,8 +77,10 @@ class Backbone:
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
-        """Pictures in [-1, 1] -> latents (B, 4, h, w) of unit deviation: the posterior's mean, scaled."""
-        return self.autoencoder.encode(pixels_B3HW.float()) * self.latent_scale
+        """Pictures in [-1, 1], on any device -> latents (B, 4, h, w) of unit deviation: the posterior's mean, scaled."""
+        device, (height, width) = next(self.autoencoder.parameters()).device, pixels_B3HW.shape[2:]
+        parts = pixels_B3HW.split(max(1, _PIXELS_AT_ONCE // (height * width)))
+        return torch.cat([self.autoencoder.encode(part.to(device, torch.float32)) for part in parts]) * self.latent_scale
 
     @torch.no_grad()
     def decode(self, latents_B4hw: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ..playground import PLAYGROUND_DIR
 from ..text_encoder import TextEncoder, load_text_encoder
 from .backbones import Backbone, load_backbone
 from .config import PLAYGROUND, TrainConfig
-from .prepare import Encoders
+from .prepare import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Encoders
 from .starts import wanted_features
 
 
@@ -34,21 +34,36 @@ class Parts:
     connector: Connector
     text_encoder: TextEncoder | None
     reference_encoder: ReferenceEncoder | None
+    device: torch.device
+
+    def place(self, *names: str) -> None:
+        """Put these models (UNET, AUTOENCODER, TEXT_ENCODER, REFERENCE_ENCODER) on the device, and the others off it.
+
+        With flan-t5-xl and CLIP ViT-H/14 all of them would take 7 GB.
+        """
+        models = {UNET: self.backbone.unet, AUTOENCODER: self.backbone.autoencoder,
+                  TEXT_ENCODER: self.text_encoder and self.text_encoder.model,
+                  REFERENCE_ENCODER: self.reference_encoder and self.reference_encoder.model}
+        for here in (False, True):  # room is made first
+            for name, model in models.items():
+                if model is not None and (name in names) == here:
+                    torch.nn.Module.to(model, self.device if here else "cpu")
 
     def encoders(self, config: TrainConfig) -> Encoders:
         """What the training data are encoded with, and what the caches depend on."""
         text = config.ella.text_encoder or PLAYGROUND
         return Encoders(
-            encode_latents=lambda pixels_B3HW: self.backbone.encode(pixels_B3HW.to(self.backbone.device)).float().cpu(),
+            encode_latents=lambda pixels_B3HW: self.backbone.encode(pixels_B3HW).float().cpu(),
             encode_texts=lambda captions: [features.float().cpu() for features in self.text_encoder.encode(captions)],
             reference_encoder=self.reference_encoder,
             latents_settings=f"{config.base.vae or config.base.checkpoint} {self.backbone.sha256}",
             texts_settings=f"{text} {weights_mark(self.text_encoder.model)}",
+            place=self.place,
         )
 
 
 def load_parts(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> Parts:
-    """All frozen models: the UNet in ``dtype`` on the device, the connector in float32, encoders on the device.
+    """All frozen models, still on the CPU: the UNet in ``dtype``, the connector in float32. `Parts.place` puts them in place.
 
     Raises:
         TrainingConfigError: a part is not named.
@@ -62,16 +77,17 @@ def load_parts(config: TrainConfig, dtype: torch.dtype, device: torch.device) ->
                                   "models/ella/ella-sd1.5-tsc-t5xl.safetensors.")
     if not text:
         raise TrainingConfigError("ella.text_encoder is not set; wanted flan-t5-xl, a file or a folder. Name it.")
-    backbone = load_backbone(config.base, dtype, device)
+    backbone = load_backbone(config.base, dtype)
+    backbone.alphas_cumprod_T = backbone.alphas_cumprod_T.to(device)
     if config.train.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    text_encoder = load_text_encoder(text, device=device)
+    text_encoder = load_text_encoder(text, torch.float32 if device.type == "cpu" else torch.float16)
     connector = load_connector(ella) if ella else _new_connector(backbone, text_encoder)
     if connector.width != backbone.context_width:
         raise TrainingConfigError(f"the ELLA has tokens of width {connector.width}, {backbone.name} reads width "
                                   f"{backbone.context_width}. Choose an ELLA made for this kind of checkpoint.")
-    encoder = None if config.what == "ella" else _load_reference_encoder(config, playground, device)
-    return Parts(backbone, connector, text_encoder, encoder)
+    encoder = None if config.what == "ella" else _load_reference_encoder(config, playground)
+    return Parts(backbone, connector, text_encoder, encoder, device)
 
 
 def options_of(config: TrainConfig) -> EncodeOptions:
@@ -116,7 +132,7 @@ def _new_connector(backbone: Backbone, text_encoder: TextEncoder) -> Connector:
     return Connector(ConnectorConfig(width=backbone.context_width, text_dim=text_encoder.width))
 
 
-def _load_reference_encoder(config: TrainConfig, playground: bool, device: torch.device) -> ReferenceEncoder:
+def _load_reference_encoder(config: TrainConfig, playground: bool) -> ReferenceEncoder:
     from ..encoders.loading import load_encoder
 
     path = config.encoder.file or (PLAYGROUND_DIR / "encoder.safetensors" if playground else "")
@@ -125,6 +141,4 @@ def _load_reference_encoder(config: TrainConfig, playground: bool, device: torch
                                   "(models/clip_vision) or AdaFace. Name the file or folder.")
     if not Path(path).exists():
         raise TrainingConfigError(f"encoder.file = {str(path)!r} does not exist. Check the path.")
-    encoder = load_encoder(path, config.encoder.open_clip_model or None)
-    encoder.model.to(device)
-    return encoder
+    return load_encoder(path, config.encoder.open_clip_model or None)

@@ -29,6 +29,7 @@ from .shards import Processes, Source, fill, in_workers
 from .store import FeatureStore, Filling
 
 BATCH = 8
+UNET, AUTOENCODER, TEXT_ENCODER, REFERENCE_ENCODER = "UNet", "autoencoder", "text encoder", "reference encoder"
 MEMORY_BYTES = 2 << 30
 _VERSION = 1  # of how pictures are resized and cropped here
 
@@ -46,6 +47,7 @@ class Encoders:
         reference_encoder: None where nothing is learnt from references.
         latents_settings, texts_settings, reference_settings: fingerprints, precision, lengths; of the reference encoder
             what its description does not tell.
+        place: called with the name of the model (AUTOENCODER, TEXT_ENCODER, REFERENCE_ENCODER) that is used next.
     """
 
     encode_latents: Callable[[torch.Tensor], torch.Tensor]
@@ -54,6 +56,7 @@ class Encoders:
     latents_settings: str = ""
     texts_settings: str = ""
     reference_settings: str = ""
+    place: Callable[[str], None] = lambda name: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +276,8 @@ class _Preparing:
         captions = {_text_key(text): text for text in ["", *(text for item in self.examples for text in item.captions)]}
 
         def encode(keys: Sequence[str], filling: Filling) -> None:
+            if keys:
+                self.encoders.place(TEXT_ENCODER)
             for start in range(0, len(keys), BATCH):
                 batch = keys[start:start + BATCH]
                 for key, text_1ND in zip(batch, self.encoders.encode_texts([captions[key] for key in batch]), strict=True):
@@ -286,6 +291,8 @@ class _Preparing:
 
         def work(keys: Sequence[str], filling: Filling) -> None:
             todo = sorted((by_key[key] for key in keys), key=lambda job: job.size or ())
+            if todo:
+                self.encoders.place(AUTOENCODER if store is self.latents else REFERENCE_ENCODER)
             for batch in _batches(self._usable(todo, read, filling)):
                 for (job, _), (made, fault) in zip(batch, encode(batch), strict=True):
                     if not all(torch.isfinite(tensor).all() for tensor in made.values()):

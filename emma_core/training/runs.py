@@ -20,7 +20,7 @@ from .examples import Example, describe, read_examples, require
 from .own_latents import OwnLatents, check_own_latents, own_latents
 from .parts import Parts, encoder_metadata, load_parts, options_of, prepare_precision
 from .places import place_weights
-from .prepare import Prepared, prepare
+from .prepare import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Prepared, prepare
 from .reports import Reporter, bucket_name
 from .samples import Sampler
 from .shards import Processes, Source
@@ -105,7 +105,7 @@ def gain_in_words(gain: Mapping[str, list[float | None]]) -> str:
 
 
 def begin(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents, accelerator: Accelerator, folder: Path) -> Trainer:
-    """A trainer at its first update; the encoders are let go, as everything they give is cached."""
+    """A trainer at its first update; the encoders are let go, as everything they give is cached, and the UNet comes."""
     module = None
     if config.what == "module":
         features = data.features(data.references(0)[0], 0)
@@ -115,6 +115,7 @@ def begin(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents, accele
         module = begin_module(config, parts.connector, dims, described, generator)
         module.config = module.config.replace(training=recipe(config, parts, data), file_metadata=model_spec(config))
     parts.reference_encoder = parts.text_encoder = None
+    parts.place(UNET, AUTOENCODER)
     places = place_weights(data).get if config.objective.place_weight else None
     teacher = teacher_target(config, parts.backbone, data if isinstance(data, Prepared) else data.prepared)
     student = Student(parts.backbone, parts.connector, module, config.objective, teacher, places)
@@ -214,8 +215,10 @@ def encoded(
     prepared = prepare(examples, config.data, config.encoder, encoders, options, cache, _progress(bars), processes)
     data: Prepared | OwnLatents = prepared
     if config.teacher.own_latents:
+        parts.place(UNET, TEXT_ENCODER)
         data = own_latents(config, parts.backbone, parts.connector, encoders.encode_texts, prepared, cache, _progress(bars),
                            processes)
+    parts.place(TEXT_ENCODER)
     prompts = tuple(dict.fromkeys(("", *(config.report.sample_prompts or data.captions(0)[:1]))))
     texts = {prompt: features.cpu() for prompt, features in zip(prompts, parts.text_encoder.encode(prompts), strict=True)}
     if options is None:
@@ -228,6 +231,7 @@ def encoded(
                 break
         return data, texts, [data.features(index, 0) for index in indices]
     references = []
+    parts.place(REFERENCE_ENCODER)
     for path in config.report.sample_references:
         features, _ = encode_pictures(parts.reference_encoder, picture_tensor(Path(path))[None], None, options)
         references.append({name: tensor[0] for name, tensor in features.items()})

@@ -51,7 +51,8 @@ class Sampler:
         prompts = [prompt for prompt in self.texts if prompt] or [""]
         requests = [Request(prompt, assembly, seed=row) for row, prompt in enumerate(prompts) for assembly in assemblies]
         with trainer.accelerator.autocast():
-            pictures = generate(self._pipeline(connector, device), requests, self._sampling())
+            # what fits with gradients fits without
+            pictures = generate(self._pipeline(connector, device), requests, self._sampling(), trainer.config.train.batch)
         return _drawn(prompts, pictures, len(assemblies), trainer.step)
 
     @torch.no_grad()

@@ -7,11 +7,15 @@ from PIL import Image
 
 from emma_core import text_to_image
 from emma_core.assembly import Assembly, Reference
+from emma_core.encoders.playground import PlaygroundReferenceEncoder
 from emma_core.generate import Request, Sampling
 from emma_core.playground import PLAYGROUND_DIR
+from emma_core.text_encoder import TextEncoder
 from emma_core.text_to_image import TextToImage
 from emma_core.training import runs
+from emma_core.training.backbones import Backbone
 from emma_core.training.config import BaseConfig, EllaConfig, resolve
+from emma_core.training.student import Student
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -26,16 +30,49 @@ def pictures(tmp_path):
     return folder
 
 
+def run(config, pictures, tmp_path, monkeypatch) -> None:
+    """Train what the settings say."""
+    config = resolve({"what": config.pop("what", "module")}, "small-card", {
+        "data.folder": str(pictures), "data.workers": 0, "output.folder": str(tmp_path / "out"), "train.steps": 2,
+        "report.sample_every": 1, "report.sample_steps": 2, "report.log_every": 1, **config})
+    with fake_cuda(monkeypatch):
+        runs.run(config, lambda line: None, bars=False, device="cpu")
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("what", ["module", "ella"])
 def test_a_run_with_sample_sheets(tmp_path, monkeypatch, pictures, what, precision):
     """Encoding, updates, averaged weights, sheets, the thumbnail and the gain of the reference."""
-    config = resolve({"what": what}, "small-card", {
-        "data.folder": str(pictures), "data.workers": 0, "output.folder": str(tmp_path / "out"), "train.steps": 2,
-        "train.precision": precision, "report.sample_every": 1, "report.sample_steps": 2, "report.log_every": 1})
-    with fake_cuda(monkeypatch):
-        runs.run(config, lambda line: None, bars=False, device="cpu")
+    run({"what": what, "train.precision": precision}, pictures, tmp_path, monkeypatch)
     assert [file.name for file in sorted((tmp_path / "out" / "samples").iterdir())] == ["00000001.png", "00000002.png"]
+
+
+def test_a_small_card_holds_only_what_is_at_work(tmp_path, monkeypatch, pictures):
+    """With the models of SD1.5 all of them together would take 7 GB."""
+    made, seen = [], {}
+    load_parts = runs.load_parts
+    monkeypatch.setattr(runs, "load_parts", lambda *arguments: made.append(load_parts(*arguments)) or made[0])
+
+    def on_device(parts) -> set[str]:
+        models = {"UNet": parts.backbone.unet, "autoencoder": parts.backbone.autoencoder,
+                  "text encoder": parts.text_encoder and parts.text_encoder.model,
+                  "reference encoder": parts.reference_encoder and parts.reference_encoder.model}
+        return {name for name, model in models.items() if model and {value.device for value in model.parameters()} == {CUDA}}
+
+    def spied(what: str, real):
+        def call(*arguments):
+            seen.setdefault(what, set()).update(on_device(made[0]))
+            return real(*arguments)
+
+        return call
+
+    for owner, name in ((Backbone, "encode"), (TextEncoder, "encode"), (PlaygroundReferenceEncoder, "features_of"),
+                        (Student, "errors")):
+        monkeypatch.setattr(owner, name, spied(f"{owner.__name__}.{name}", getattr(owner, name)))
+    run({}, pictures, tmp_path, monkeypatch)
+    assert seen == {"Backbone.encode": {"autoencoder"}, "TextEncoder.encode": {"text encoder"},
+                    "PlaygroundReferenceEncoder.features_of": {"reference encoder"},
+                    "Student.errors": {"UNet", "autoencoder"}}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
