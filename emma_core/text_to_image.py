@@ -57,9 +57,8 @@ class TextToImage:
         self._device = device
         self._autocast_dtype = _AUTOCAST.get(training.train.precision)
         self._parts = load_parts(training, dtype, device)
-        self._parts.place(UNET, AUTOENCODER, TEXT_ENCODER)
         self._connector = self._parts.connector.to(device)
-        self._encoders = [_load_encoder(file, open_clip_model, device) for file in encoder_files]
+        self._encoders = [_load_encoder(file, open_clip_model) for file in encoder_files]
 
     def load_module(self, file: str) -> GatedResampler:
         """A module for this ELLA, of which the reference encoder is here.
@@ -82,7 +81,12 @@ class TextToImage:
             ReferenceMismatchError: the encoder is not the module's.
         """
         encoder, options = encoder_for(module, self._encoders), encode_options(module.config)
-        features, _ = encode_pictures(encoder, image_1HW3, mask_1HW, options)
+        self._parts.place()  # a small card does not hold a large encoder beside them
+        encoder.model.to(self._device)
+        try:
+            features, _ = encode_pictures(encoder, image_1HW3, mask_1HW, options)
+        finally:
+            encoder.model.to("cpu")
         combined = combine_features(features, "concat", {**encoder.description, "layer": options.layer})
         check_for_module(combined, module.config)
         return {name: tensor.to(self._device) for name, tensor in combined.features.items()}
@@ -93,6 +97,7 @@ class TextToImage:
         Raises:
             ReferenceMismatchError: a reference does not fit.
         """
+        self._parts.place(UNET, AUTOENCODER, TEXT_ENCODER)
         with self._autocast():
             pictures_BHW3 = generate(self._pipeline(), requests, sampling)
         levels = (pictures_BHW3.float() * 255).round().byte().numpy()
@@ -167,8 +172,6 @@ def _as_training(
                        train=OptimisationConfig(precision=precision))
 
 
-def _load_encoder(file: str, open_clip_model: str, device: torch.device) -> ReferenceEncoder:
+def _load_encoder(file: str, open_clip_model: str) -> ReferenceEncoder:
     kind = encoder_kind(file)
-    encoder = load_encoder(file, (open_clip_model or None) if kind == "open_clip" else None, kind)
-    encoder.model.to(device)
-    return encoder
+    return load_encoder(file, (open_clip_model or None) if kind == "open_clip" else None, kind)

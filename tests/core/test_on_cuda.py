@@ -39,6 +39,18 @@ def run(config, pictures, tmp_path, monkeypatch) -> None:
         runs.run(config, lambda line: None, bars=False, device="cpu")
 
 
+def spy(monkeypatch, owner, name: str, models, seen: dict[str, set[str]]) -> None:
+    """Note in ``seen`` which of ``models()`` are on the device when a method is called."""
+    real = getattr(owner, name)
+
+    def call(*arguments, **options):
+        here = {what for what, model in models().items() if model and {value.device for value in model.parameters()} == {CUDA}}
+        seen.setdefault(f"{owner.__name__}.{name}", set()).update(here)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, call)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("what", ["module", "ella"])
 def test_a_run_with_sample_sheets(tmp_path, monkeypatch, pictures, what, precision):
@@ -53,22 +65,15 @@ def test_a_small_card_holds_only_what_is_at_work(tmp_path, monkeypatch, pictures
     load_parts = runs.load_parts
     monkeypatch.setattr(runs, "load_parts", lambda *arguments: made.append(load_parts(*arguments)) or made[0])
 
-    def on_device(parts) -> set[str]:
-        models = {"UNet": parts.backbone.unet, "autoencoder": parts.backbone.autoencoder,
-                  "text encoder": parts.text_encoder and parts.text_encoder.model,
-                  "reference encoder": parts.reference_encoder and parts.reference_encoder.model}
-        return {name for name, model in models.items() if model and {value.device for value in model.parameters()} == {CUDA}}
-
-    def spied(what: str, real):
-        def call(*arguments):
-            seen.setdefault(what, set()).update(on_device(made[0]))
-            return real(*arguments)
-
-        return call
+    def models() -> dict:
+        parts = made[0]
+        return {"UNet": parts.backbone.unet, "autoencoder": parts.backbone.autoencoder,
+                "text encoder": parts.text_encoder and parts.text_encoder.model,
+                "reference encoder": parts.reference_encoder and parts.reference_encoder.model}
 
     for owner, name in ((Backbone, "encode"), (TextEncoder, "encode"), (PlaygroundReferenceEncoder, "features_of"),
                         (Student, "errors")):
-        monkeypatch.setattr(owner, name, spied(f"{owner.__name__}.{name}", getattr(owner, name)))
+        spy(monkeypatch, owner, name, models, seen)
     run({}, pictures, tmp_path, monkeypatch)
     assert seen == {"Backbone.encode": {"autoencoder"}, "TextEncoder.encode": {"text encoder"},
                     "PlaygroundReferenceEncoder.features_of": {"reference encoder"},
@@ -79,9 +84,20 @@ def test_a_small_card_holds_only_what_is_at_work(tmp_path, monkeypatch, pictures
 def test_pictures_from_text_and_a_reference(monkeypatch, precision):
     for check in ("check_encoder", "check_for_module"):  # fingerprints are of values
         monkeypatch.setattr(text_to_image, check, lambda *parts, **options: None)
+    seen: dict[str, set[str]] = {}
     with fake_cuda(monkeypatch):
         base = TextToImage(BaseConfig(), EllaConfig(), [str(PLAYGROUND_DIR / "encoder.safetensors")], "", precision, CUDA)
+
+        def models() -> dict:
+            return {"UNet": base._parts.backbone.unet, "autoencoder": base._parts.backbone.autoencoder,
+                    "text encoder": base._parts.text_encoder.model, "reference encoder": base._encoders[0].model}
+
+        for owner, name in ((PlaygroundReferenceEncoder, "features_of"), (TextEncoder, "encode"), (Backbone, "predict_noise")):
+            spy(monkeypatch, owner, name, models, seen)
         module = base.load_module(str(PLAYGROUND_DIR / "emma-style.safetensors"))
         with_reference = Assembly([Reference(module, base.features(module, torch.rand(1, 128, 128, 3)))])
         drawn = base.draw([Request("woman cook", with_reference), Request("man")], Sampling(steps=2))
     assert [picture.size for picture in drawn] == [(128, 128)] * 2
+    drawing = {"UNet", "autoencoder", "text encoder"}
+    assert seen == {"PlaygroundReferenceEncoder.features_of": {"reference encoder"}, "TextEncoder.encode": drawing,
+                    "Backbone.predict_noise": drawing}
