@@ -65,6 +65,11 @@ class TextEncoder:
         return self._known[key].clone()
 
 
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """Of the weights, where nothing else is said: fp32 on the CPU and fp16 elsewhere."""
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
 def load_text_encoder(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> TextEncoder:
@@ -72,17 +77,15 @@ def load_text_encoder(
 
     Args:
         path: file or folder; its tokenizer.json lies in the folder or as `<file stem>.tokenizer.json` beside the file.
-        dtype: of the weights; by default fp32 on the CPU and fp16 elsewhere.
+        dtype: of the weights; by default `usual_dtype` of the device.
         device: the CPU by default.
     Raises:
         TextEncoderFileError: the file, its tokenizer or its weights cannot be used; the message says why.
     """
     device = torch.device("cpu" if device is None else device)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.float16
     t5_file = open_t5_file(path)
     tokenizer = load_tokenizer(t5_file)
-    return TextEncoder(_load_model(t5_file, dtype, device), tokenizer, t5_file.config)
+    return TextEncoder(_load_model(t5_file, dtype or usual_dtype(device), device), tokenizer, t5_file.config)
 
 
 def _load_model(t5_file: T5File, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:

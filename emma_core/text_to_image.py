@@ -113,11 +113,8 @@ class TextToImage:
             with self._autocast(False):  # T5 has a precision of its own
                 return [features.float() for features in self._parts.text_encoder.encode(prompts)]
 
-        def decode(latent_B4hw: torch.Tensor) -> torch.Tensor:
-            with self._autocast(False):  # the autoencoder is in float32, as fp16 overflows in it
-                return backbone.decode(latent_B4hw.float() * SD15_LATENT_SCALE)
-
-        return Pipeline(texts, self._connector, backbone.predict_noise, decode,
+        return Pipeline(texts, self._connector, backbone.predict_noise,
+                        lambda latent_B4hw: backbone.decode(latent_B4hw * SD15_LATENT_SCALE),
                         scheduler_for(backbone.alphas_cumprod_T, backbone.prediction))
 
 

@@ -84,8 +84,9 @@ class Backbone:
 
     @torch.no_grad()
     def decode(self, latents_B4hw: torch.Tensor) -> torch.Tensor:
-        """Latents of unit deviation -> pictures (B, 3, H, W) in [-1, 1]."""
-        return self.autoencoder.decode(latents_B4hw.float() / self.latent_scale)
+        """Latents of unit deviation -> pictures (B, 3, H, W) in [-1, 1], in float32 under autocast too: fp16 overflows."""
+        with torch.autocast(latents_B4hw.device.type, enabled=False):
+            return self.autoencoder.decode(latents_B4hw.float() / self.latent_scale)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Backbone:
         """Move it, and give the UNet's weights another type; also of what shares its weights."""
@@ -115,15 +116,12 @@ class Backbone:
         return twin
 
 
-def load_backbone(
-    config: BaseConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Backbone:
+def load_backbone(config: BaseConfig, dtype: torch.dtype = torch.float32) -> Backbone:
     """The model that `config` names: `playground`, a diffusers folder, or a single .safetensors file.
 
     Args:
         config: its `vae` replaces the autoencoder; its `lora` becomes part of the UNet.
         dtype: of the UNet's weights.
-        device: where it goes.
     Raises:
         FileError: not such a model (SDXL, SD2 and inpainting models are named), a pickle, damaged or incomplete weights.
         TrainingConfigError: a prediction that the playground has not; a LoRA without the package peft.
@@ -140,7 +138,7 @@ def load_backbone(
         backbone.unet.unload_lora()
         backbone.unet.requires_grad_(False)
         backbone.name += f" + {Path(config.lora).name}"
-    return backbone.to(device, dtype)
+    return backbone.to("cpu", dtype)
 
 
 def add_lora(unet: Any, path: Path, adapter: str) -> None:

@@ -16,7 +16,7 @@ from ..encoders.base import ReferenceEncoder
 from ..encoders.options import AS_TRAINED, EncodeOptions, Framing
 from ..errors import TrainingConfigError
 from ..playground import PLAYGROUND_DIR
-from ..text_encoder import TextEncoder, load_text_encoder
+from ..text_encoder import TextEncoder, load_text_encoder, usual_dtype
 from .backbones import Backbone, load_backbone
 from .config import PLAYGROUND, TrainConfig
 from .prepare import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Encoders
@@ -81,7 +81,7 @@ def load_parts(config: TrainConfig, dtype: torch.dtype, device: torch.device) ->
     backbone.alphas_cumprod_T = backbone.alphas_cumprod_T.to(device)
     if config.train.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    text_encoder = load_text_encoder(text, torch.float32 if device.type == "cpu" else torch.float16)
+    text_encoder = load_text_encoder(text, usual_dtype(device))
     connector = load_connector(ella) if ella else _new_connector(backbone, text_encoder)
     if connector.width != backbone.context_width:
         raise TrainingConfigError(f"the ELLA has tokens of width {connector.width}, {backbone.name} reads width "

@@ -75,11 +75,8 @@ class Sampler:
         def texts(prompts: Sequence[str]) -> list[torch.Tensor]:
             return [self.texts[prompt].float().to(device) for prompt in prompts]
 
-        def decode(latent_B4hw: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(device.type, enabled=False):  # the autoencoder is in float32, as fp16 overflows in it
-                return self.backbone.decode(latent_B4hw.float() * SD15_LATENT_SCALE)
-
-        return Pipeline(texts, connector, self.backbone.predict_noise, decode, scheduler)
+        return Pipeline(texts, connector, self.backbone.predict_noise,
+                        lambda latent_B4hw: self.backbone.decode(latent_B4hw * SD15_LATENT_SCALE), scheduler)
 
 
 def _assembly(module: GatedResampler, features: Mapping[str, torch.Tensor]) -> Assembly:

@@ -17,12 +17,12 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from training_world import fresh_accelerate
 
 from emma_core import tensor_file
 from emma_core.training import store, trainer
@@ -36,14 +36,9 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
     _make_up_values(patch)
     _replace_files_and_copies(patch)
     _train_nothing(patch)
-    # accelerate keeps the first run's device and precision for the life of a process
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(cpu=True).device = CUDA
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with fresh_accelerate(), FakeTensorMode(allow_non_fake_inputs=True):
+        PartialState(cpu=True).device = CUDA
+        yield
 
 
 def _make_up_values(patch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from test_training_backbones import kohya_lora, lora_layers
+from training_world import fresh_accelerate
 
 from emma_core import load_connector, load_module
 from emma_core.__main__ import main
@@ -68,17 +68,10 @@ def test_the_module_says_what_it_is_and_names_no_path(run, pictures):
     assert str(pictures) not in json.dumps(dict(config.training)) and str(run) not in config.to_json()
 
 
-@pytest.fixture
-def other_precision():
-    """accelerate keeps the first run's precision for the life of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_sheets_in_bf16_show_what_they_show_in_float32(run, other_precision, pictures, tmp_path):
+def test_sheets_in_bf16_show_what_they_show_in_float32(run, pictures, tmp_path):
     settings = ["--train.steps", "2", "--report.sample_every", "2", "--report.sample_steps", "2", "--train.precision", "bf16"]
-    assert main(["train", *SMALL, *settings, "--data.folder", str(pictures), "--output.folder", str(tmp_path)]) == 0
+    with fresh_accelerate():
+        assert main(["train", *SMALL, *settings, "--data.folder", str(pictures), "--output.folder", str(tmp_path)]) == 0
     found, wanted = (torch.from_numpy(np.array(Image.open(folder / "samples" / "00000002.png"), dtype=np.float32))
                      for folder in (tmp_path, run))
     assert (found - wanted).abs().mean() < 2 < wanted.std()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from small_models import SMALL, random_tensor, small_connector
 from torch import nn
 
@@ -76,6 +78,16 @@ class TinyDenoiser(nn.Module):
         pixels_BP4 = noised_B4hw.flatten(2).transpose(1, 2)
         weight_BPK = (pixels_BP4 @ self.query @ context_BKW.transpose(1, 2) / 8).softmax(-1)
         return noised_B4hw * 0.5 + (weight_BPK @ context_BKW @ self.value).transpose(1, 2).unflatten(2, noised_B4hw.shape[2:])
+
+
+@contextmanager
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the first run's device and precision for the life of a process: not inside, and not of inside."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def tiny_config(**changes) -> TrainConfig:

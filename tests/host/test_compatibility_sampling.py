@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import comfy.sd
 import comfy.supported_models
-import comfy.taesd.taesd
 import pytest
 import torch
-from tiny_models import UNET, empty_latent, fill_, noise
+from tiny_models import UNET, empty_latent, noise
 from token_check import CallSpy, check
-
-
-@pytest.fixture(scope="module")
-def vae():
-    """VAE, of the small kind that the host takes at any weights."""
-    return comfy.sd.VAE(sd=fill_(comfy.taesd.taesd.TAESD(), 81).state_dict())
 
 
 @pytest.fixture

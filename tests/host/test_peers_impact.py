@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import comfy.sd
-import comfy.taesd.taesd
 import peers
 import pytest
 import torch
-from tiny_models import empty_latent, fill_, noise, wire
+from tiny_models import empty_latent, noise, side_by_side, wire
 from token_check import CallSpy, check
 
 SAMPLING = {"seed": 11, "steps": 3, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal"}
@@ -21,12 +19,6 @@ DETAILER = {**SAMPLING, "guide_size": 64, "guide_size_for": True, "max_size": 12
 def impact_pack(host_nodes, pack, host_path):
     with peers.loaded(host_nodes, host_path, "ComfyUI-Impact-Pack") as (root,):
         yield root
-
-
-@pytest.fixture(scope="module")
-def vae():
-    """VAE, of the small kind that the host takes at any weights."""
-    return comfy.sd.VAE(sd=fill_(comfy.taesd.taesd.TAESD(), 81).state_dict())
 
 
 @pytest.fixture
@@ -71,14 +63,8 @@ def test_soft_masks_by_differential_diffusion(detail, run_node, model, wired):
 
 def test_masked_prompts_are_cut_with_the_segments(detail, run_node, tiny, ella, wired):
     other = wire(tiny, wired.model, ella, tiny.text(4, seed=32), tiny.text(1, seed=8))
-    mask = torch.zeros(1, 128, 128)
-    mask[:, :, :64] = 1
-    settings = {"strength": 1.0, "set_cond_area": "default"}
-    left, right = (run_node("ConditioningSetMask", conditioning=one.positive, mask=part, **settings)[0]
-                   for one, part in ((wired, mask), (other, 1 - mask)))
-    positive = run_node("ConditioningCombine", conditioning_1=left, conditioning_2=right)[0]
     with CallSpy(wired.model.model.diffusion_model) as spy:
-        detail(replace(other, positive=positive))
+        detail(replace(other, positive=side_by_side(run_node, wired, other, 128)))
     check(spy.calls, {0: [*wired.answers[0], *other.answers[0]], 1: wired.answers[1]})
 
 

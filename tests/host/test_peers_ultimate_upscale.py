@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import comfy.sd
-import comfy.taesd.taesd
 import peers
 import pytest
 import torch
-from tiny_models import fill_, noise, wire
+from tiny_models import noise, side_by_side, wire
 from token_check import CallSpy, check
 
 SEAMS = ("None", "Band Pass", "Half Tile", "Half Tile + Intersections")
@@ -22,12 +20,6 @@ USUAL = {"seed": 11, "steps": 2, "cfg": 7.0, "sampler_name": "euler", "scheduler
 def ultimate_upscale(host_nodes, pack, host_path):
     with peers.loaded(host_nodes, host_path, "ComfyUI_UltimateSDUpscale") as (root,):
         yield root
-
-
-@pytest.fixture(scope="module")
-def vae():
-    """VAE, of the small kind that the host takes at any weights."""
-    return comfy.sd.VAE(sd=fill_(comfy.taesd.taesd.TAESD(), 81).state_dict())
 
 
 @pytest.fixture
@@ -75,12 +67,9 @@ def test_regions_are_cut_with_the_tiles(upscale, run_node, tiny, model, ella, wi
         settings = {"y": 0, "width": 64, "height": 128, "strength": 1.0}
         left, right = (run_node("ConditioningSetArea", conditioning=one.positive, x=x, **settings)[0]
                        for one, x in ((wired, 0), (other, 64)))
+        positive = run_node("ConditioningCombine", conditioning_1=left, conditioning_2=right)[0]
     else:
-        mask = torch.zeros(1, 128, 128)
-        mask[:, :, :64] = 1
-        left, right = (run_node("ConditioningSetMask", conditioning=one.positive, mask=part, strength=1.0,
-                                set_cond_area="default")[0] for one, part in ((wired, mask), (other, 1 - mask)))
-    positive = run_node("ConditioningCombine", conditioning_1=left, conditioning_2=right)[0]
+        positive = side_by_side(run_node, wired, other, 128)
     with CallSpy(model.model.diffusion_model) as spy:
         upscale(replace(other, positive=positive), picture_1HW3)
     check(spy.calls, {0: [*wired.answers[0], *other.answers[0]], 1: wired.answers[1]})

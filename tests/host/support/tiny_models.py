@@ -13,7 +13,9 @@ import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.model_management
 import comfy.ops
+import comfy.sd
 import comfy.supported_models
+import comfy.taesd.taesd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -178,6 +180,15 @@ def save_t5(folder: Path, width: int = TEXT_DIM) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def side_by_side(run_node, left, right, side_px: int) -> list:
+    """CONDITIONING of two prompts, each masked to its half of a square picture."""
+    mask = torch.zeros(1, side_px, side_px)
+    mask[:, :, :side_px // 2] = 1
+    halves = [run_node("ConditioningSetMask", conditioning=one.positive, mask=part, strength=1.0, set_cond_area="default")[0]
+              for one, part in ((left, mask), (right, 1 - mask))]
+    return run_node("ConditioningCombine", conditioning_1=halves[0], conditioning_2=halves[1])[0]
+
+
 def empty_latent(batch: int = 1, size: int = 8) -> dict:
     """LATENT of zeros."""
     return {"samples": torch.zeros(batch, 4, size, size)}
@@ -227,6 +238,12 @@ def connect(tiny, ella, module):
 def wired(connect, model):
     """The MODEL connected."""
     return connect(model)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    """VAE, of the small kind that the host takes at any weights."""
+    return comfy.sd.VAE(sd=fill_(comfy.taesd.taesd.TAESD(), 81).state_dict())
 
 
 @pytest.fixture(scope="session")
