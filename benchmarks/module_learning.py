@@ -4,9 +4,9 @@ Each run begins anew on the frozen playground, with the trainer. Then, on held-o
 text alone the reference takes away, by timestep, on the same noise in every run; and how often a judge finds the reference's
 vendor (style) or tone (face) in generated pictures.
 
-    python -m emma_core.emoji build --out emoji
-    python -m emma_core.playground.training_data --data emoji --out pictures
-    python -m emma_core.playground.judge --data emoji --out judge.safetensors
+    python -m lab.emoji build --out emoji
+    python -m lab.playground.training_data --data emoji --out pictures
+    python -m lab.playground.judge --data emoji --out judge.safetensors
     python benchmarks/module_learning.py --data emoji --pictures pictures --judge judge.safetensors --out learning
 """
 
@@ -23,12 +23,8 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 
-from emma_core.emoji.dataset import load  # noqa: E402
-from emma_core.gated_resampler import GatedResampler  # noqa: E402
-from emma_core.generate import Sampling  # noqa: E402
-from emma_core.playground.evaluate import Generation, Line, choose_trials, hits_of  # noqa: E402
-from emma_core.playground.judge import load_judge  # noqa: E402
-from emma_core.playground.train_encoder import LABELS, labels_of  # noqa: E402
+from emma_core.base.pipeline import Sampling  # noqa: E402
+from emma_core.model.gated_resampler import GatedResampler  # noqa: E402
 from emma_core.playground.world import load_world  # noqa: E402
 from emma_core.training.config import TrainConfig, resolve  # noqa: E402
 from emma_core.training.draws import Draws  # noqa: E402
@@ -39,6 +35,10 @@ from emma_core.training.prepare import Prepared, prepare  # noqa: E402
 from emma_core.training.runs import begin  # noqa: E402
 from emma_core.training.student import Student  # noqa: E402
 from emma_core.training.trainer import gates_of  # noqa: E402
+from lab.emoji.dataset import load  # noqa: E402
+from lab.playground.evaluate import Generation, Line, choose_trials, hits_of  # noqa: E402
+from lab.playground.judge import load_judge  # noqa: E402
+from lab.playground.train_encoder import LABELS, labels_of  # noqa: E402
 
 LABEL_OF = {"style": "vendor", "face": "tone"}
 CENTRE = {

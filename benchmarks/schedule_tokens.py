@@ -23,9 +23,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "core")]
 from literal_equations import EllaConnector, EmmaModule, Used  # noqa: E402
 
 from emma_core import Assembly, Connector, ConnectorConfig, FeatureSpec, GatedResampler, ModuleConfig, Reference  # noqa: E402
-from emma_core.assembly import tokens_over_schedule  # noqa: E402
-from emma_core.connector_file import connector_tensors  # noqa: E402
-from emma_core.module_file import module_tensors  # noqa: E402
+from emma_core.files.connector_file import connector_tensors  # noqa: E402
+from emma_core.files.module_file import module_tensors  # noqa: E402
+from emma_core.model.assembly import tokens_over_schedule  # noqa: E402
 
 # condition -> feature -> (vectors, dim, tokens per vector)
 CONDITIONS = {

@@ -25,19 +25,19 @@ from peft import LoraConfig  # noqa: E402
 from peft.utils import get_peft_model_state_dict  # noqa: E402
 
 from emma_core.__main__ import main as emma  # noqa: E402
-from emma_core.emoji.dataset import EmojiPeople, load  # noqa: E402
-from emma_core.generate import Sampling  # noqa: E402
-from emma_core.module_file import load_module  # noqa: E402
+from emma_core.base.backbones import add_lora, load_backbone  # noqa: E402
+from emma_core.base.pipeline import Sampling  # noqa: E402
+from emma_core.files.module_file import load_module  # noqa: E402
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder  # noqa: E402
-from emma_core.playground.evaluate import Generation, Line, Trial, hits_of, save_sheet  # noqa: E402
-from emma_core.playground.judge import load_judge  # noqa: E402
-from emma_core.playground.text import wordings  # noqa: E402
-from emma_core.playground.train_base import unit_latents  # noqa: E402
-from emma_core.playground.train_encoder import LABELS, labels_of  # noqa: E402
 from emma_core.playground.unet import add_noise  # noqa: E402
 from emma_core.playground.world import load_world  # noqa: E402
-from emma_core.training.backbones import add_lora, load_backbone  # noqa: E402
 from emma_core.training.config import BaseConfig  # noqa: E402
+from lab.emoji.dataset import EmojiPeople, load  # noqa: E402
+from lab.playground.evaluate import Generation, Line, Trial, hits_of, save_sheet  # noqa: E402
+from lab.playground.judge import load_judge  # noqa: E402
+from lab.playground.text import wordings  # noqa: E402
+from lab.playground.train_base import unit_latents  # noqa: E402
+from lab.playground.train_encoder import LABELS, labels_of  # noqa: E402
 
 RANK, BATCH, RATE = 16, 16, 2e-3
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out"]

@@ -33,9 +33,9 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from torch import nn  # noqa: E402
 
-from emma_core.connector import Connector, ConnectorConfig  # noqa: E402
+from emma_core.base.backbones import Backbone  # noqa: E402
+from emma_core.model.connector import Connector, ConnectorConfig  # noqa: E402
 from emma_core.playground.unet import alphas_cumprod  # noqa: E402
-from emma_core.training.backbones import Backbone  # noqa: E402
 from emma_core.training.config import TrainConfig, resolve  # noqa: E402
 from emma_core.training.losses import TimestepBuckets  # noqa: E402
 from emma_core.training.starts import begin_module  # noqa: E402
@@ -88,7 +88,7 @@ def playground(config: TrainConfig) -> Models:
 def sd15(config: TrainConfig) -> Models:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, T5Config, T5EncoderModel
 
-    from emma_core.training.sd15_files import KlAutoencoder
+    from emma_core.base.sd15_files import KlAutoencoder
 
     t5 = random_weights(lambda: T5EncoderModel(T5Config(
         vocab_size=32128, d_model=2048, d_kv=64, num_heads=32, d_ff=5120, num_layers=24, feed_forward_proj="gated-gelu")))

@@ -6,6 +6,7 @@ Each picture is a graph that runs on a real ComfyUI: the same prompt, seed, styl
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,11 +19,11 @@ sys.path[:0] = [str(ROOT)]
 
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
-from emma_core.server_client import ComfyClient  # noqa: E402
 from harness.commands import SERVER_NEEDS  # noqa: E402
 from harness.environment import say  # noqa: E402
 from harness.hosts import find_hosts, host_python  # noqa: E402
 from harness.server import HostServer  # noqa: E402
+from harness.server_client import ComfyClient  # noqa: E402
 
 PROMPT, STYLE = "woman mechanic", "style-noto"
 FACE, OTHER_FACE, OTHER_PICTURE = "face-dark", "face-light", "style-twemoji"
@@ -193,8 +194,8 @@ def drawn(client: ComfyClient, case: Callable[[Connected], Wire]) -> Image.Image
     connected = Connected(graph, playground, *connect(graph, playground, FACE))
     image = graph.wire("VAEDecode", samples=case(connected), vae=[playground, VAE])
     preview = graph.add("PreviewImage", images=image)
-    pixels = client.picture(client.run(graph.nodes)[preview]["images"][0])
-    return Image.fromarray((pixels.numpy() * 255).round().astype("uint8"))
+    content = client.picture(client.run(graph.nodes)[preview]["images"][0])
+    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 def sheet_of(pictures: dict[str, Image.Image]) -> Image.Image:

@@ -7,6 +7,7 @@ nodes are drawn. workflows/playground.jpg is a part of the demo's sheet and stay
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import tempfile
@@ -19,11 +20,11 @@ sys.path[:0] = [str(ROOT)]
 
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
-from emma_core.server_client import ComfyClient, api_prompt, node_titled  # noqa: E402
 from harness.commands import SERVER_NEEDS  # noqa: E402
 from harness.environment import say  # noqa: E402
 from harness.hosts import find_hosts, host_python  # noqa: E402
 from harness.server import HostServer  # noqa: E402
+from harness.server_client import ComfyClient, api_prompt, node_titled  # noqa: E402
 
 FOLDER = ROOT / "workflows"
 SIZE_PX, GAP_PX, LABEL_PX, HEAD_PX, QUALITY = 400, 8, 20, 40, 85
@@ -59,7 +60,7 @@ def draw_results(name: str, workflow: Mapping[str, Any], url: str) -> Image.Imag
         width = SIZE_PX // len(titles)
         for column, title in enumerate(titles):
             images = outputs[node_titled(prompt, title)]["images"]
-            pictures = [Image.fromarray((client.picture(image).numpy() * 255).round().astype("uint8")) for image in images]
+            pictures = [Image.open(io.BytesIO(client.picture(image))).convert("RGB") for image in images]
             box = (width - GAP_PX, height - GAP_PX - LABEL_PX)
             columns = max(range(1, len(pictures) + 1), key=lambda count: _scale(pictures, count, box))
             _paste_grid(sheet, pictures, columns, (column * width + GAP_PX // 2, row * height + GAP_PX // 2, *box))

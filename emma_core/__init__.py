@@ -7,18 +7,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .assembly import Assembly, Reference
-    from .connector import Connector, ConnectorConfig
-    from .connector_file import load_connector, save_connector
-    from .gated_resampler import GatedResampler
-    from .module_config import FeatureSpec, ModuleConfig
-    from .module_file import load_module, save_module
+    from .files.connector_file import load_connector, save_connector
+    from .files.module_file import load_module, save_module
+    from .model.assembly import Assembly, Reference
+    from .model.connector import Connector, ConnectorConfig
+    from .model.gated_resampler import GatedResampler
+    from .model.module_config import FeatureSpec, ModuleConfig
 
 _HOME = {
-    "Assembly": "assembly", "Reference": "assembly", "Connector": "connector", "ConnectorConfig": "connector",
-    "load_connector": "connector_file", "save_connector": "connector_file", "GatedResampler": "gated_resampler",
-    "FeatureSpec": "module_config", "ModuleConfig": "module_config", "load_module": "module_file",
-    "save_module": "module_file",
+    "Assembly": "model.assembly", "Reference": "model.assembly", "Connector": "model.connector",
+    "ConnectorConfig": "model.connector", "load_connector": "files.connector_file", "save_connector": "files.connector_file",
+    "GatedResampler": "model.gated_resampler", "FeatureSpec": "model.module_config", "ModuleConfig": "model.module_config",
+    "load_module": "files.module_file", "save_module": "files.module_file",
 }
 __all__ = [
     "Assembly", "Connector", "ConnectorConfig", "FeatureSpec", "GatedResampler", "ModuleConfig", "Reference",

@@ -61,7 +61,7 @@ def run_demo(options: argparse.Namespace) -> int:
         raise SetupError(f"--out: there is no folder {out.parent}; make it first, or choose another.")
     hosts = [] if options.bare else find_hosts(options.comfyui)
     python = ensure_base_environment()
-    command = [str(python), "-m", "emma_core.demo", "--out", str(out)]
+    command = [str(python), "-m", "lab.demo", "--out", str(out)]
     if not hosts:
         say("Running without ComfyUI" + ("" if options.bare else " (none found; set COMFYUI_PATH to use one)"))
         return subprocess.run(command, cwd=ROOT, env=child_environment()).returncode

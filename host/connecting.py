@@ -3,9 +3,9 @@
 import logging
 import warnings
 
-from ..emma_core.assembly import Reference, check_fits
+from ..emma_core.encoders.reference_features import ReferenceFeatures, check_for_module
 from ..emma_core.errors import ConnectorMismatchError, EmmaWarning
-from ..emma_core.reference_features import ReferenceFeatures, check_for_module
+from ..emma_core.model.assembly import Reference, check_fits
 from .conditioning import connect_conditioning
 from .loaded import LoadedConnector, LoadedModule
 from .payload import HostAssembly

@@ -4,9 +4,9 @@ import comfy.model_management
 import numpy as np
 import torch
 
-from ..emma_core.assembly import Assembly
+from ..emma_core.drawing.gate_map import GateMap, draw_gate_maps, gate_values
 from ..emma_core.errors import ReferenceMismatchError
-from ..emma_core.gate_map import GateMap, draw_gate_maps, gate_values
+from ..emma_core.model.assembly import Assembly
 from .loaded import LoadedConnector
 from .payload import HostAssembly
 from .text_rows import LENGTHS, text_rows

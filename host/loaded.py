@@ -8,11 +8,11 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 
-from ..emma_core.connector import Connector
-from ..emma_core.connector_file import load_connector
 from ..emma_core.encoders.base import FeatureCache
-from ..emma_core.gated_resampler import GatedResampler
-from ..emma_core.module_file import load_module
+from ..emma_core.files.connector_file import load_connector
+from ..emma_core.files.module_file import load_module
+from ..emma_core.model.connector import Connector
+from ..emma_core.model.gated_resampler import GatedResampler
 
 
 def compute_dtype() -> torch.dtype:

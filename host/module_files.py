@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..emma_core import thumbnails
-from ..emma_core.module_file import save_module
+from ..emma_core.drawing import thumbnails
+from ..emma_core.files.module_file import save_module
 from .images import rgb_pictures
 from .loaded import LoadedModule
 from .naming import free_file

@@ -13,8 +13,8 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
-from ..emma_core.assembly import Assembly, Reference, check_counts, tokens_over_schedule
 from ..emma_core.errors import ReferenceMismatchError, UnconnectedModelError
+from ..emma_core.model.assembly import Assembly, Reference, check_counts, tokens_over_schedule
 from .loaded import LoadedConnector, LoadedModule
 from .text_rows import text_rows
 

@@ -8,7 +8,7 @@ import comfy.hooks
 import torch
 
 from ..emma_core.errors import ReferenceMismatchError
-from ..emma_core.strength_keyframes import StrengthKeyframe, StrengthKeyframes
+from ..emma_core.model.strength_keyframes import StrengthKeyframe, StrengthKeyframes
 
 
 def changing_strength(strength: float, strengths: Any) -> tuple[float | torch.Tensor, StrengthKeyframes]:

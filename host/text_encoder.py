@@ -14,8 +14,8 @@ from comfy.cli_args import args
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 from comfy.supported_models_base import ClipTarget
 
-from ..emma_core.t5_file import T5File, load_parts, open_t5_file
-from ..emma_core.t5_tokenizer import PromptTokenizer, load_tokenizer
+from ..emma_core.text.t5_file import T5File, load_parts, open_t5_file
+from ..emma_core.text.t5_tokenizer import PromptTokenizer, load_tokenizer
 
 DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 EMPTY_PROMPT_LENGTHS = {"natural length": 1, "padded to 128": 128}

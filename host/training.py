@@ -20,11 +20,11 @@ import folder_paths
 import torch
 import torch.utils.checkpoint
 
-from ..emma_core.connector import Connector
 from ..emma_core.encoders.base import encode_pictures
 from ..emma_core.errors import ConnectorMismatchError, TrainingConfigError, TrainingDataError, TrainingError
-from ..emma_core.module_file import module_tensors, save_module
-from ..emma_core.tensor_file import fingerprint_of_weights
+from ..emma_core.files.module_file import module_tensors, save_module
+from ..emma_core.files.tensor_file import fingerprint_of_weights
+from ..emma_core.model.connector import Connector
 from ..emma_core.training.config import TrainConfig
 from ..emma_core.training.losses import BUCKETS, TIMESTEPS
 from ..emma_core.training.parts import encoder_metadata, options_of

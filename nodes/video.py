@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..emma_core.frame_values import INTERPOLATIONS, parse_keyframes, values_between, values_over_frames
-from ..emma_core.reference_features import blend_references
+from ..emma_core.encoders.reference_features import blend_references
+from ..emma_core.model.frame_values import INTERPOLATIONS, parse_keyframes, values_between, values_over_frames
 from .types import Reference, schema
 
 _MOST_FRAMES = 4096

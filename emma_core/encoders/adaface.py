@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import EncoderFileError, ImageInputError
-from ..tensor_file import check_finite, check_shapes, fingerprint_of_weights, read_weights
+from ..files.tensor_file import check_finite, check_shapes, fingerprint_of_weights, read_weights
 
 INPUT_SIZE_PX = 112
 EMBEDDING_DIM, MAP_DIM = 512, 512

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import EncoderFileError
-from ..tensor_file import (
+from ..files.tensor_file import (
     PICKLE_SUFFIXES,
     check_finite,
     check_shapes,

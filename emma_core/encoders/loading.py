@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import EncoderFileError
-from ..tensor_file import PICKLE_SUFFIXES, open_tensors, read_weights
+from ..files.tensor_file import PICKLE_SUFFIXES, open_tensors, read_weights
 from .base import ReferenceEncoder
 from .families import CLIP_TOWERS
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import EncoderFileError, ImageInputError
-from ..tensor_file import PICKLE_SUFFIXES, check_finite, fingerprint_of_weights, open_tensors, read_weights
+from ..files.tensor_file import PICKLE_SUFFIXES, check_finite, fingerprint_of_weights, open_tensors, read_weights
 from .base import PictureEncoder, check_features
 from .open_clip_recognition import (
     CONFIG_NAME,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import EncoderFileError
-from ..tensor_file import check_finite, check_shapes, read_weights, sha256_of_tensors
+from ..files.tensor_file import check_finite, check_shapes, read_weights, sha256_of_tensors
 from .base import PictureEncoder
 from .options import EncodeOptions
 from .pictures import Preparation

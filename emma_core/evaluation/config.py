@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..base.pipeline import PICTURES_AT_ONCE, PIXELS_PER_LATENT, Sampling
 from ..errors import EmmaError
-from ..generate import PICTURES_AT_ONCE, PIXELS_PER_LATENT, Sampling
 from ..playground import PLAYGROUND_DIR
 from ..training.config import PLAYGROUND, PRECISIONS, BaseConfig, EllaConfig, key, resolve_sections
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..assembly import Assembly, Reference
+from ..base.pipeline import Request, Sampling
+from ..base.text_to_image import TextToImage, picture_tensor
 from ..errors import EmmaError
-from ..gated_resampler import GatedResampler
-from ..generate import Request, Sampling
+from ..model.assembly import Assembly, Reference
+from ..model.gated_resampler import GatedResampler
 from ..playground import PLAYGROUND_DIR
-from ..text_to_image import TextToImage, picture_tensor
 from .config import MASK_ALWAYS, MASK_NEVER, EvalConfig, EvaluationError, Row, encoder_files
 from .plan import Files, Job, sha256_of
 from .references import ReferencePicture

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..tensor_file import sha256_of_file
+from ..files.tensor_file import sha256_of_file
 from .config import SUBJECT, EvalConfig, Row
 from .references import ReferencePicture
 

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from PIL import Image
 
-from ..tensor_file import sha256_of_file
+from ..files.tensor_file import sha256_of_file
 from ..training.buckets import open_mask, open_picture, picture_size
 from ..training.examples import MASK_SUFFIX, PICTURE_SUFFIXES
 from .config import SUBJECT, EvaluationError, PlanConfig, PromptsConfig, ReferencesConfig

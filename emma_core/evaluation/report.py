@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..contact_sheet import SheetRow, draw_contact_sheet
-from ..tensor_file import write_atomically
+from ..drawing.contact_sheet import SheetRow, draw_contact_sheet
+from ..files.tensor_file import write_atomically
 from .config import Row
 from .plan import Comparison
 from .references import ReferencePicture

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..tensor_file import write_atomically
-from ..text_to_image import precision_on, save_picture
+from ..base.text_to_image import precision_on, save_picture
+from ..files.tensor_file import write_atomically
 from ..training.config import toml_of
 from .coco import coco_captions, coco_references
 from .config import EvalConfig, Row, ScoresConfig, check, resolve_evaluation, rows_of

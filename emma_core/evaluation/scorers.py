@@ -22,7 +22,7 @@ from ..encoders.open_clip_recognition import CONFIG_NAME, Tower, declared_tower,
 from ..encoders.options import Framing
 from ..encoders.pictures import Preparation, prepare_pictures
 from ..errors import EncoderFileError, FileError
-from ..tensor_file import check_finite, check_shapes, read_weights, sha256_of_file
+from ..files.tensor_file import check_finite, check_shapes, read_weights, sha256_of_file
 from .config import EvaluationError, ScoresConfig
 
 CLIP_T, CLIP_I, DINO = "CLIP-T", "CLIP-I", "DINO"

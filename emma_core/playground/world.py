@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..assembly import Assembly, Reference
-from ..connector_file import load_connector
+from ..base.pipeline import Pipeline, sd15_scheduler
 from ..encoders.base import encode_pictures
 from ..encoders.options import EncodeOptions
 from ..encoders.playground import PlaygroundReferenceEncoder, load_playground_encoder
-from ..gated_resampler import GatedResampler
-from ..generate import Pipeline, sd15_scheduler
-from ..module_file import load_module
-from ..reference_features import check_for_module, combine_features
-from ..text_encoder import load_text_encoder
+from ..encoders.reference_features import check_for_module, combine_features
+from ..files.connector_file import load_connector
+from ..files.module_file import load_module
+from ..model.assembly import Assembly, Reference
+from ..model.gated_resampler import GatedResampler
+from ..text.encoder import load_text_encoder
 from . import PLAYGROUND_DIR, load_autoencoder, load_unet
-from .pairs import CONDITIONS
+
+CONDITIONS = ("style", "face", "object")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def load_world(folder: str | Path = PLAYGROUND_DIR) -> World:
     return World(pipeline, modules, load_playground_encoder(folder / "encoder.safetensors"))
 
 
-def read_picture(path: str | Path) -> torch.Tensor:
+def read_picture(path: str | Path | BinaryIO) -> torch.Tensor:
     """A picture file as (1, H, W, 3) in [0, 1]; transparency becomes white."""
     picture = Image.open(path).convert("RGBA")
     sheet = Image.new("RGBA", picture.size, "white")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import TrainingError
-from ..tensor_file import write_atomically
+from ..files.tensor_file import write_atomically
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
 FORMAT_VERSION = 1

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from ..assembly import Assembly
-from ..connector import Connector
+from ..base.backbones import Backbone
+from ..base.pipeline import PIXELS_PER_LATENT
 from ..errors import TrainingConfigError
-from ..generate import PIXELS_PER_LATENT
-from .backbones import Backbone
+from ..model.assembly import Assembly
+from ..model.connector import Connector
 from .config import TrainConfig
 from .prepare import Prepared
 from .shards import Processes, fill

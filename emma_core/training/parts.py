@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from ..connector import Connector
-from ..connector_file import load_connector
+from ..base.backbones import Backbone, load_backbone
 from ..encoders.base import ReferenceEncoder
 from ..encoders.options import AS_TRAINED, EncodeOptions, Framing
 from ..errors import TrainingConfigError
+from ..files.connector_file import load_connector
+from ..model.connector import Connector
 from ..playground import PLAYGROUND_DIR
-from ..text_encoder import TextEncoder, load_text_encoder, usual_dtype
-from .backbones import Backbone, load_backbone
+from ..text.encoder import TextEncoder, load_text_encoder, usual_dtype
 from .config import PLAYGROUND, TrainConfig
 from .prepare import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Encoders
 from .starts import wanted_features
@@ -127,7 +127,7 @@ def prepare_precision(config: TrainConfig, device: torch.device) -> tuple[TrainC
 
 def _new_connector(backbone: Backbone, text_encoder: TextEncoder) -> Connector:
     """A connector of the released size at random, for training ELLA from nothing."""
-    from ..connector import ConnectorConfig
+    from ..model.connector import ConnectorConfig
 
     return Connector(ConnectorConfig(width=backbone.context_width, text_dim=text_encoder.width))
 

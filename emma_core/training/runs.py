@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .. import thumbnails
+from ..base.backbones import Backbone
+from ..drawing import thumbnails
 from ..encoders.base import encode_pictures
 from ..errors import TrainingConfigError
-from .backbones import Backbone
 from .buckets import open_picture
 from .config import TrainConfig
 from .draws import Row

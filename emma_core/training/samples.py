@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from ..assembly import Assembly, Reference
-from ..connector import Connector
-from ..contact_sheet import SheetRow, draw_contact_sheet
-from ..gated_resampler import GatedResampler
-from ..generate import SD15_LATENT_SCALE, Pipeline, Request, Sampling, generate, sd15_scheduler
-from .backbones import Backbone
+from ..base.backbones import Backbone
+from ..base.pipeline import SD15_LATENT_SCALE, Pipeline, Request, Sampling, generate, sd15_scheduler
+from ..drawing.contact_sheet import SheetRow, draw_contact_sheet
+from ..model.assembly import Assembly, Reference
+from ..model.connector import Connector
+from ..model.gated_resampler import GatedResampler
 from .config import ReportConfig
 from .trainer import Trainer
 

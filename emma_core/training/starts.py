@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..connector import Connector
 from ..errors import TrainingConfigError
-from ..gated_resampler import GatedResampler
-from ..module_config import FeatureSpec, ModuleConfig
-from ..module_file import load_module
+from ..files.module_file import load_module
+from ..model.connector import Connector
+from ..model.gated_resampler import GatedResampler
+from ..model.module_config import FeatureSpec, ModuleConfig
 from .config import TrainConfig
 
 # condition -> feature -> tokens per vector (paper, section 3; style as in IP-Adapter, arXiv 2308.06721, section 3.2.1)

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..assembly import Assembly, Reference
-from ..connector import Connector
-from ..gated_resampler import GatedResampler
+from ..model.assembly import Assembly, Reference
+from ..model.connector import Connector
+from ..model.gated_resampler import GatedResampler
 from .config import ObjectiveConfig
 from .draws import Batch, Row, TrainingSet
 from .losses import add_noise, row_weights, squared_errors, target_of

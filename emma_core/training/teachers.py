@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from ..base.backbones import Backbone, add_lora, load_backbone
 from ..encoders.clip_vision import ClipVisionEncoder, load_clip_vision
 from ..encoders.loading import weights_path
 from ..encoders.options import EncodeOptions
 from ..errors import FileError, ReferenceMismatchError, TrainingConfigError
-from ..tensor_file import check_finite, check_shapes, read_tensors
-from .backbones import Backbone, add_lora, load_backbone
+from ..files.tensor_file import check_finite, check_shapes, read_tensors
 from .config import BaseConfig, TeacherConfig
 
 _IP_ADAPTER = "an IP-Adapter for SD1.5"

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..connector import Connector
-from ..connector_file import save_connector
 from ..errors import TrainingError
-from ..gated_resampler import GatedResampler
-from ..module_config import ModuleConfig
-from ..module_file import save_module
+from ..files.connector_file import save_connector
+from ..files.module_file import save_module
+from ..model.connector import Connector
+from ..model.gated_resampler import GatedResampler
+from ..model.module_config import ModuleConfig
 from .averaging import AveragedWeights, cosine_rate
 from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_or_explain
 from .config import TrainConfig

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from emma_core.emoji.icons import UNSEEN, VENDORS
-from emma_core.emoji.people import TONES
+from lab.emoji.icons import UNSEEN, VENDORS
+from lab.emoji.people import TONES
 
 PEOPLE = {  # name in the data source -> (code points, subcategory)
     "MAN": ("1f468", "person"),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from emma_core.emoji.dataset import EmojiPeople, Row
+from lab.emoji.dataset import EmojiPeople, Row
 
 VENDORS = ("noto", "twemoji", "fluent-emoji-flat", "fluent-emoji")
 TONES = ("light", "medium", "dark")

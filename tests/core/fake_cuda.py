@@ -24,7 +24,7 @@ from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from training_world import fresh_accelerate
 
-from emma_core import tensor_file
+from emma_core.files import tensor_file
 from emma_core.training import store, trainer
 
 CUDA = torch.device("cuda:0")

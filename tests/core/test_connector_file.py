@@ -9,10 +9,10 @@ from bad_files import CHECKPOINT, NOT_SAFETENSORS, rewrite
 from safetensors.torch import load_file, save_file
 from small_models import SMALL, small_connector, small_module, small_text
 
-import emma_core.connector_file as connector_file
+import emma_core.files.connector_file as connector_file
 from emma_core import ConnectorConfig, load_connector, save_connector, save_module
 from emma_core.errors import ConnectorFileError, ConnectorMismatchError
-from emma_core.tensor_file import sha256_of_file
+from emma_core.files.tensor_file import sha256_of_file
 
 HEADS = {"ella": json.dumps({"heads": 4})}
 

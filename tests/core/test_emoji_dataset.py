@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from emoji_packages import PEOPLE, write_packages
 
-from emma_core.emoji.dataset import IMAGES_FILE, INDEX_FILE, SPLITS, build, load, split_of
-from emma_core.emoji.icons import VENDORS, EmojiPackageError, Vendor, render
-from emma_core.emoji.people import TONES, Person, select_people
+from lab.emoji.dataset import IMAGES_FILE, INDEX_FILE, SPLITS, build, load, split_of
+from lab.emoji.icons import VENDORS, EmojiPackageError, Vendor, render
+from lab.emoji.people import TONES, Person, select_people
 
 pytest.importorskip("resvg_py", reason="the renderer comes with requirements/dev.txt")
 FORBIDDEN = re.compile(r"\b(light|dark|medium|skin|tone|noto|twemoji|fluent|flat|emoji|google|microsoft|3d)\b")
@@ -117,7 +117,7 @@ def test_missing_packages_are_named(tmp_path):
 
 
 def test_missing_data_says_how_to_make_it(tmp_path):
-    with pytest.raises(EmojiPackageError, match="python -m emma_core.emoji build"):
+    with pytest.raises(EmojiPackageError, match="python -m lab.emoji build"):
         load(tmp_path)
 
 

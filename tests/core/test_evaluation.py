@@ -27,18 +27,18 @@ from safetensors.torch import load_file, save_file
 from test_training_backbones import save_folder, single_file
 
 from emma_core.__main__ import main
-from emma_core.assembly import Assembly, Reference
-from emma_core.connector import Connector
-from emma_core.connector_file import load_connector
+from emma_core.base.backbones import load_backbone
+from emma_core.base.pipeline import Pipeline, Request, Sampling, generate, sd15_scheduler
 from emma_core.evaluation.generation import Drawer
 from emma_core.evaluation.plan import sha256_of
 from emma_core.evaluation.scorers import ClipScorer, DinoScorer
-from emma_core.generate import Pipeline, Request, Sampling, generate, sd15_scheduler
+from emma_core.files.connector_file import load_connector
+from emma_core.model.assembly import Assembly, Reference
+from emma_core.model.connector import Connector
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.playground.autoencoder import Autoencoder
 from emma_core.playground.world import load_world, read_picture
-from emma_core.text_encoder import TextEncoder
-from emma_core.training.backbones import load_backbone
+from emma_core.text.encoder import TextEncoder
 from emma_core.training.config import BaseConfig
 
 FACE = PLAYGROUND_DIR / "emma-face.safetensors"

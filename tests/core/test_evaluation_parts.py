@@ -11,9 +11,10 @@ import torch
 from evaluation_world import tables_for, two_boxes
 from PIL import Image
 
-from emma_core.assembly import Assembly
+from emma_core.base.pipeline import Request, Sampling, generate, sd15_scheduler
+from emma_core.base.text_to_image import encoder_for, scheduler_for
+from emma_core.commands import evaluate as command
 from emma_core.errors import ReferenceMismatchError, TrainingConfigError
-from emma_core.evaluation import command
 from emma_core.evaluation.coco import Segmentation, coco_captions, coco_references
 from emma_core.evaluation.config import (
     EvalConfig,
@@ -28,13 +29,12 @@ from emma_core.evaluation.generation import Drawer
 from emma_core.evaluation.plan import Files, Job, comparisons, sha256_of
 from emma_core.evaluation.references import chosen, prompts_in, references_in
 from emma_core.evaluation.report import RESAMPLES, crossed_interval
-from emma_core.generate import Request, Sampling, generate, sd15_scheduler
-from emma_core.module_file import load_module, save_module
+from emma_core.files.module_file import load_module, save_module
+from emma_core.model.assembly import Assembly
 from emma_core.playground import PLAYGROUND_DIR
-from emma_core.playground.evaluate import bootstrapped
 from emma_core.playground.world import load_world, read_picture
-from emma_core.text_to_image import encoder_for, scheduler_for
 from emma_core.training.config import read_toml, sections, toml_of
+from lab.playground.evaluate import bootstrapped
 
 STYLE = PLAYGROUND_DIR / "emma-style.safetensors"
 TONE = PLAYGROUND_DIR / "references" / "face-light.png"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_models import small_connector
 
+from emma_core.base.pipeline import Pipeline, Request, Sampling, generate, initial_noise, sd15_scheduler
 from emma_core.errors import ImageInputError
-from emma_core.generate import Pipeline, Request, Sampling, generate, initial_noise, sd15_scheduler
 
 TEXT_DIM = 40
 

@@ -17,10 +17,10 @@ from small_models import (
 )
 
 from emma_core import Assembly, GatedResampler, Reference
-from emma_core.assembly import tokens_over_schedule
-from emma_core.connector_file import connector_tensors
 from emma_core.errors import ConnectorMismatchError, ReferenceMismatchError
-from emma_core.module_file import module_tensors
+from emma_core.files.connector_file import connector_tensors
+from emma_core.files.module_file import module_tensors
+from emma_core.model.assembly import tokens_over_schedule
 
 EXACT = 1e-6  # relative; float32 sums in another order
 CLEARLY = 1e-2  # relative; the least that a difference on purpose makes here

@@ -9,9 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST_PACKAGES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "node_helpers", "server", "execution"}
-PARTS = {"emma_core", "host", "nodes", "harness"}
+PARTS = {"emma_core", "host", "nodes", "harness", "lab"}
 MAY_IMPORT = {
     "emma_core": {"emma_core"}, "host": {"host", "emma_core"}, "nodes": {"nodes", "host", "emma_core"}, "harness": {"harness"},
+    "lab": {"lab", "emma_core", "harness"},
 }
 
 

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import OBJECT, SMALL, small_connector, small_features, small_module, small_text
 
-import emma_core.module_file as module_file
+import emma_core.files.module_file as module_file
 from emma_core import Assembly, FeatureSpec, GatedResampler, ModuleConfig, Reference, load_module, save_module
-from emma_core.assembly import check_fits
-from emma_core.connector_file import load_connector, save_connector
 from emma_core.errors import ConnectorMismatchError, EmmaWarning, FileError, ModuleFileError
+from emma_core.files.connector_file import load_connector, save_connector
+from emma_core.model.assembly import check_fits
 
 EXTRAS = {"encoder": {"family": "clip-vit-h-14", "fingerprint": "ab12", "masked": True}, "training": {"steps": 7}}
 

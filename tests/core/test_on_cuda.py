@@ -5,15 +5,15 @@ import torch
 from fake_cuda import CUDA, fake_cuda
 from PIL import Image
 
-from emma_core import text_to_image
-from emma_core.assembly import Assembly, Reference
+from emma_core.base import text_to_image
+from emma_core.base.backbones import Backbone
+from emma_core.base.pipeline import Request, Sampling
+from emma_core.base.text_to_image import TextToImage
 from emma_core.encoders.playground import PlaygroundReferenceEncoder
-from emma_core.generate import Request, Sampling
+from emma_core.model.assembly import Assembly, Reference
 from emma_core.playground import PLAYGROUND_DIR
-from emma_core.text_encoder import TextEncoder
-from emma_core.text_to_image import TextToImage
+from emma_core.text.encoder import TextEncoder
 from emma_core.training import runs
-from emma_core.training.backbones import Backbone
 from emma_core.training.config import BaseConfig, EllaConfig, resolve
 from emma_core.training.student import Student
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from emma_core import Assembly
 from emma_core.__main__ import main
-from emma_core.generate import Request, Sampling, generate
+from emma_core.base.pipeline import Request, Sampling, generate
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.playground.world import load_world, read_picture
 

@@ -8,7 +8,7 @@ from emma_core.errors import FileError
 from emma_core.playground import load_autoencoder
 from emma_core.playground.autoencoder import LATENT_SCALE, Autoencoder
 from emma_core.playground.files import save_tensors
-from emma_core.playground.train_autoencoder import measure_statistics, psnr_db
+from lab.playground.train_autoencoder import measure_statistics, psnr_db
 
 
 def pictures(*shape: int, seed: int = 0) -> torch.Tensor:

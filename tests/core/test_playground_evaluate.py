@@ -8,13 +8,14 @@ import pytest
 import torch
 from emoji_people import small_data
 
-from emma_core.assembly import Assembly, Reference, tokens_over_schedule
-from emma_core.connector_file import save_connector
-from emma_core.generate import Sampling
-from emma_core.module_file import save_module
-from emma_core.playground import PLAYGROUND_DIR, evaluate
-from emma_core.playground.assembling import averaged, sequential, strongest
-from emma_core.playground.evaluate import (
+from emma_core.base.pipeline import Sampling
+from emma_core.files.connector_file import save_connector
+from emma_core.files.module_file import save_module
+from emma_core.model.assembly import Assembly, Reference, tokens_over_schedule
+from emma_core.playground import PLAYGROUND_DIR
+from lab.playground import evaluate
+from lab.playground.assembling import averaged, sequential, strongest
+from lab.playground.evaluate import (
     ALL,
     BOTH,
     Generation,
@@ -28,8 +29,8 @@ from emma_core.playground.evaluate import (
     shuffled_trials,
     table,
 )
-from emma_core.playground.judge import Judge, load_judge, save_judge, verdicts
-from emma_core.playground.trial_sheet import draw_trials
+from lab.playground.judge import Judge, load_judge, save_judge, verdicts
+from lab.playground.trial_sheet import draw_trials
 
 CLASSES = {"vendor": 4, "tone": 3, "caption": 4}
 

@@ -8,11 +8,12 @@ import torch
 from emoji_people import small_data
 
 from emma_core import load_connector, load_module
-from emma_core.emoji.people import TONES
-from emma_core.playground import PLAYGROUND_DIR, labelled, load_unet, timed_run
-from emma_core.playground.labelled import Labelled, load_labelled, number_of
-from emma_core.playground.training_data import write_training_data
+from emma_core.playground import PLAYGROUND_DIR, load_unet
 from emma_core.training.student import tokens_of_texts
+from lab.emoji.people import TONES
+from lab.playground import labelled, timed_run
+from lab.playground.labelled import Labelled, load_labelled, number_of
+from lab.playground.training_data import write_training_data
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import pytest
 from emoji_people import small_data
 from PIL import Image
 
-from emma_core.playground.pairs import CONDITIONS, ReferencePicker
-from emma_core.playground.training_data import write_training_data
 from emma_core.training.config import DataConfig
 from emma_core.training.examples import read_examples
+from lab.playground.pairs import CONDITIONS, ReferencePicker
+from lab.playground.training_data import write_training_data
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

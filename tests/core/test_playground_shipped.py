@@ -7,16 +7,16 @@ import torch
 from PIL import Image
 
 from emma_core import load_connector, load_module
-from emma_core.emoji.dataset import split_of
-from emma_core.emoji.icons import VENDORS
-from emma_core.emoji.people import TONES, Person
 from emma_core.encoders.playground import load_playground_encoder
+from emma_core.files.tensor_file import read_tensors
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder, load_unet
-from emma_core.playground.export import FACE_PICTURES, OBJECT_PICTURES, STYLE_PICTURES
-from emma_core.playground.pairs import CONDITIONS
 from emma_core.playground.unet import UNET_CONFIG
-from emma_core.tensor_file import read_tensors
-from emma_core.text_encoder import load_text_encoder
+from emma_core.text.encoder import load_text_encoder
+from lab.emoji.dataset import split_of
+from lab.emoji.icons import VENDORS
+from lab.emoji.people import TONES, Person
+from lab.playground.export import FACE_PICTURES, OBJECT_PICTURES, STYLE_PICTURES
+from lab.playground.pairs import CONDITIONS
 
 MOST_BYTES = 30_000_000
 

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from emma_core.emoji.dataset import Row
-from emma_core.playground.text import EOS, PAD, UNK, by_length, captions_of, train_tokenizer, wordings, wordings_of_category
+from lab.emoji.dataset import Row
+from lab.playground.text import EOS, PAD, UNK, by_length, captions_of, train_tokenizer, wordings, wordings_of_category
 
 CAPTIONS = [f"{gender} {role}" for gender in ("man", "woman") for role in ("cook", "astronaut", "with red hair", "judge")]
 

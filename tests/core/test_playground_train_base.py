@@ -8,14 +8,14 @@ import torch
 from emoji_people import small_data
 from safetensors.torch import save_file
 
-from emma_core.connector_file import load_connector
 from emma_core.encoders.playground import PlaygroundEncoder
 from emma_core.errors import ImageInputError
-from emma_core.playground import export, timed_run, train_base
+from emma_core.files.connector_file import load_connector
 from emma_core.playground.autoencoder import Autoencoder
 from emma_core.playground.files import load_unet
-from emma_core.playground.train_base import Base, base_of_files, saved_or_new_tokenizer
-from emma_core.text_encoder import load_text_encoder
+from emma_core.text.encoder import load_text_encoder
+from lab.playground import export, timed_run, train_base
+from lab.playground.train_base import Base, base_of_files, saved_or_new_tokenizer
 
 DATA_PICTURES = {"noto": ("man cook", "light")}
 

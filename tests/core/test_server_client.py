@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from emma_core.demo import ROWS, VARIANTS, WORKFLOW, reference_path
-from emma_core.server_client import ServerError, api_prompt, node_titled
+from harness.server_client import ServerError, api_prompt, node_titled
+from lab.demo import ROWS, VARIANTS, WORKFLOW, reference_path
 
 OBJECT_INFO = {
     "Load": {"input": {"required": {"name": [["a", "b"]]}}},

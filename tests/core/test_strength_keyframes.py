@@ -8,9 +8,9 @@ from reference_answers import relative_error
 from small_models import small_connector, small_features, small_module, small_text
 
 from emma_core import Assembly, Reference
-from emma_core.assembly import tokens_over_schedule
 from emma_core.errors import ReferenceMismatchError
-from emma_core.strength_keyframes import StrengthKeyframe, StrengthKeyframes
+from emma_core.model.assembly import tokens_over_schedule
+from emma_core.model.strength_keyframes import StrengthKeyframe, StrengthKeyframes
 
 SCHEDULE = (999.0, 900.0, 750.0, 600.0, 400.0, 200.0, 50.0, 0.0)
 # (percent, strength, steps), in no order

@@ -21,8 +21,8 @@ from small_t5 import (
 )
 
 from emma_core.errors import EmmaError, TextEncoderFileError
-from emma_core.t5_file import open_t5_file
-from emma_core.text_encoder import load_text_encoder
+from emma_core.text.encoder import load_text_encoder
+from emma_core.text.t5_file import open_t5_file
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from small_t5 import assert_close, save_folder, save_sharded, save_single, save_tokenizer
 from transformers import T5Config, T5EncoderModel
 
-from emma_core.t5_file import open_t5_file
-from emma_core.text_encoder import load_text_encoder
+from emma_core.text.encoder import load_text_encoder
+from emma_core.text.t5_file import open_t5_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -39,8 +39,8 @@ _CHILD = """
 import json, sys, time
 import torch
 from transformers import T5Config, T5EncoderModel
-from emma_core.t5_file import load_parts, open_t5_file
-from emma_core.text_encoder import load_text_encoder
+from emma_core.text.t5_file import load_parts, open_t5_file
+from emma_core.text.encoder import load_text_encoder
 
 def weights_alone(path, dtype):
     t5_file = open_t5_file(path)

@@ -13,8 +13,8 @@ from small_t5 import (
 )
 
 from emma_core.errors import TextEncoderFileError
-from emma_core.t5_layout import check_text_width
-from emma_core.text_encoder import load_text_encoder
+from emma_core.text.encoder import load_text_encoder
+from emma_core.text.t5_layout import check_text_width
 
 
 @pytest.fixture(scope="module")

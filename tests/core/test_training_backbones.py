@@ -9,11 +9,11 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from emma_core.base.backbones import load_backbone
+from emma_core.base.sd15_files import unet_config_of, vae_config_of
 from emma_core.errors import FileError, TrainingConfigError
 from emma_core.playground import load_autoencoder, load_unet
-from emma_core.training.backbones import load_backbone
 from emma_core.training.config import BaseConfig
-from emma_core.training.sd15_files import unet_config_of, vae_config_of
 
 SMALL_UNET = {
     "sample_size": 8, "block_out_channels": [32, 64], "layers_per_block": 2, "cross_attention_dim": 48,

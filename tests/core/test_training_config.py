@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
+from emma_core.commands import train as command
 from emma_core.errors import TrainingConfigError
-from emma_core.training import command
 from emma_core.training.config import PRESETS, TrainConfig, read_toml, resolve, sections
 
 

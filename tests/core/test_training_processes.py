@@ -77,7 +77,7 @@ from pathlib import Path
 from emma_core.encoders.playground import PlaygroundReferenceEncoder
 from emma_core.errors import EmmaError
 from emma_core.__main__ import main
-from emma_core.training.backbones import Backbone
+from emma_core.base.backbones import Backbone
 from emma_core.training.trainer import Trainer
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[2])
 right, seen = PlaygroundReferenceEncoder.features_of, []

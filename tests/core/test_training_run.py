@@ -16,8 +16,8 @@ from training_world import fresh_accelerate
 
 from emma_core import load_connector, load_module
 from emma_core.__main__ import main
+from emma_core.base.backbones import load_backbone
 from emma_core.playground import PLAYGROUND_DIR
-from emma_core.training.backbones import load_backbone
 from emma_core.training.checkpoints import checkpoints
 from emma_core.training.config import BaseConfig
 from emma_core.training.reports import draw_loss_curve
@@ -91,7 +91,7 @@ def test_the_run_leaves_log_curve_samples_and_its_configuration(run):
 
 def test_starting_again_goes_on_and_encodes_nothing(run, pictures, capsys, monkeypatch):
     from emma_core.encoders.playground import PlaygroundReferenceEncoder
-    from emma_core.text_encoder import TextEncoder
+    from emma_core.text.encoder import TextEncoder
 
     def never(*arguments):
         raise AssertionError("encoded again")

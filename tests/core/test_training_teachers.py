@@ -10,10 +10,10 @@ from clip_towers import TINY, random_tower, transformers_model
 from safetensors.torch import load_file, save_file
 from test_training_backbones import diffusers_lora, inputs, kohya_lora, lora_layers, spoil
 
+from emma_core.base.backbones import load_backbone
 from emma_core.encoders.families import CLIP_TOWERS
 from emma_core.errors import EmmaWarning, FileError, ReferenceMismatchError, TrainingConfigError
 from emma_core.playground.unet import alphas_cumprod
-from emma_core.training.backbones import load_backbone
 from emma_core.training.config import BaseConfig, TeacherConfig
 from emma_core.training.teachers import CallableTeacher, load_teacher, sample_latents
 

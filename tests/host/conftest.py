@@ -113,7 +113,7 @@ def pack(host_nodes):
 
 @pytest.fixture(scope="session")
 def pack_import(pack):
-    """`pack_import("emma_core.connector")`: a module of the pack, under the name the host gave the pack."""
+    """`pack_import("emma_core.model.connector")`: a module of the pack, under the name the host gave the pack."""
     return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
 
 

@@ -16,7 +16,7 @@ def modules(tiny):
 
 @pytest.fixture(scope="module")
 def gate_values(pack_import):
-    return pack_import("emma_core.gate_map").gate_values
+    return pack_import("emma_core.drawing.gate_map").gate_values
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_picture_is_an_image_with_a_panel_per_module(tiny, modules, draw):
 
 def test_colours_show_sign_and_zero(tiny, ella, modules, draw, gate_values, pack_import):
     """Red is positive, blue negative, white nothing: as many pixels as there are cells of that sign."""
-    layout = pack_import("emma_core.gate_map")
+    layout = pack_import("emma_core.drawing.gate_map")
     assembly = tiny.assemble((modules[0], tiny.reference(modules[0])))
     (values_IK,) = gate_values(ella.connector, tiny.text()[0][0], TIMESTEP, tiny.assembly_class(assembly.references))
     share_IK = values_IK / values_IK.abs().max()

@@ -128,7 +128,7 @@ def test_whole_graph_from_files(files, run_node, host_nodes, tiny, pack_import):
         run_node("KSampler", model=model, positive=positive, negative=negative, seed=1, steps=4, cfg=6.0,
                  sampler_name="dpmpp_2m", scheduler="karras", denoise=1.0, latent_image=empty_latent())
     saved_ella, saved_module = files
-    core = pack_import("emma_core.assembly")
+    core = pack_import("emma_core.model.assembly")
     expected = core.Assembly([core.Reference(saved_module.module, reference.features, 0.7, 0.0, 0.8)])
     check(spy.calls, {0: [Answer(saved_ella.connector, texts[0][0][0], expected)],
                       1: [Answer(saved_ella.connector, texts[1][0][0])]})

@@ -33,7 +33,7 @@ def ellas(tiny: TinyWorld, pack_import, host_nodes, base_directory):
     """(Load ELLA, Load ELLA Model): one random file through our loader and theirs."""
     file = base_directory / "models" / "ella" / "full.safetensors"
     file.parent.mkdir(exist_ok=True)
-    pack_import("emma_core.connector_file").save_connector(tiny.ella(**SIZES).connector, file)
+    pack_import("emma_core.files.connector_file").save_connector(tiny.ella(**SIZES).connector, file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.cli_args.args, "fp32_text_enc", True)  # theirs is float16 on a CPU otherwise
         loaders = (("EMMALoadELLA", {"ella_name": file.name}), ("ELLALoader", {"name": file.name}))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emma_harness import server_client
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +66,7 @@ def test_host_and_bare_machine_give_the_same_tokens(
 def test_host_and_bare_machine_give_the_same_picture(
     pack_import, world, playground, pictures, host_assembly, host_nodes, with_references
 ):
-    generate = pack_import("emma_core.generate")
+    generate = pack_import("emma_core.base.pipeline")
     assembly = world.assembly(pictures if with_references else {})
     wanted_1HW3 = generate.generate(world.pipeline, [generate.Request(PROMPTS[0], assembly, seed=3)])
     encode = host_nodes.CLIPTextEncode().encode
@@ -93,14 +94,13 @@ def test_vae_nodes_take_the_autoencoder(playground, host_nodes, pictures):
 
 
 def test_playground_workflow_runs_on_the_server(server, pack_import):
-    client_module = pack_import("emma_core.server_client")
-    client = client_module.ComfyClient(server.url)
+    client = server_client.ComfyClient(server.url)
     workflow = json.loads((ROOT / "workflows" / "playground.json").read_text(encoding="utf-8"))
-    prompt = client_module.api_prompt(workflow, client.object_info())
+    prompt = server_client.api_prompt(workflow, client.object_info())
     outputs = client.run(prompt)
     found = {}
     for title in ("text only", "+ style", "+ face", "+ style + face", "gate map"):
-        image = outputs[client_module.node_titled(prompt, title)]["images"][0]
+        image = outputs[server_client.node_titled(prompt, title)]["images"][0]
         query = urllib.parse.urlencode(image)
         with urllib.request.urlopen(f"{server.url}/view?{query}") as answer:
             found[title] = np.asarray(Image.open(BytesIO(answer.read())).convert("RGB"), dtype=np.float32)

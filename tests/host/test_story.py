@@ -45,7 +45,7 @@ def own_clip():
 
 @pytest.fixture(scope="module")
 def core(pack_import):
-    return pack_import("emma_core.assembly")
+    return pack_import("emma_core.model.assembly")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ FRAMES = 4
 
 @pytest.fixture(scope="module")
 def core(pack_import):
-    return pack_import("emma_core.assembly")
+    return pack_import("emma_core.model.assembly")
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import folder_paths
 import numpy as np
 import peers
 import pytest
+from emma_harness import server_client
 from PIL import Image
 from sd15_layout import narrow_motion_modules, save_motion_module
 from workflow_files import Executor, narrow_checkpoint_loader, save_workflow_files
@@ -90,7 +91,7 @@ def infos(workflow, files, packs, host_nodes):
 @pytest.fixture
 def prompt(workflow, infos, pack_import):
     """The graph's own prompt, made small."""
-    prompt = pack_import("emma_core.server_client").api_prompt(workflow, infos)
+    prompt = server_client.api_prompt(workflow, infos)
     playground = "EMMAPlayground" in {node["class_type"] for node in prompt.values()}
     pictures = itertools.cycle(("example.png", "other.png"))
     for node in prompt.values():

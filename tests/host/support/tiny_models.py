@@ -60,15 +60,15 @@ class TinyWorld:
     """Makes small models of ours and of the host; the same arguments give the same weights."""
 
     def __init__(self, pack_import):
-        self._connector = pack_import("emma_core.connector")
-        self._resampler = pack_import("emma_core.gated_resampler")
-        self._config = pack_import("emma_core.module_config")
-        self._connector_file = pack_import("emma_core.connector_file")
-        self._module_file = pack_import("emma_core.module_file")
-        self._features = pack_import("emma_core.reference_features")
+        self._connector = pack_import("emma_core.model.connector")
+        self._resampler = pack_import("emma_core.model.gated_resampler")
+        self._config = pack_import("emma_core.model.module_config")
+        self._connector_file = pack_import("emma_core.files.connector_file")
+        self._module_file = pack_import("emma_core.files.module_file")
+        self._features = pack_import("emma_core.encoders.reference_features")
         self._loaded = pack_import("host.loaded")
         self.connecting = pack_import("host.connecting")
-        self.assembly_class = pack_import("emma_core.assembly").Assembly
+        self.assembly_class = pack_import("emma_core.model.assembly").Assembly
 
     def model(self, seed: int = 0, family=comfy.supported_models.SD15, sizes=UNET):
         """MODEL, of the SD1.5 family with 32 channels if nothing else is said."""

@@ -39,7 +39,7 @@ def save_workflow_files(tiny: TinyWorld, pack_import, base: Path) -> None:
     for folder in ("checkpoints", "ella", "emma", "text_encoders", "clip_vision", "adaface", "controlnet"):
         (models / folder).mkdir(parents=True, exist_ok=True)
     save_file(checkpoint(tiny), models / "checkpoints" / CHECKPOINT)
-    pack_import("emma_core.connector_file").save_connector(
+    pack_import("emma_core.files.connector_file").save_connector(
         tiny.ella(width=WIDTH).connector, models / "ella" / "ella-sd1.5-tsc-t5xl.safetensors")
     _save_text_encoder(models / "text_encoders" / "flan-t5-xl.safetensors")
     shipped = pack_import("emma_core.playground").PLAYGROUND_DIR / "encoder.safetensors"
@@ -47,7 +47,7 @@ def save_workflow_files(tiny: TinyWorld, pack_import, base: Path) -> None:
     adaface = fill_(pack_import("emma_core.encoders.adaface").AdaFace(18), 80).state_dict()
     torch.save({"state_dict": {f"model.{key}": value for key, value in adaface.items()}},
                models / "adaface" / "adaface_ir101_webface12m.ckpt")
-    save_module = pack_import("emma_core.module_file").save_module
+    save_module = pack_import("emma_core.files.module_file").save_module
     playground, face = {"family": "playground"}, {"family": "adaface-ir-18"}
     for seed, (condition, features, encoder) in enumerate((("style", {"global": (256, 4)}, playground), ("portrait", {
             "global": (256, 1), "face": (128, 2)}, playground), ("face", {"face": (512, 2)}, face))):

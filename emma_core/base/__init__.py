@@ -1,0 +1,1 @@
+"""What a frozen diffusion model is: its files, its noise schedule, and pictures drawn with it."""

@@ -1,0 +1,141 @@
+"""Pictures on a bare machine: connector, UNet and autoencoder in diffusers' DDIM loop, without ComfyUI.
+
+Shapes: B pictures, T timesteps, K cross-attention tokens of width W, latents 4 x h x w, pictures 3 x H x W.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import ImageInputError
+from ..model.assembly import Assembly, tokens_over_schedule
+from ..model.connector import Connector
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
+
+LATENT_CHANNELS = 4
+PIXELS_PER_LATENT = 8
+SD15_LATENT_SCALE = 0.18215
+PICTURES_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; the defaults are the playground's.
+
+    The timesteps are those of ComfyUI's scheduler `ddim_uniform`, the steps those of its sampler `ddim`.
+    """
+
+    steps: int = 20
+    guidance: float = 4.0
+    width_px: int = 128
+    height_px: int = 128
+
+    def __post_init__(self):
+        if self.steps < 1 or self.width_px % PIXELS_PER_LATENT or self.height_px % PIXELS_PER_LATENT:
+            raise ImageInputError(f"{self.steps} steps at {self.width_px} x {self.height_px} pixels; wanted 1 step or more "
+                                  f"and sides that are multiples of {PIXELS_PER_LATENT}.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture: a prompt, references, and the seed of its noise."""
+
+    prompt: str
+    assembly: Assembly = field(default_factory=Assembly)
+    negative: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What generating needs.
+
+    Args:
+        encode_text: prompts -> T5 features (1, N, D) each.
+        connector: ELLA.
+        predict_noise: (noised latent (B, 4, h, w), timestep (B,), context (B, K, W)) -> predicted noise.
+        decode: latents of unit deviation times 1/0.18215 -> pictures (B, 3, H, W) in [-1, 1].
+        scheduler: as `sd15_scheduler` makes it.
+        assemble: (connector, text, timesteps, assembly) -> tokens, as `tokens_over_schedule`: the sum of the modules.
+    """
+
+    encode_text: Callable[[Sequence[str]], list[torch.Tensor]]
+    connector: Connector
+    predict_noise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    scheduler: DDIMScheduler
+    assemble: Callable[[Connector, torch.Tensor, torch.Tensor, Assembly], torch.Tensor] = tokens_over_schedule
+
+
+def sd15_scheduler() -> DDIMScheduler:
+    """DDIM on SD1.5's noise schedule, at the timesteps of ComfyUI's `ddim_uniform`, down to no noise at all."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1,
+        set_alpha_to_one=True, clip_sample=False,
+    )
+
+
+def initial_noise(seed: int, sampling: Sampling) -> torch.Tensor:
+    """The noise (1, 4, h, w) that ComfyUI makes for a seed and one picture."""
+    size = (1, LATENT_CHANNELS, sampling.height_px // PIXELS_PER_LATENT, sampling.width_px // PIXELS_PER_LATENT)
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def generate(
+    pipeline: Pipeline, requests: Sequence[Request], sampling: Sampling | None = None, at_once: int = PICTURES_AT_ONCE
+) -> torch.Tensor:
+    """Pictures (B, H, W, 3) in [0, 1], one per request; a request's picture does not depend on the others.
+
+    Args:
+        at_once: pictures that are sampled together; they are decoded one by one, as that takes the most memory.
+    Raises:
+        ConnectorMismatchError, ReferenceMismatchError: see `tokens_over_schedule`.
+    """
+    sampling = sampling or Sampling()
+    parts = []
+    for start in range(0, len(requests), at_once):
+        for latent_14hw in _sample(pipeline, requests[start:start + at_once], sampling).split(1):
+            image_13HW = pipeline.decode(latent_14hw / SD15_LATENT_SCALE)
+            parts.append(((image_13HW + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).cpu())
+    return torch.cat(parts)
+
+
+def _sample(pipeline: Pipeline, requests: Sequence[Request], sampling: Sampling) -> torch.Tensor:
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(sampling.steps)
+    positive_TBKW = _tokens(pipeline, [(request.prompt, request.assembly) for request in requests], scheduler.timesteps)
+    negative_TBKW = _tokens(pipeline, [(request.negative, Assembly()) for request in requests], scheduler.timesteps)
+    # in float32, whatever the tokens are: half precision would round at every step
+    noise_B4hw = torch.cat([initial_noise(request.seed, sampling) for request in requests]).to(positive_TBKW.device)
+    latent_B4hw = scheduler.add_noise(torch.zeros_like(noise_B4hw), noise_B4hw, scheduler.timesteps[:1])
+    for step, timestep in enumerate(scheduler.timesteps):
+        context_CKW = torch.cat([positive_TBKW[step], negative_TBKW[step]])
+        timestep_C = timestep.to(context_CKW.device).expand(len(context_CKW))
+        predicted_C4hw = pipeline.predict_noise(torch.cat([latent_B4hw] * 2), timestep_C, context_CKW)
+        with_text_B4hw, without_B4hw = predicted_C4hw.chunk(2)
+        guided_B4hw = without_B4hw + sampling.guidance * (with_text_B4hw - without_B4hw)
+        latent_B4hw = scheduler.step(guided_B4hw, timestep, latent_B4hw).prev_sample
+    return latent_B4hw
+
+
+def _tokens(
+    pipeline: Pipeline, entries: Sequence[tuple[str, Assembly]], timestep_T: torch.Tensor
+) -> torch.Tensor:
+    """(T, B, K, W): each entry's text has its own length, so each is computed alone, all timesteps in one pass."""
+    texts = pipeline.encode_text([prompt for prompt, _ in entries])
+    known: dict = {}
+    for (prompt, assembly), text_1ND in zip(entries, texts, strict=True):
+        key = (prompt, assembly.references)
+        if key not in known:
+            known[key] = pipeline.assemble(pipeline.connector, text_1ND, timestep_T, assembly)
+    return torch.cat([known[prompt, assembly.references] for prompt, assembly in entries], dim=1)

@@ -1,0 +1,1 @@
+"""What stands behind `python -m emma_core`."""

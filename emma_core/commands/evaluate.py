@@ -1,0 +1,55 @@
+"""`python -m emma_core eval CONFIG.toml`: a flag for every key of the configuration."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..errors import EmmaError
+from ..evaluation.config import EvalConfig, resolve_evaluation
+from ..training.config import read_toml
+from .train import add_keys, changes_of, end_as_interrupt
+
+_EPILOG = """examples:
+  python -m emma_core eval my.toml
+  python -m emma_core eval my.toml --modules.strengths 0.5 1 1.5
+  python -m emma_core eval --references.folder portraits --prompts.file prompts.txt --output.folder results \\
+      --modules.files playground/emma-style.safetensors playground/emma-face.safetensors --modules.strengths 1 1,0 0,1 \\
+      --scores.dino_model vit_small_patch16_224.dino --scores.dino_file model.safetensors          (on the playground)
+
+An evaluation that was stopped goes on when it is started again with the same output folder. Nothing is downloaded."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `eval`; each key of the configuration is a flag."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.usage = "python -m emma_core eval [CONFIG.toml] [--section.key VALUE ...]"
+    parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help="a configuration file; flags win over it")
+    parser.add_argument("--device", default="", choices=["", "cpu"], help="cpu: leave GPUs alone")
+    add_keys(parser, EvalConfig)
+
+
+def config_of(options: argparse.Namespace) -> EvalConfig:
+    """The configuration that the arguments name.
+
+    Raises:
+        TrainingConfigError: see `resolve_evaluation`.
+    """
+    return resolve_evaluation(read_toml(options.config) if options.config else {}, changes_of(options))
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Run it; mistakes are told in one line, and Ctrl-C leaves an evaluation that can go on."""
+    from ..evaluation.runs import run
+
+    end_as_interrupt()
+    try:
+        print(f"results: {run(config_of(options), print, bars=sys.stderr.isatty(), device=options.device)}")
+        return 0
+    except EmmaError as found:
+        print(f"error: {found}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; finished pictures and scores are kept. Start again with the same folder to go on.", file=sys.stderr)
+        return 130

@@ -1,0 +1,86 @@
+"""`python -m emma_core inspect FILE`: what an EMMA module says of itself, and its gate map."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from ..drawing.gate_map import GateMap, draw_gate_maps, gate_values
+from ..errors import EmmaError
+from ..files.connector_file import load_connector
+from ..files.module_file import load_module
+from ..model.assembly import Assembly, Reference
+from ..model.gated_resampler import GatedResampler
+from ..playground import PLAYGROUND_DIR
+from ..text.encoder import load_text_encoder
+
+_TIMESTEP = 700
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `inspect`."""
+    parser.add_argument("file", type=Path, help="an EMMA module")
+    parser.add_argument("--gate-map", type=Path, metavar="PNG", help="draw its gates: token index across, block depth down")
+    parser.add_argument("--ella", type=Path, help="the ELLA it was trained on; a playground module finds its own")
+    parser.add_argument("--text-encoder", type=Path, help="ELLA's text encoder")
+    parser.add_argument("--prompt", default="a woman", help="text that the gates see")
+    parser.add_argument("--timestep", type=float, default=_TIMESTEP, help="0 to 999")
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Print, and draw if asked to."""
+    try:
+        module = load_module(options.file)
+        print(describe(module, options.file.name))
+        if options.gate_map:
+            draw(module, options)
+            print(f"gate map: {options.gate_map}")
+        return 0
+    except EmmaError as found:
+        print(f"error: {found}", file=sys.stderr)
+        return 1
+
+
+def describe(module: GatedResampler, name: str) -> str:
+    """Metadata, sizes and global gates in lines."""
+    config = module.config
+    count = sum(value.numel() for value in module.parameters())
+    features = ", ".join(f"{key} ({spec.dim} wide, tokens per vector: {spec.tokens_per_vector})"
+                         for key, spec in config.features.items())
+    ella = str(config.ella.get("sha256", "?"))[:12]
+    lines = [f"{name}: EMMA {config.condition} module, {count / 1e6:.2f} M parameters",
+             f"  connector    width {config.width}, {config.layers} blocks, {config.heads} heads; ELLA {ella}",
+             f"  features     {features}",
+             f"  encoder      {json.dumps(dict(config.encoder)) if config.encoder else 'not stated'}",
+             f"  gate scale   {config.gate_scale:g}; separable gates {'on' if config.separable_gates else 'off (g = 1)'}"]
+    gates = [(block.attn_gate.item(), block.ffn_gate.item()) for block in module.blocks]
+    lines += [f"  global gates block {index}: A {a:+.3f} F {f:+.3f}" for index, (a, f) in enumerate(gates)]
+    lines += [f"  {key:<12} {json.dumps(value)}" for key, value in config.training.items()]
+    lines += [f"  {key.removeprefix('modelspec.'):<12} {value}" for key, value in config.file_metadata.items()
+              if key.startswith("modelspec.") and not value.startswith("data:")]
+    return "\n".join(lines)
+
+
+def draw(module: GatedResampler, options: argparse.Namespace) -> None:
+    """The gate map as a picture. Gates see the text and the timestep through ELLA's tokens; the reference adds little.
+
+    Raises:
+        EmmaError: ELLA or its text encoder is not named, or does not fit.
+    """
+    own = load_connector(PLAYGROUND_DIR / "ella.safetensors")
+    is_playground = module.config.ella.get("sha256") == own.sha256
+    if not is_playground and not (options.ella and options.text_encoder):
+        raise EmmaError(f"{options.file.name} was not trained on the playground: name its ELLA and text encoder with --ella "
+                        "and --text-encoder to draw its gate map.")
+    connector = load_connector(options.ella) if options.ella else own
+    text = load_text_encoder(options.text_encoder or PLAYGROUND_DIR / "t5.safetensors").encode([options.prompt])[0]
+    features = {name: torch.zeros(1, 1, spec.dim) for name, spec in module.config.features.items()}
+    [values] = gate_values(connector, text, options.timestep, Assembly([Reference(module, features)]))
+    title = f"{options.file.name} ({module.config.condition})"
+    sheet = draw_gate_maps([GateMap(title, values.numpy())], f"separable gate x global gate at timestep {options.timestep:g}, "
+                                                             f"prompt: {options.prompt}, no reference")
+    sheet.save(options.gate_map)

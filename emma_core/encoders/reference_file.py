@@ -1,0 +1,58 @@
+"""Encoded references on disk: features, and which encoder they come from.
+
+One safetensors file: a tensor (R, V, D) for each feature under its name, and the metadata `emma_reference` = JSON
+{format_version, per_frame, encoder: {family, fingerprint, input_size, layer}}.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from ..errors import ReferenceFileError, ReferenceMismatchError
+from ..files.tensor_file import check_finite, read_tensors, write_atomically
+from .reference_features import ReferenceFeatures
+
+FORMAT_VERSION = 1
+_KEY = "emma_reference"
+_WHAT = "an encoded EMMA reference"
+
+
+def save_reference(reference: ReferenceFeatures, path: str | Path) -> None:
+    """Write a reference atomically.
+
+    Raises:
+        ReferenceFileError: NaN or infinite features.
+        FileError: the folder does not exist.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in reference.features.items()}
+    check_finite(tensors, Path(path).name, ReferenceFileError)
+    entry = {"format_version": FORMAT_VERSION, "per_frame": reference.per_frame, "encoder": dict(reference.encoder)}
+    write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata={_KEY: json.dumps(entry)}))
+
+
+def load_reference(path: str | Path) -> ReferenceFeatures:
+    """A reference as `save_reference` wrote it; whether it fits a module is checked where it meets one.
+
+    Raises:
+        ReferenceFileError: not such a file, another format version, damaged or non-finite features.
+    """
+    name = Path(path).name
+    tensors, metadata = read_tensors(path, _WHAT, ReferenceFileError)
+    if _KEY not in metadata:
+        raise ReferenceFileError(f"{name} has no `{_KEY}` metadata, so it is not {_WHAT}. Choose a file that Save Reference "
+                                 "wrote.")
+    try:
+        entry = json.loads(metadata[_KEY])
+        version, per_frame, encoder = entry["format_version"], bool(entry["per_frame"]), dict(entry["encoder"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as found:
+        raise ReferenceFileError(f"{name}: its `{_KEY}` metadata cannot be read ({found!r}). Encode the picture and save it "
+                                 "again.") from found
+    if version != FORMAT_VERSION:
+        raise ReferenceFileError(f"{name} has format version {version!r}, this version of ComfyUI-EMMA reads {FORMAT_VERSION}. "
+                                 "Update ComfyUI-EMMA.")
+    check_finite(tensors, name, ReferenceFileError)
+    try:
+        return ReferenceFeatures(tensors, encoder, per_frame)
+    except ReferenceMismatchError as found:
+        raise ReferenceFileError(f"{name}: {found}") from found

@@ -1,0 +1,1 @@
+"""Files of modules and connectors, read strictly and written whole."""

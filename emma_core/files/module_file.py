@@ -1,0 +1,87 @@
+"""EMMA modules on disk: one safetensors file with its metadata (see `module_config`)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import ModuleFileError
+from ..model.gated_resampler import GatedResampler
+from ..model.module_config import ModuleConfig
+from .state_names import to_file_names, to_layer_names
+from .tensor_file import check_finite, check_shapes, read_tensors, write_atomically
+
+_WHAT = "an EMMA module"
+_TIME_KEY = "blocks.0.ln_1.linear.weight"
+
+
+def load_module(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    operations: ModuleType | type = nn,
+) -> GatedResampler:
+    """Load an EMMA module strictly; its metadata is ``.config``.
+
+    Args:
+        path: a file as `save_module` writes it.
+        dtype: of the weights; None means float32.
+        device: None means the CPU.
+        operations: namespace that the linear layers come from.
+    Raises:
+        ModuleFileError: not such a file, another format version, missing, extra, misshapen or non-finite weights.
+    """
+    name = Path(path).name
+    tensors, metadata = read_tensors(path, _WHAT, ModuleFileError)
+    config = ModuleConfig.from_metadata(metadata, name)
+    if _TIME_KEY in tensors and tensors[_TIME_KEY].ndim == 2:
+        config = config.replace(time_width=tensors[_TIME_KEY].shape[1])
+    return module_from_tensors(tensors, config, name, dtype, device, operations)
+
+
+def module_from_tensors(
+    tensors: Mapping[str, torch.Tensor], config: ModuleConfig, name: str, dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None, operations: ModuleType | type = nn,
+) -> GatedResampler:
+    """Build a module from weights under their names in the file; as strict as `load_module`."""
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in module_tensors(GatedResampler(config)).items()}
+    if not config.separable_gates:
+        # g = 1: the gates' weights have no effect, and a file may leave them out
+        shapes = {key: shape for key, shape in shapes.items() if ".gate." not in key or key in tensors}
+    check_shapes(tensors, shapes, name, _WHAT, ModuleFileError)
+    check_finite(tensors, name, ModuleFileError)
+    module = GatedResampler(config, operations, dtype=dtype or torch.float32, device=device)
+    weights = dict(module.state_dict())
+    for key, tensor in to_layer_names(tensors).items():
+        weights[key] = tensor.to(weights[key].device, weights[key].dtype)
+    module.load_state_dict(weights)
+    module.name = f"{name} ({config.condition})"
+    return module.eval().requires_grad_(False)
+
+
+def module_tensors(module: GatedResampler) -> dict[str, torch.Tensor]:
+    """The module's weights under their names in the file."""
+    return to_file_names(module.state_dict())
+
+
+def save_module(
+    module: GatedResampler, path: str | Path, dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a module with its metadata, atomically; metadata it was loaded with is kept.
+
+    Args:
+        module: the module.
+        path: the file; replaced only once the new one is whole.
+        dtype: of the weights on disk; None keeps theirs.
+        metadata: further entries, for instance ``modelspec.title``.
+    Raises:
+        ModuleFileError: weights hold NaN or infinite values.
+    """
+    tensors = {key: value.detach().to("cpu", dtype or value.dtype).contiguous()
+               for key, value in module_tensors(module).items()}
+    check_finite(tensors, Path(path).name, ModuleFileError)
+    entries = {**module.config.file_metadata, **(metadata or {}), "emma": module.config.to_json()}
+    write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata=entries))

@@ -1,0 +1,1 @@
+"""The papers: the connector of ELLA, the gated blocks of EMMA, and how modules are added up."""

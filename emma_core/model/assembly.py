@@ -1,0 +1,309 @@
+"""Assembling EMMA modules: gated contributions, trained apart, are added up inside every block (eqs. 7, 8).
+
+Nothing here knows ELLA: any `TokenSource` can carry modules.
+
+Shapes: B rows (one prompt at one timestep each), R references per feature (1, or one per row), N text tokens,
+K latent tokens, C reference tokens, W token width, E channels of the time embedding.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from ..errors import ConnectorMismatchError, EmmaWarning, ReferenceMismatchError
+from .gated_resampler import GatedResampler
+from .strength_keyframes import LAST_TIMESTEP, SLACK_TIMESTEPS, StrengthKeyframes
+
+# enough rows to keep matrix products busy; on CPUs, few enough for the hidden layer to stay in the cache
+ROWS_PER_PASS = 64
+ROWS_PER_PASS_ON_CPU = 16
+
+
+class TokenSource(Protocol):
+    """What a timestep-aware connector must offer to carry EMMA modules after each of its blocks."""
+
+    name: str
+    sha256: str | None
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def time_width(self) -> int: ...
+    @property
+    def compute_dtype(self) -> torch.dtype: ...
+    def activated_time_embedding(self, timestep_B: torch.Tensor) -> torch.Tensor: ...
+    def project_text(self, text_BND: torch.Tensor) -> torch.Tensor: ...
+    def start(self, activated_temb_BE: torch.Tensor) -> torch.Tensor: ...
+    def block(
+        self, index: int, latents_BKW: torch.Tensor, text_BNW: torch.Tensor, activated_temb_BE: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Features of one or several pictures, for one module.
+
+    Args:
+        module: the module that reads them.
+        features: feature name -> (R, vectors, dim); R is 1, or one per row of the batch (frames of a video).
+        strength: multiplies the module's contribution; a float, or (R,) one per row.
+        start_percent, end_percent: part of the sampling where it acts, 0 (pure noise) to 1 (picture).
+        keyframes: factors on the strength that change over the sampling.
+    Raises:
+        ReferenceMismatchError: features the module does not declare, or of another size; strengths that are not
+            numbers or not one per reference; an empty range.
+    """
+
+    module: GatedResampler
+    features: Mapping[str, torch.Tensor]
+    strength: float | torch.Tensor = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    keyframes: StrengthKeyframes = field(default_factory=StrengthKeyframes)
+
+    def __post_init__(self):
+        self.module.config.check_features(self.features)
+        if not 0.0 <= self.start_percent <= self.end_percent <= 1.0:
+            raise ReferenceMismatchError(
+                f"a reference acts from {self.start_percent} to {self.end_percent} of the sampling; wanted "
+                "0 <= start <= end <= 1. Exchange or correct the two percents."
+            )
+        strength = torch.as_tensor(self.strength)
+        if not torch.isfinite(strength).all():
+            raise ReferenceMismatchError(f"the strength {self.strength} is not finite. Use a number such as 1.0.")
+        if not strength.numel() or len({strength.numel(), self.features_rows} - {1}) > 1:
+            raise ReferenceMismatchError(
+                f"{strength.numel()} strengths for {self.features_rows} references; wanted one for all, or one per reference."
+            )
+
+    @property
+    def features_rows(self) -> int:
+        """1, or the number of rows (frames) that have features of their own."""
+        return max(tensor.shape[0] for tensor in self.features.values())
+
+    @property
+    def rows(self) -> int:
+        """R: 1, or the number of rows (frames) that this reference was made for."""
+        return max(self.features_rows, torch.as_tensor(self.strength).numel())
+
+    def weight_of_rows(self, timestep_B: torch.Tensor) -> torch.Tensor:
+        """(B,) strength where the reference acts at the row's timestep, 0 elsewhere."""
+        percent_B = 1.0 - timestep_B.float() / LAST_TIMESTEP
+        slack = SLACK_TIMESTEPS / LAST_TIMESTEP
+        acts_B = (percent_B >= self.start_percent - slack) & (percent_B <= self.end_percent + slack)
+        strength = torch.as_tensor(self.strength, dtype=torch.float32, device=timestep_B.device).flatten()
+        row_B = torch.arange(timestep_B.shape[0], device=timestep_B.device) % strength.numel()
+        return strength[row_B] * acts_B * self.keyframes.of_rows(timestep_B)
+
+    def of_row(self, row: int) -> "Reference":
+        """The reference of one row (frame) alone."""
+        if self.rows == 1:
+            return self
+        # cloned: matrix products may round by where their numbers lie in memory
+        features = {name: tensor[row % len(tensor)].clone()[None] for name, tensor in self.features.items()}
+        strength = torch.as_tensor(self.strength).flatten()
+        return replace(self, features=features, strength=float(strength[row % len(strength)]))
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """An unordered sum of references; empty means ELLA alone."""
+
+    references: tuple[Reference, ...] = field(default_factory=tuple)
+
+    def __init__(self, references: Iterable[Reference] = ()):
+        object.__setattr__(self, "references", tuple(references))
+
+    @property
+    def rows(self) -> int:
+        """1, or the number of rows (frames) of its per-row references."""
+        return max((reference.rows for reference in self.references), default=1)
+
+    def with_reference(self, reference: Reference) -> "Assembly":
+        """This assembly plus one more reference."""
+        return Assembly([*self.references, reference])
+
+    def of_row(self, row: int) -> "Assembly":
+        """What one row (frame) has of it."""
+        return Assembly(reference.of_row(row) for reference in self.references)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether a strength depends on the other timesteps of the schedule."""
+        return any(reference.keyframes.counts_steps for reference in self.references)
+
+    def on_schedule(self, schedule: Sequence[float]) -> "Assembly":
+        """The same references, the steps of their keyframes counted on the sampler's timesteps."""
+        return Assembly(replace(reference, keyframes=reference.keyframes.on(schedule)) for reference in self.references)
+
+
+@dataclass(frozen=True, eq=False)
+class _ActiveReference:
+    """A reference prepared for the rows in which it acts."""
+
+    module: GatedResampler
+    rows_A: torch.Tensor | None  # None: all rows
+    context_ACW: torch.Tensor
+    weight_A11: torch.Tensor
+    activated_temb_AE: torch.Tensor
+
+    def of_rows(self, x_BKW: torch.Tensor) -> torch.Tensor:
+        return x_BKW if self.rows_A is None else x_BKW[self.rows_A]
+
+    def add(self, total_BKW: torch.Tensor, addend_AKW: torch.Tensor) -> torch.Tensor:
+        if self.rows_A is None:
+            return total_BKW + addend_AKW
+        return total_BKW.index_add(0, self.rows_A, addend_AKW)
+
+
+def check_fits(source: TokenSource, module: GatedResampler) -> None:
+    """Refuse a module of another shape than the connector; warn if it was trained on another connector.
+
+    Raises:
+        ConnectorMismatchError: width, number of blocks or time embedding differ.
+    """
+    config = module.config
+    found = (config.width, config.layers, config.time_width)
+    wanted = (source.width, source.layers, source.time_width)
+    if found != wanted:
+        raise ConnectorMismatchError(
+            f"{module.name} was made for a connector of width {found[0]}, {found[1]} blocks and time width {found[2]}; "
+            f"{source.name} has width {wanted[0]}, {wanted[1]} blocks and time width {wanted[2]}. "
+            "Choose a module made for this ELLA, or load the ELLA it was made for."
+        )
+    trained_on = config.ella.get("sha256")
+    if trained_on and source.sha256 and trained_on != source.sha256:
+        warnings.warn(
+            f"{module.name} was trained on another ELLA file (sha256 {trained_on[:12]}...) than {source.name} "
+            f"({source.sha256[:12]}...): it may do little or harm. Load the ELLA it was trained on.",
+            EmmaWarning,
+            stacklevel=2,
+        )
+
+
+def check_counts(counts: Iterable[tuple[str, int]], rows: int, place: str, each: str) -> None:
+    """Refuse what is neither there once, for all rows, nor once for each.
+
+    Args:
+        counts: (name, how many there are).
+        rows: how many there should be.
+        place, each: what they are for, and what one of it is called.
+    Raises:
+        ReferenceMismatchError: another count.
+    """
+    for what, count in counts:
+        if count not in (1, rows):
+            raise ReferenceMismatchError(
+                f"{count} {what} for {place}; wanted 1 or {rows}. Use one for all, or one per {each}."
+            )
+
+
+def assembled_tokens(
+    source: TokenSource, text_BND: torch.Tensor, timestep_B: torch.Tensor | float, assembly: Assembly
+) -> torch.Tensor:
+    """Tokens (B, K, W); text, timesteps and references have B rows or one that serves all.
+
+    Raises:
+        ConnectorMismatchError: a module or the text does not fit the connector.
+        ReferenceMismatchError: row counts that are neither 1 nor B.
+    """
+    timestep_B = torch.as_tensor(timestep_B, device=text_BND.device).reshape(-1)
+    rows = max(text_BND.shape[0], timestep_B.shape[0], assembly.rows)
+    check_counts(
+        (("prompts", text_BND.shape[0]), ("timesteps", timestep_B.shape[0]),
+         *(("references", reference.rows) for reference in assembly.references)), rows, f"a batch of {rows} rows", "row")
+    return _tokens_of_rows(source, text_BND, timestep_B.expand(rows), assembly)
+
+
+def tokens_over_schedule(
+    source: TokenSource, text_FND: torch.Tensor, timestep_T: torch.Tensor, assembly: Assembly
+) -> torch.Tensor:
+    """Tokens (T, F, K, W) of F frames (or prompts) at each of T timesteps, in one pass.
+
+    Everything that does not depend on the timestep is computed once.
+
+    Raises:
+        ConnectorMismatchError, ReferenceMismatchError: as `assembled_tokens`.
+    """
+    frames = max(text_FND.shape[0], assembly.rows)
+    check_counts(
+        (("prompts", text_FND.shape[0]), *(("references", reference.rows) for reference in assembly.references)), frames,
+        f"{frames} frames", "frame")
+    timestep_T = torch.as_tensor(timestep_T, device=text_FND.device).reshape(-1)
+    tokens_RKW = _tokens_of_rows(source, text_FND, timestep_T.repeat_interleave(frames), assembly)
+    return tokens_RKW.unflatten(0, (timestep_T.shape[0], frames))
+
+
+def _tokens_of_rows(
+    source: TokenSource, text_FND: torch.Tensor, timestep_B: torch.Tensor, assembly: Assembly
+) -> torch.Tensor:
+    """Row b uses text b mod F and reference b mod R; in even passes of at most ROWS_PER_PASS rows."""
+    for reference in assembly.references:
+        check_fits(source, reference.module)
+    text_FNW = source.project_text(text_FND)
+    contexts = [reference.module.context(reference.features, text_FNW) for reference in assembly.references]
+    weights = [reference.weight_of_rows(timestep_B) for reference in assembly.references]
+    passes = []
+    row_B = torch.arange(timestep_B.shape[0], device=timestep_B.device)
+    limit = ROWS_PER_PASS_ON_CPU if row_B.device.type == "cpu" else ROWS_PER_PASS
+    for row_P in row_B.chunk(max(1, math.ceil(len(row_B) / limit))):
+        temb_PE = source.activated_time_embedding(timestep_B[row_P])
+        active = [
+            _activate(reference.module, context_RCW, weight_B[row_P], row_P, temb_PE)
+            for reference, context_RCW, weight_B in zip(assembly.references, contexts, weights, strict=True)
+            if bool((weight_B[row_P] != 0).any())
+        ]
+        passes.append(_run_blocks(source, _rows_of(text_FNW, row_P), temb_PE, active))
+    return passes[0] if len(passes) == 1 else torch.cat(passes)
+
+
+def _rows_of(x_RCW: torch.Tensor, row_P: torch.Tensor) -> torch.Tensor:
+    count = x_RCW.shape[0]
+    return x_RCW.expand(row_P.shape[0], -1, -1) if count == 1 else x_RCW[row_P % count]
+
+
+def _activate(module, context_RCW, weight_P, row_P, temb_PE) -> _ActiveReference:
+    acts_P = weight_P != 0
+    dtype = temb_PE.dtype
+    if bool(acts_P.all()):
+        return _ActiveReference(module, None, _rows_of(context_RCW, row_P), weight_P.to(dtype)[:, None, None], temb_PE)
+    rows_A = acts_P.nonzero().flatten()
+    return _ActiveReference(
+        module, rows_A, _rows_of(context_RCW, row_P[rows_A]), weight_P[rows_A].to(dtype)[:, None, None], temb_PE[rows_A]
+    )
+
+
+def _run_blocks(
+    source: TokenSource, text_BNW: torch.Tensor, temb_BE: torch.Tensor, active: list[_ActiveReference]
+) -> torch.Tensor:
+    latents_BKW = source.start(temb_BE)
+    for index in range(source.layers):
+        latents_BKW = source.block(index, latents_BKW, text_BNW, temb_BE)
+        if active:
+            latents_BKW = _inject(index, latents_BKW, active)
+    return latents_BKW
+
+
+def _inject(index: int, entry_BKW: torch.Tensor, active: list[_ActiveReference]) -> torch.Tensor:
+    """One EMMA block of every module, on the same entry L0."""
+    # L1 = L0 + sum_m s_m * lambda_m * g_m(L0) * A_m * Attn_m(L0, C_m, temb)    (7)
+    attended_BKW = entry_BKW
+    gates = []
+    for one in active:
+        entry_AKW = one.of_rows(entry_BKW)
+        gate_AK1 = one.weight_A11 * one.module.gate(index, entry_AKW)
+        gates.append(gate_AK1)
+        attention_AKW = one.module.attention(index, entry_AKW, one.context_ACW, one.activated_temb_AE)
+        attended_BKW = one.add(attended_BKW, gate_AK1 * attention_AKW)
+    # L2 = L1 + sum_m s_m * lambda_m * g_m(L0) * F_m * FFN_m(L1, temb)          (8)
+    out_BKW = attended_BKW
+    for one, gate_AK1 in zip(active, gates, strict=True):
+        feed_forward_AKW = one.module.feed_forward(index, one.of_rows(attended_BKW), one.activated_temb_AE)
+        out_BKW = one.add(out_BKW, gate_AK1 * feed_forward_AKW)
+    return out_BKW

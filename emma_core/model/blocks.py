@@ -1,0 +1,95 @@
+"""The layers that ELLA's connector and EMMA's gated blocks share.
+
+Shapes: B rows (prompt x timestep), K latent tokens, C context tokens, W width, E channels of the time embedding.
+"""
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LAYER_NORM_EPS = 1e-6
+
+
+class AdaLayerNorm(nn.Module):
+    """LayerNorm without affine, shifted and scaled by the time embedding (ELLA, section 3.2)."""
+
+    def __init__(self, width: int, time_width: int, operations: ModuleType | type = nn, dtype=None, device=None):
+        super().__init__()
+        self.linear = operations.Linear(time_width, 2 * width, dtype=dtype, device=device)
+
+    def forward(self, x_BKW: torch.Tensor, activated_temb_BE: torch.Tensor) -> torch.Tensor:
+        """``activated_temb_BE`` is SiLU(temb), computed once by the caller."""
+        shift_B1W, scale_B1W = self.linear(activated_temb_BE).unsqueeze(1).chunk(2, dim=-1)
+        return F.layer_norm(x_BKW, x_BKW.shape[-1:], eps=LAYER_NORM_EPS) * (1 + scale_B1W) + shift_B1W
+
+
+class LatentAttention(nn.Module):
+    """Multi-head attention of latents over themselves and a context: kv = concat[q, context].
+
+    Files name the weights as ``torch.nn.MultiheadAttention`` does; `emma_core.files.state_names` translates.
+    """
+
+    def __init__(self, width: int, heads: int, operations: ModuleType | type = nn, dtype=None, device=None):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = operations.Linear(width, width, dtype=dtype, device=device)
+        self.kv_proj = operations.Linear(width, 2 * width, dtype=dtype, device=device)
+        self.out_proj = operations.Linear(width, width, dtype=dtype, device=device)
+
+    def forward(self, q_BKW: torch.Tensor, context_BCW: torch.Tensor) -> torch.Tensor:
+        kv_BSW = torch.cat([q_BKW, context_BCW], dim=1)
+        k_BSW, v_BSW = self.kv_proj(kv_BSW).chunk(2, dim=-1)
+        out_BHKd = F.scaled_dot_product_attention(
+            self._split_heads(self.q_proj(q_BKW)), self._split_heads(k_BSW), self._split_heads(v_BSW)
+        )
+        return self.out_proj(out_BHKd.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x_BSW: torch.Tensor) -> torch.Tensor:
+        return x_BSW.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class SquaredReLUFeedForward(nn.Module):
+    """c_proj(relu(c_fc(x))^2), hidden width 4W (eq. 2)."""
+
+    def __init__(self, width: int, operations: ModuleType | type = nn, dtype=None, device=None):
+        super().__init__()
+        self.c_fc = operations.Linear(width, 4 * width, dtype=dtype, device=device)
+        self.c_proj = operations.Linear(4 * width, width, dtype=dtype, device=device)
+
+    def forward(self, x_BKW: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.relu(self.c_fc(x_BKW), inplace=True).square())
+
+
+class ResamplerLayers(nn.Module):
+    """The attention and feed-forward of one resampler block, without its residual sums.
+
+    ELLA adds what they return (eqs. 1, 2); EMMA gates it first (eqs. 3 to 6).
+    """
+
+    def __init__(
+        self, width: int, heads: int, time_width: int, operations: ModuleType | type = nn, dtype=None, device=None
+    ):
+        super().__init__()
+        placement = {"operations": operations, "dtype": dtype, "device": device}
+        self.attn = LatentAttention(width, heads, **placement)
+        self.mlp = SquaredReLUFeedForward(width, **placement)
+        self.ln_1 = AdaLayerNorm(width, time_width, **placement)
+        self.ln_2 = AdaLayerNorm(width, time_width, **placement)
+        self.ln_ff = AdaLayerNorm(width, time_width, **placement)
+
+    def attention(
+        self, latents_BKW: torch.Tensor, context_BCW: torch.Tensor, activated_temb_BE: torch.Tensor
+    ) -> torch.Tensor:
+        """Attn(L, context, temb) of eqs. (1), (3) and (7)."""
+        return self.attn(self.ln_1(latents_BKW, activated_temb_BE), self.ln_2(context_BCW, activated_temb_BE))
+
+    def feed_forward(self, latents_BKW: torch.Tensor, activated_temb_BE: torch.Tensor) -> torch.Tensor:
+        """FFN(L, temb) of eqs. (2), (4) and (8)."""
+        return self.mlp(self.ln_ff(latents_BKW, activated_temb_BE))
+
+
+def cast_like(parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A bare parameter on the device and in the dtype of an activation (hosts may keep it elsewhere)."""
+    return parameter.to(device=like.device, dtype=like.dtype)

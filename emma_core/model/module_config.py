@@ -1,0 +1,186 @@
+"""The metadata of an EMMA module: what it is, which features it needs, what it was trained on."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..errors import ModuleFileError, ReferenceMismatchError
+
+FORMAT_VERSION = 1
+_REQUIRED = ("format_version", "condition", "gate_scale", "separable_gates", "width", "heads", "layers", "features")
+_OPTIONAL = ("encoder", "ella", "training")
+_FEATURE_NAME = re.compile(r"[A-Za-z0-9_]+")
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """One kind of reference feature: vectors of ``dim``, each read as ``tokens_per_vector`` tokens.
+
+    ``unknown`` keeps keys of newer writers.
+    """
+
+    dim: int
+    tokens_per_vector: int = 1
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_entry(self) -> dict[str, Any]:
+        """As it stands in the metadata."""
+        return {**self.unknown, "dim": self.dim, "tokens_per_vector": self.tokens_per_vector}
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> "FeatureSpec":
+        """The inverse of `to_entry`."""
+        unknown = {key: value for key, value in entry.items() if key not in ("dim", "tokens_per_vector")}
+        return cls(int(entry["dim"]), int(entry.get("tokens_per_vector", 1)), unknown)
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """An EMMA module's `emma` metadata.
+
+    ``encoder`` says which encoder the features come from ({family, fingerprint, input_size, layer, masked}), ``ella``
+    which connector it was trained on ({sha256, latents}), ``training`` how. ``unknown`` keeps keys of newer writers,
+    ``file_metadata`` every other metadata entry of the file (ModelSpec keys among them). ``time_width`` is not
+    stored: tensor shapes tell it.
+    """
+
+    condition: str
+    width: int
+    heads: int
+    layers: int
+    features: Mapping[str, FeatureSpec]
+    gate_scale: float = 1.0
+    separable_gates: bool = True
+    time_width: int = 0
+    encoder: Mapping[str, Any] = field(default_factory=dict)
+    ella: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+    file_metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.time_width:
+            object.__setattr__(self, "time_width", self.width)
+        if not self.features:
+            raise ModuleFileError("an EMMA module must declare at least one feature, found none. Name what it reads, "
+                                  'for instance {"global": {"dim": 1024, "tokens_per_vector": 4}}.')
+        for name, spec in self.features.items():
+            # a name that torch.nn.ModuleDict uses itself ("keys", "type") could not hold the feature's projection
+            if not _FEATURE_NAME.fullmatch(name) or hasattr(torch.nn.ModuleDict(), name):
+                raise ModuleFileError(f"the feature name {name!r} is not made of letters, digits and underscores, or is "
+                                      "a reserved word. Rename it.")
+            if spec.dim < 1 or spec.tokens_per_vector < 1:
+                raise ModuleFileError(f"the feature {name!r} has dim {spec.dim} and {spec.tokens_per_vector} tokens per "
+                                      "vector; wanted 1 or more of both. Correct the metadata.")
+        sizes = {"width": self.width, "heads": self.heads, "layers": self.layers, "time width": self.time_width}
+        if min(sizes.values()) < 1:
+            raise ModuleFileError(f"sizes below 1 ({sizes}). Correct the metadata.")
+        if not math.isfinite(self.gate_scale):
+            raise ModuleFileError(f"the gate scale {self.gate_scale} is not finite. Correct the metadata.")
+        if self.width % self.heads:
+            raise ModuleFileError(f"width {self.width} is not a multiple of {self.heads} heads. Correct the metadata.")
+
+    def check_features(self, features: Mapping[str, torch.Tensor]) -> None:
+        """Refuse features of other names or sizes.
+
+        Raises:
+            ReferenceMismatchError: missing or extra feature, wrong shape, NaN, unequal numbers of references.
+        """
+        wanted = {name: spec.dim for name, spec in self.features.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in features.items()}
+        if set(found) != set(wanted):
+            raise ReferenceMismatchError(
+                f"the reference holds the features {_listed(found)}; the {self.condition} module needs "
+                f"{_listed(wanted)}. Encode the picture again with this module connected."
+            )
+        for name, shape in found.items():
+            if len(shape) != 3 or shape[-1] != wanted[name] or 0 in shape:
+                raise ReferenceMismatchError(
+                    f"the feature '{name}' has shape {shape}; the {self.condition} module needs (references, vectors, "
+                    f"{wanted[name]}). It was made by another encoder: use "
+                    f"{self.encoder.get('family', 'the encoder named in the module')}."
+                )
+            if not torch.isfinite(features[name]).all():
+                raise ReferenceMismatchError(f"the feature '{name}' holds NaN or infinite values. Encode the picture "
+                                             "again, in float32 if the encoder ran in float16.")
+        counts = {shape[0] for shape in found.values()} - {1}
+        if len(counts) > 1:
+            raise ReferenceMismatchError(f"features of unequal numbers of references ({found}). Encode them together.")
+
+    def to_json(self) -> str:
+        """The `emma` metadata entry."""
+        features = {name: spec.to_entry() for name, spec in self.features.items()}
+        entry = {
+            **self.unknown, "format_version": FORMAT_VERSION, "condition": self.condition,
+            "gate_scale": self.gate_scale, "separable_gates": self.separable_gates, "width": self.width,
+            "heads": self.heads, "layers": self.layers, "features": features,
+        }
+        entry |= {name: dict(getattr(self, name)) for name in _OPTIONAL if getattr(self, name)}
+        return json.dumps(entry)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], name: str) -> "ModuleConfig":
+        """Parse a file's metadata.
+
+        Raises:
+            ModuleFileError: no `emma` entry, broken JSON, missing keys, unknown format version, wrong types,
+                impossible sizes.
+        """
+        entry = _emma_entry(metadata, name)
+        known: dict[str, Any] = {key: entry[key] for key in (*_REQUIRED, *_OPTIONAL) if key in entry}
+        known.pop("format_version")
+        unknown = {key: value for key, value in entry.items() if key not in (*_REQUIRED, *_OPTIONAL)}
+        try:
+            _check_kinds(known)
+            known |= {key: int(known[key]) for key in ("width", "heads", "layers")}
+            known["gate_scale"] = float(known["gate_scale"])
+            known["features"] = {key: FeatureSpec.from_entry(value) for key, value in known["features"].items()}
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as found:
+            raise ModuleFileError(f"{name}: its `emma` metadata has a value of the wrong kind ({found!r}). "
+                                  "Save the module again with a current version of its trainer.") from found
+        try:
+            return cls(**known, unknown=unknown,
+                       file_metadata={key: value for key, value in metadata.items() if key != "emma"})
+        except ModuleFileError as found:
+            raise ModuleFileError(f"{name}: {found}") from None
+
+    def replace(self, **changes) -> "ModuleConfig":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def _check_kinds(entry: Mapping[str, Any]) -> None:
+    kinds = {"condition": str, "separable_gates": bool, **dict.fromkeys(_OPTIONAL, dict)}
+    for key, kind in kinds.items():
+        if key in entry and not isinstance(entry[key], kind):
+            raise TypeError(f"{key} is a {type(entry[key]).__name__}, wanted a {kind.__name__}")
+
+
+def _emma_entry(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    if "emma" not in metadata:
+        raise ModuleFileError(f"{name} has no `emma` metadata, so it is not an EMMA module (found "
+                              f"{_listed(metadata)}). Choose a file from models/emma that EMMA's trainer saved.")
+    try:
+        entry = json.loads(metadata["emma"])
+    except json.JSONDecodeError as found:
+        raise ModuleFileError(f"{name}: its `emma` metadata is not JSON ({found}). Get the file again.") from found
+    if not isinstance(entry, dict):
+        raise ModuleFileError(f"{name}: its `emma` metadata is a {type(entry).__name__}, wanted a JSON object. "
+                              "Get the file again.")
+    if entry.get("format_version") != FORMAT_VERSION:
+        raise ModuleFileError(f"{name} has format version {entry.get('format_version')!r}, this version of "
+                              f"ComfyUI-EMMA reads {FORMAT_VERSION}. Update ComfyUI-EMMA.")
+    missing = [key for key in _REQUIRED if key not in entry]
+    if missing:
+        raise ModuleFileError(f"{name}: its `emma` metadata lacks {_listed(missing)}. Save the module again with a "
+                              "current version of its trainer.")
+    return entry
+
+
+def _listed(names) -> str:
+    return ", ".join(sorted(map(str, names))) or "none"

@@ -1,0 +1,1 @@
+"""Prompts to features: the T5 encoder in every layout that its files come in."""

@@ -1,0 +1,101 @@
+"""T5 text features on a bare machine, through transformers.
+
+Shapes: N tokens of a prompt with its `</s>`, D width of the features.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import EmmaError
+from .t5_file import T5File, load_parts, open_t5_file
+from .t5_layout import T5EncoderConfig
+from .t5_tokenizer import PromptTokenizer, load_tokenizer
+
+_REMEMBERED = 64  # prompts
+# fp16 overflows in this layer of the larger T5, so that transformers keeps it in fp32 too.
+_FLOAT32_IN_HALF_PRECISION = ("wo.weight",)
+
+
+class TextEncoder:
+    """A T5 encoder and its tokenizer: prompts -> last hidden states; the latest prompts are remembered."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: PromptTokenizer, config: T5EncoderConfig):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self._known: OrderedDict[tuple[tuple[int, ...], int], torch.Tensor] = OrderedDict()
+
+    @property
+    def width(self) -> int:
+        return self.config.d_model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """Features (1,N,D) of each prompt at its natural length: no padding, no truncation."""
+        return [self._features(self.tokenizer.ids(prompt)) for prompt in prompts]
+
+    def encode_padded(self, prompt: str, length: int = 128) -> torch.Tensor:
+        """Features (1,length,D) of a prompt padded as in ELLA's training: padding is not attended to, but is returned.
+
+        Raises:
+            EmmaError: the prompt has more tokens than ``length``.
+        """
+        ids = self.tokenizer.ids(prompt)
+        if len(ids) > length:
+            raise EmmaError(f"The prompt has {len(ids)} tokens, more than {length}: encode it at its natural length.")
+        return self._features(ids, length - len(ids))
+
+    @torch.no_grad()
+    def _features(self, ids: list[int], padding: int = 0) -> torch.Tensor:
+        """Features of token ids and padding, computed once for each prompt among the latest."""
+        key = (tuple(ids), padding)
+        if key not in self._known:
+            ids_1N = torch.tensor([ids + [self.tokenizer.pad_id] * padding], device=self.device)
+            mask_1N = torch.tensor([[1] * len(ids) + [0] * padding], device=self.device)
+            self._known[key] = self.model(input_ids=ids_1N, attention_mask=mask_1N).last_hidden_state
+            if len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key].clone()
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """Of the weights, where nothing else is said: fp32 on the CPU and fp16 elsewhere."""
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def load_text_encoder(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> TextEncoder:
+    """Load a T5 v1.1 encoder from a .safetensors file or a Hugging Face folder, strictly.
+
+    Args:
+        path: file or folder; its tokenizer.json lies in the folder or as `<file stem>.tokenizer.json` beside the file.
+        dtype: of the weights; by default `usual_dtype` of the device.
+        device: the CPU by default.
+    Raises:
+        TextEncoderFileError: the file, its tokenizer or its weights cannot be used; the message says why.
+    """
+    device = torch.device("cpu" if device is None else device)
+    t5_file = open_t5_file(path)
+    tokenizer = load_tokenizer(t5_file)
+    return TextEncoder(_load_model(t5_file, dtype or usual_dtype(device), device), tokenizer, t5_file.config)
+
+
+def _load_model(t5_file: T5File, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(**vars(t5_file.config), feed_forward_proj="gated-gelu", dropout_rate=0.0, use_cache=False)
+    # On the meta device it takes no memory until the weights take the place of its own.
+    with torch.device("meta"):
+        model = T5EncoderModel(config)
+    model.requires_grad_(False)
+    load_parts(model, t5_file, dtype, device, _FLOAT32_IN_HALF_PRECISION if dtype == torch.float16 else ())
+    model.set_input_embeddings(model.shared)
+    return model.eval()

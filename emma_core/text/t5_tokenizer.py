@@ -1,0 +1,85 @@
+"""Prompt -> token ids of a T5, from a tokenizer.json."""
+
+from pathlib import Path
+
+from ..errors import TextEncoderFileError
+from .t5_file import T5File
+
+# The published tokenizer has 32,100 entries; the published weights round that up to 32,128.
+_STANDARD_VOCAB_SIZES = (32100, 32128)
+
+
+class PromptTokenizer:
+    """Token ids of a prompt, `</s>` appended, neither padded nor truncated."""
+
+    def __init__(self, path: str | Path):
+        from tokenizers import Tokenizer
+
+        path = Path(path)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as found:  # the library raises plain Exception
+            raise TextEncoderFileError(
+                f"{path} cannot be read as a tokenizer.json ({found}). Download it again."
+            ) from found
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.name = path.name
+        self.eos_id = self._special_id("</s>", path)
+        self.pad_id = self._special_id("<pad>", path)
+
+    def _special_id(self, token: str, path: Path) -> int:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise TextEncoderFileError(f"{path} has no {token} token; wanted the tokenizer of a T5. "
+                                       "Use the tokenizer.json that came with the text encoder.")
+        return token_id
+
+    def ids(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, then `</s>`; an empty prompt is `</s>` alone."""
+        return [*self._tokenizer.encode(prompt, add_special_tokens=False).ids, self.eos_id]
+
+    def vocab(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+
+def find_tokenizer(t5_file: T5File, standard_path: str | Path | None = None) -> Path:
+    """The tokenizer.json of a text encoder: its own, else the standard one of T5 at ``standard_path``.
+
+    Raises:
+        TextEncoderFileError: it has none of its own, and there is no standard one or it is not made for these weights.
+    """
+    if t5_file.tokenizer_path is not None:
+        return t5_file.tokenizer_path
+    where = (
+        f"{t5_file.path}/tokenizer.json" if t5_file.path.is_dir()
+        else str(t5_file.path.with_name(f"{t5_file.path.stem}.tokenizer.json"))
+    )
+    if standard_path is None:
+        raise TextEncoderFileError(
+            f"{t5_file.name} comes without a tokenizer: put the tokenizer.json of its model (google/flan-t5-xl on "
+            f"Hugging Face has it) at {where}."
+        )
+    if t5_file.config.vocab_size not in _STANDARD_VOCAB_SIZES:
+        raise TextEncoderFileError(
+            f"{t5_file.name} has a vocabulary of {t5_file.config.vocab_size}, the standard T5 tokenizer needs 32128: "
+            f"put the tokenizer.json that came with it at {where}."
+        )
+    return Path(standard_path)
+
+
+def load_tokenizer(t5_file: T5File, standard_path: str | Path | None = None) -> PromptTokenizer:
+    """`find_tokenizer`, opened and checked against the vocabulary of the weights.
+
+    Raises:
+        TextEncoderFileError: as `find_tokenizer`, or the tokenizer knows ids that the weights do not have.
+    """
+    path = find_tokenizer(t5_file, standard_path)
+    tokenizer = PromptTokenizer(path)
+    highest = max(tokenizer.vocab().values())
+    if highest >= t5_file.config.vocab_size:
+        raise TextEncoderFileError(
+            f"{path} has ids up to {highest}, {t5_file.name} has a vocabulary of {t5_file.config.vocab_size}: "
+            "use the tokenizer.json that came with these weights."
+        )
+    return tokenizer

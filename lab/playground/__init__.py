@@ -1,0 +1,1 @@
+"""How the shipped playground was trained and is judged."""
