@@ -94,7 +94,8 @@ class Reference:
 
     def weight_of_rows(self, timestep_B: torch.Tensor) -> torch.Tensor:
         """(B,) strength where the reference acts at the row's timestep, 0 elsewhere."""
-        percent_B = 1.0 - timestep_B.float() / LAST_TIMESTEP
+        # the ends are open: flow models begin at timestep 1000
+        percent_B = (1.0 - timestep_B.float() / LAST_TIMESTEP).clamp(0.0, 1.0)
         slack = SLACK_TIMESTEPS / LAST_TIMESTEP
         acts_B = (percent_B >= self.start_percent - slack) & (percent_B <= self.end_percent + slack)
         strength = torch.as_tensor(self.strength, dtype=torch.float32, device=timestep_B.device).flatten()

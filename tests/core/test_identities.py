@@ -232,6 +232,16 @@ def test_the_ends_of_a_range_belong_to_it(style):
     assert half.weight_of_rows(torch.tensor([401.0, 400.0, 399.0])).tolist() == [1.0, 1.0, 0.0]
 
 
+def test_timesteps_beyond_ddpm_belong_to_the_ends_of_a_range(style):
+    """Flow models begin at timestep 1000."""
+    first, middle, last = (reference(style, start_percent=start, end_percent=end)
+                           for start, end in ((0.0, 0.5), (0.1, 0.9), (0.5, 1.0)))
+    timestep_B = torch.tensor([1000.0, -1.0])
+    assert first.weight_of_rows(timestep_B).tolist() == [1.0, 0.0]
+    assert middle.weight_of_rows(timestep_B).tolist() == [0.0, 0.0]
+    assert last.weight_of_rows(timestep_B).tolist() == [0.0, 1.0]
+
+
 def test_a_range_in_a_mixed_batch_leaves_the_other_rows_bit_identical_to_ella(connector, style, portrait):
     timestep_B = torch.tensor([999.0, 600.0, 550.0, 100.0])
     ella = connector.tokens(small_text(), timestep_B)
