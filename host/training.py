@@ -26,13 +26,14 @@ from ..emma_core.files.module_file import module_tensors, save_module
 from ..emma_core.files.tensor_file import fingerprint_of_weights
 from ..emma_core.model.connector import Connector
 from ..emma_core.training.config import TrainConfig
+from ..emma_core.training.identity import run_identity
 from ..emma_core.training.losses import BUCKETS, TIMESTEPS
 from ..emma_core.training.parts import encoder_metadata, options_of
 from ..emma_core.training.reports import Log, Reporter
 from ..emma_core.training.runs import model_spec
 from ..emma_core.training.starts import begin_module
 from ..emma_core.training.student import Student, TeacherTarget
-from ..emma_core.training.trainer import Trainer, gain_of_reference, run_identity
+from ..emma_core.training.trainer import Trainer, gain_of_reference
 from .denoiser import HostDenoiser
 from .encoders import as_encoder
 from .images import rgb_pictures

@@ -71,9 +71,8 @@ def draw(module: GatedResampler, options: argparse.Namespace) -> None:
     Raises:
         EmmaError: ELLA or its text encoder is not named, or does not fit.
     """
-    own = load_connector(PLAYGROUND_DIR / "ella.safetensors")
-    is_playground = module.config.ella.get("sha256") == own.sha256
-    if not is_playground and not (options.ella and options.text_encoder):
+    own = None if options.ella and options.text_encoder else load_connector(PLAYGROUND_DIR / "ella.safetensors")
+    if own and module.config.ella.get("sha256") != own.sha256:
         raise EmmaError(f"{options.file.name} was not trained on the playground: name its ELLA and text encoder with --ella "
                         "and --text-encoder to draw its gate map.")
     connector = load_connector(options.ella) if options.ella else own

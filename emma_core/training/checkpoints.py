@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,25 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
     """Write a checkpoint, then remove all but the newest ``keep``.
 
     Raises:
-        TrainingError: the disk is full; earlier checkpoints are still there.
+        TrainingError: a number is not finite, or the disk is full; earlier checkpoints are still there.
     """
     path = folder / f"checkpoint-{step:08d}.pt"
+    broken = next((name for name, tensor in _tensors(state) if not torch.isfinite(tensor).all()), None)
+    if broken:
+        raise TrainingError(f"after update {step} the state holds NaN or infinite values ({broken}), so it was not saved; "
+                            f"earlier checkpoints are in {folder}. Try a lower rate (train.rate).")
     write_or_explain(path, lambda temporary: torch.save({"format_version": FORMAT_VERSION, **state}, temporary))
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def _tensors(state: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{place}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value, f"{place}{key} ")
 
 
 def write_or_explain(path: Path, write) -> None:

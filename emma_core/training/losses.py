@@ -36,8 +36,10 @@ def row_weights(prediction: str, kept_B: torch.Tensor, objective: ObjectiveConfi
     """
     snr_B = kept_B / (1 - kept_B)
     weight_B = torch.ones_like(kept_B)
-    if objective.min_snr > 0:
-        weight_B = weight_B * snr_B.clamp(max=objective.min_snr) / (snr_B + (1 if prediction == "v" else 0))
+    if objective.min_snr > 0 and prediction == "v":
+        weight_B = weight_B * snr_B.clamp(max=objective.min_snr) / (snr_B + 1)
+    elif objective.min_snr > 0:  # min(1, gamma/SNR): the same, and a number where the SNR is 0
+        weight_B = weight_B * (objective.min_snr / snr_B).clamp(max=1)
     if objective.inverse_snr > 0:
         weight_B = weight_B * (1 / snr_B).clamp(max=objective.inverse_snr)
     return weight_B

@@ -17,6 +17,7 @@ from .buckets import open_picture
 from .config import TrainConfig
 from .draws import Row
 from .examples import Example, describe, read_examples, require
+from .identity import check_folder
 from .own_latents import OwnLatents, check_own_latents, own_latents
 from .parts import Parts, encoder_metadata, load_parts, options_of, prepare_precision
 from .places import place_weights
@@ -64,6 +65,7 @@ def run(
         raise TrainingConfigError("output.folder is not set. Name a folder for checkpoints, samples and the result.")
     folder = Path(config.output.folder)
     config, dtype = prepare_precision(config, PartialState(cpu=device == "cpu").device)
+    check_folder(folder, config)
     precision = config.train.precision
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu")
     processes = Processes.of_run()
@@ -75,10 +77,11 @@ def run(
     parts = load_parts(config, dtype, accelerator.device)
     data, texts, references = encoded(config, parts, examples, folder, processes, bars and accelerator.is_main_process)
     trainer = (begin_with or begin)(config, parts, data, accelerator, folder)
+    resumed = trainer.resume()
     if accelerator.is_main_process:
         (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-    if trainer.resume() and accelerator.is_main_process:
-        say(f"going on after update {trainer.step}")
+        if resumed:
+            say(f"going on after update {trainer.step}")
     with _bar(trainer, bars and accelerator.is_main_process) as bar:
         sampler = Sampler(parts.backbone, config.report, texts, references, data.bucket(0))
         reporter = Reporter(config, trainer, sampler if config.report.sample_every else None, bar)

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import TrainingError
+from ..errors import EmmaWarning, TrainingError
 from ..files.connector_file import save_connector
 from ..files.module_file import save_module
 from ..model.connector import Connector
@@ -28,6 +29,7 @@ from .averaging import AveragedWeights, cosine_rate
 from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_or_explain
 from .config import TrainConfig
 from .draws import Batch, Draws, TrainingSet
+from .identity import check_identity, run_identity
 from .losses import TimestepBuckets
 from .student import Student
 
@@ -51,10 +53,6 @@ class Progress:
     seconds: float
     buckets: list[float | None] = field(default_factory=list)
     gates: Mapping[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def seconds_left(self) -> float:
-        return self.seconds / max(1, self.step) * (self.steps - self.step)
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
@@ -101,6 +99,7 @@ class Trainer:
         self.draws = Draws(data, config, lambda caption: data.text(caption).shape[1], accelerator.process_index,
                            accelerator.num_processes)
         self.step, self.seconds = 0, 0.0
+        self._saved = 0  # the last step that was saved, or was tried to be
 
     def run(self, after_step: Callable[[Progress], None] | None = None) -> None:
         """Train; checkpoints are written on the way and at the end, whatever ends it.
@@ -108,51 +107,46 @@ class Trainer:
         Args:
             after_step: called by the main process after every update; what it raises (an interrupt) ends the run.
         Raises:
-            TrainingError: a loss that is not finite; the weights are those before that update.
+            TrainingError: a loss or a gradient that is not finite; the weights are those before that update.
         """
         started, before, buckets = time.monotonic(), self.seconds, TimestepBuckets()
-        saved = self.step
+        self._saved = self.step
         try:
             while self.step < self.config.train.steps:
-                loss = self.update(buckets)
+                loss = self._update_or_save(buckets)
                 self.seconds = before + time.monotonic() - started
                 if self.step % self.config.report.save_every == 0:
                     self.save()
-                    saved = self.step
                 if after_step and self.accelerator.is_main_process:
                     reported = self.step % self.config.report.log_every == 0
                     after_step(self._progress(loss, buckets if reported else None))
                     buckets = TimestepBuckets() if reported else buckets
         finally:
-            if saved != self.step:
+            if self._saved != self.step:
                 self.save()
         self.save_result()
 
     def update(self, buckets: TimestepBuckets) -> float:
-        """One update of the weights; returns the mean loss of this process.
+        """One update of the weights; returns the mean loss of this process. What ends it early leaves all as it was.
 
         Raises:
-            TrainingError: a loss that is not finite, before anything is changed.
+            TrainingError: a loss or a gradient that is not finite.
         """
-        settings = self.config.train
-        draws_before = self.draws.state
         factor = rate_factor(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_rate"] * factor
-        total = 0.0
-        for _ in range(settings.accumulate):
-            batch = self.draws.draw()
-            with self.accelerator.autocast():
-                error_B, weight_B = self.student.errors(self.data, batch, self.accelerator.device)
-            loss = (error_B * weight_B).mean() / settings.accumulate
-            self._check_finite(error_B, batch, draws_before)
-            if loss.requires_grad:  # a batch without any reference teaches a module nothing
-                self.accelerator.backward(loss)
-            buckets.add(batch.timestep_B, error_B)
-            total += error_B.detach().mean().item() / settings.accumulate
-        self._reduce_gradients()
-        if self._has_gradients():
-            self.accelerator.clip_grad_norm_([value for _, value in self.student.parameters()], settings.clip or math.inf)
+        draws_before = self.draws.state
+        try:
+            total = sum(self._learn_from(self.draws.draw(), buckets) for _ in range(self.config.train.accumulate))
+            self._reduce_gradients()
+            learnt = self._has_gradients()
+            if learnt:
+                self._clip()
+        except BaseException:
+            self.optimizer.zero_grad()
+            self.draws.state = draws_before
+            raise
+        if learnt:
             self.optimizer.step()  # which fp16's scaler refuses without gradients
             self.optimizer.zero_grad()
         self.step += 1
@@ -161,7 +155,12 @@ class Trainer:
         return total
 
     def save(self) -> None:
-        """A checkpoint, and the module as it is now."""
+        """A checkpoint, and the module as it is now.
+
+        Raises:
+            TrainingError: weights that are not finite, a full disk; what was saved before is still there.
+        """
+        self._saved = self.step
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             save_checkpoint(self.folder, self.step, self.state(), self.config.report.keep)
@@ -216,11 +215,7 @@ class Trainer:
         if not found:
             return False
         state = load_checkpoint(found[-1])
-        known = {**run_identity(TrainConfig()), **state["run"]}  # settings that are newer than the checkpoint had their default
-        differing = sorted(key for key, value in run_identity(self.config).items() if known.get(key) != value)
-        if differing:
-            raise TrainingError(f"{found[-1]} belongs to a run with other settings: {', '.join(differing)}. Give this run a "
-                                "folder of its own, or restore these settings.")
+        check_identity(state["run"], self.config, found[-1])
         self.step, self.seconds = state["step"], state["seconds"]
         self.student.learning.load_state_dict(state["learning"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -231,20 +226,51 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return True
 
-    def _check_finite(self, error_B: torch.Tensor, batch: Batch, draws_before: dict[str, Any]) -> None:
-        bad = (~torch.isfinite(error_B.detach())).float()
-        worst = self.accelerator.reduce(bad.sum(), "sum") if self.accelerator.num_processes > 1 else bad.sum()
-        if not worst:
+    def _update_or_save(self, buckets: TimestepBuckets) -> float:
+        """An update; where it fails, what was learnt before it is saved, and that this may fail too does not hide why."""
+        try:
+            return self.update(buckets)
+        except Exception:
+            try:
+                if self._saved != self.step:
+                    self.save()
+            except Exception as found:
+                warnings.warn(f"the state before the error could not be saved: {found}", EmmaWarning, stacklevel=2)
+            raise
+
+    def _learn_from(self, batch: Batch, buckets: TimestepBuckets) -> float:
+        """Add a batch's part to the gradients; returns its part of the mean error."""
+        with self.accelerator.autocast():
+            error_B, weight_B = self.student.errors(self.data, batch, self.accelerator.device)
+        loss = (error_B * weight_B).mean() / self.config.train.accumulate
+        self._check_loss(loss, error_B, weight_B, batch)
+        if loss.requires_grad:  # a batch without any reference teaches a module nothing
+            self.accelerator.backward(loss)
+        buckets.add(batch.timestep_B, error_B)
+        return error_B.detach().mean().item() / self.config.train.accumulate
+
+    def _check_loss(self, loss: torch.Tensor, error_B: torch.Tensor, weight_B: torch.Tensor, batch: Batch) -> None:
+        bad = (~torch.isfinite(loss.detach())).float()
+        if not (self.accelerator.reduce(bad, "sum") if self.accelerator.num_processes > 1 else bad):
             return
-        self.optimizer.zero_grad()
-        self.draws.state = draws_before
-        rows = [batch.rows[index] for index in bad.nonzero()[:, 0].tolist()]
-        named = "; ".join(f"picture {row.target}, timestep {batch.timestep_B[batch.rows.index(row)]}, caption {row.caption!r}"
-                          for row in rows[:3])
-        raise TrainingError(
-            f"the loss of batch {batch.number} is not finite ({named or 'in another process'}). Nothing was changed by it; the "
-            f"last state is saved in {self.folder}. Try a lower rate (train.rate), or bf16 or fp32 (train.precision)."
-        )
+        broken = (~torch.isfinite(error_B * weight_B)).nonzero()[:, 0].tolist()
+        named = "; ".join(f"picture {batch.rows[index].target}, timestep {batch.timestep_B[index]}, caption "
+                          f"{batch.rows[index].caption!r}, error {error_B[index]:g}, weight {weight_B[index]:g}"
+                          for index in broken[:3])
+        where = named or ("the sum of its rows" if bad else "in another process")
+        raise self._not_finite(f"the loss of batch {batch.number} is not finite ({where})")
+
+    def _clip(self) -> None:
+        """Bound the gradient's norm; fp16's scaler leaves out updates that overflow, as long as its scale can still fall."""
+        learning = [value for _, value in self.student.parameters()]
+        norm = self.accelerator.clip_grad_norm_(learning, self.config.train.clip or math.inf)
+        scaler = self.accelerator.scaler
+        if not torch.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+            raise self._not_finite(f"the gradient of update {self.step + 1} is not finite (its norm is {norm:g})")
+
+    def _not_finite(self, found: str) -> TrainingError:
+        return TrainingError(f"{found}. Nothing was changed by it; the last state is saved in {self.folder}. Try a lower rate "
+                             "(train.rate), or bf16 or fp32 (train.precision).")
 
     def _has_gradients(self) -> bool:
         return any(value.grad is not None for _, value in self.student.parameters())
@@ -265,14 +291,6 @@ class Trainer:
             gates = gates_of(self.student.module)
         return Progress(self.step, self.config.train.steps, loss, self.optimizer.param_groups[0]["lr"], self.seconds,
                         buckets.means() if buckets else [], gates)
-
-
-def run_identity(config: TrainConfig) -> dict[str, Any]:
-    """The settings that a checkpoint belongs to; what may change between sittings is left out."""
-    flat = {f"{section}.{key}": list(value) if isinstance(value, tuple) else value
-            for section, table in config.to_dict().items() if isinstance(table, dict) for key, value in table.items()}
-    free = ("report.", "output.", "train.steps", "data.workers", "data.cache")
-    return {"what": config.what, **{key: value for key, value in flat.items() if not key.startswith(free)}}
 
 
 def gates_of(module: GatedResampler) -> dict[str, list[float]]:

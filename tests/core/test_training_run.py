@@ -107,6 +107,14 @@ def test_starting_again_goes_on_and_encodes_nothing(run, pictures, capsys, monke
     assert len(texts) == 2, "the texts of the samples alone"
 
 
+def test_a_folder_of_other_settings_stays_as_it_is(run, pictures, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["train", *SMALL, "--data.folder", str(pictures), "--output.folder", str(run), "--train.rate", "0.1",
+                 "--data.resolution_px", "64"]) == 1
+    assert "data.resolution_px is 128 there and 64 here; train.rate is 0.0005 there and 0.1 here" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_ella_itself_can_be_trained(pictures, tmp_path):
     settings = ["--data.folder", str(pictures), "--output.folder", str(tmp_path), "--train.steps", "1"]
     assert main(["train", "ella", *SMALL, *settings]) == 0
@@ -200,6 +208,16 @@ def test_inspect_prints_and_draws(run, capsys, tmp_path):
     assert Image.open(tmp_path / "gates.png").width > 300
     assert main(["inspect", str(PLAYGROUND_DIR / "ella.safetensors")]) == 1
     assert "not an EMMA module" in capsys.readouterr().err
+
+
+def test_a_gate_map_of_named_files_needs_no_playground(run, capsys, tmp_path, monkeypatch):
+    named = ["--ella", str(PLAYGROUND_DIR / "ella.safetensors"), "--text-encoder", str(PLAYGROUND_DIR / "t5.safetensors")]
+    inspect = ["inspect", str(run / "mine.safetensors"), "--gate-map", str(tmp_path / "own.png")]
+    assert main(inspect) == 0
+    monkeypatch.setattr("emma_core.commands.inspect.PLAYGROUND_DIR", tmp_path / "none")
+    assert main([*inspect[:-1], str(tmp_path / "named.png"), *named]) == 0
+    assert (tmp_path / "named.png").read_bytes() == (tmp_path / "own.png").read_bytes()
+    assert main([*inspect, *named[:2]]) == 1 and "none" in capsys.readouterr().err
 
 
 def test_the_loss_curve_falls_where_the_loss_does():

@@ -1,0 +1,48 @@
+"""Which run a checkpoint belongs to: a folder is never gone on in with other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import TrainingError
+from .checkpoints import checkpoints, load_checkpoint
+from .config import TrainConfig
+
+
+def run_identity(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a checkpoint belongs to; what may change between sittings is left out."""
+    flat = {f"{section}.{key}": list(value) if isinstance(value, tuple) else value
+            for section, table in config.to_dict().items() if isinstance(table, dict) for key, value in table.items()}
+    free = ("report.", "output.", "train.steps", "data.workers", "data.cache")
+    return {"what": config.what, **{key: value for key, value in flat.items() if not key.startswith(free)}}
+
+
+def check_folder(folder: Path, config: TrainConfig) -> None:
+    """Refuse a folder that another run is in, before anything is written there.
+
+    Raises:
+        TrainingError: its newest checkpoint belongs to a run with other settings, or is damaged.
+    """
+    found = checkpoints(folder)
+    if found:
+        check_identity(load_checkpoint(found[-1])["run"], config, found[-1])
+
+
+def check_identity(found: Mapping[str, Any], config: TrainConfig, checkpoint: Path) -> None:
+    """Refuse a checkpoint of a run with other settings.
+
+    Args:
+        found: what `run_identity` gave of that run.
+        config: of this one.
+        checkpoint: its path, for the message.
+    Raises:
+        TrainingError: the settings that differ.
+    """
+    known = {**run_identity(TrainConfig()), **found}  # settings that are newer than the checkpoint had their default
+    differing = [f"{key} is {known.get(key)!r} there and {value!r} here" for key, value in sorted(run_identity(config).items())
+                 if known.get(key) != value]
+    if differing:
+        raise TrainingError(f"{checkpoint} belongs to a run with other settings: {'; '.join(differing)}. Give this run a "
+                            "folder of its own, or restore these settings.")

@@ -1,0 +1,177 @@
+"""What ends a run early: bad numbers, errors, interrupts, full disks, and folders of other runs."""
+
+import dataclasses
+import errno
+import math
+
+import pytest
+import torch
+from small_models import small_connector
+from training_world import TinyDenoiser, same, tiny_config, tiny_trainer, weights
+
+from emma_core import load_module
+from emma_core.errors import EmmaWarning, TrainingError
+from emma_core.training import checkpoints as checkpoint_files
+from emma_core.training.checkpoints import checkpoints, load_checkpoint
+
+
+def full(state, path):
+    """In place of `torch.save`."""
+    path.write_bytes(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Failing(TinyDenoiser):
+    """Its fourth call gives NaN in the second row, or raises."""
+
+    def __init__(self, error: BaseException | None = None):
+        super().__init__(small_connector().width)
+        self.error, self.calls = error, 0
+
+    def predict_noise(self, noised_B4hw, timestep_B, context_BKW):
+        self.calls += 1
+        if self.calls == 4 and self.error:
+            raise self.error
+        predicted = super().predict_noise(noised_B4hw, timestep_B, context_BKW)
+        return predicted * torch.tensor([1.0, torch.nan, 1.0, 1.0])[:, None, None, None] if self.calls == 4 else predicted
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    config = tiny_config()
+    trainer = tiny_trainer(tmp_path, config, denoiser=Failing())
+    states = []
+    with pytest.raises(TrainingError, match=r"the loss of batch 4 is not finite \(picture \d, timestep \d+, caption '.*bf16"):
+        trainer.run(lambda progress: states.append(weights(trainer)))
+    assert trainer.step == 3 and same(states[-1], weights(trainer))
+    assert load_checkpoint(checkpoints(tmp_path)[-1])["step"] == 3
+    healthy, resumed = tiny_trainer(tmp_path / "healthy", config), tiny_trainer(tmp_path, config)
+    healthy.run()
+    resumed.resume()
+    resumed.run()
+    assert same(weights(healthy), weights(resumed)), "the bad batch is drawn again"
+
+
+class Broken(TinyDenoiser):
+    """From the fourth batch on, the weights of the rows or the gradients break: the errors of the rows stay finite."""
+
+    def __init__(self, stage: str):
+        super().__init__(small_connector().width)
+        self.stage, self.calls = stage, 0
+
+    def predict_noise(self, noised_B4hw, timestep_B, context_BKW):
+        self.calls += 1
+        predicted_B4hw = super().predict_noise(noised_B4hw, timestep_B, context_BKW)
+        if self.stage == "weight" and self.calls == 3:
+            self.alphas_cumprod_T.zero_()  # no signal left: 1/SNR without a bound is infinite
+        elif self.stage == "gradient" and self.calls == 4:
+            predicted_B4hw.register_hook(lambda gradient: gradient * torch.inf)
+        return predicted_B4hw
+
+
+@pytest.mark.parametrize(("stage", "found"), [
+    ("weight", r"the loss of batch 4 is not finite \(picture \d, .*, error \d.*, weight inf"),
+    ("gradient", r"the gradient of update 4 is not finite \(its norm is (nan|inf)\)"),
+])
+def test_nothing_that_is_not_finite_reaches_the_weights_or_the_disk(tmp_path, stage, found):
+    config = tiny_config(report__save_every=2)
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, inverse_snr=math.inf))
+    trainer = tiny_trainer(tmp_path, config, denoiser=Broken(stage))
+    states = []
+    with pytest.raises(TrainingError, match=found + ".*Nothing was changed by it; the last state is saved"):
+        trainer.run(lambda progress: states.append(weights(trainer)))
+    assert trainer.step == 3 and same(states[-1], weights(trainer))
+    saved = load_checkpoint(checkpoints(tmp_path)[-1])
+    assert saved["step"] == 3 and same(saved["learning"], states[-1])
+    assert load_module(tmp_path / "emma-module.safetensors").config.training["steps"] == 3
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    trainer = tiny_trainer(tmp_path, tiny_config(report__save_every=2))
+
+    def break_weights(progress):
+        if progress.step == 3:
+            trainer.student.module.blocks[1].attn_gate.data.fill_(torch.nan)
+
+    with pytest.warns(EmmaWarning, match=r"could not be saved: after update 3 the state holds NaN .*blocks.1.attn_gate"), \
+            pytest.raises(TrainingError, match="the loss of batch 4 is not finite"):
+        trainer.run(break_weights)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000002.pt"]
+    assert load_module(tmp_path / "emma-module.safetensors").config.training["steps"] == 2
+
+
+def test_the_first_error_is_the_one_that_is_told(tmp_path, monkeypatch):
+    class OutOfMemory(RuntimeError):
+        pass
+
+    trainer = tiny_trainer(tmp_path, tiny_config(), denoiser=Failing(OutOfMemory("9 GB more")))
+    monkeypatch.setattr(checkpoint_files.torch, "save", full)
+    with pytest.warns(EmmaWarning, match="the state before the error could not be saved: .* the disk is full"), \
+            pytest.raises(OutOfMemory, match="9 GB more"):
+        trainer.run()
+
+
+def test_an_interrupted_run_that_cannot_be_saved_says_so(tmp_path, monkeypatch):
+    def interrupt(progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_files.torch, "save", full)
+    with pytest.raises(TrainingError, match="the disk is full"):
+        tiny_trainer(tmp_path, tiny_config()).run(interrupt)
+
+
+def test_an_interrupt_in_the_middle_of_an_update_is_gone_on_from_bit_for_bit(tmp_path):
+    config = tiny_config(train__accumulate=2)
+    whole, first = tiny_trainer(tmp_path / "whole", config), tiny_trainer(tmp_path / "parts", config,
+                                                                          denoiser=Failing(KeyboardInterrupt()))
+    whole.run()
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = tiny_trainer(tmp_path / "parts", config)
+    assert second.resume() and second.step == 1
+    second.run()
+    assert same(weights(whole), weights(second))
+
+
+def test_checkpoints_of_other_settings_are_refused(tmp_path):
+    tiny_trainer(tmp_path, tiny_config()).run()
+    changed = tiny_trainer(tmp_path, tiny_config(train__rate=1e-3, objective__drop_text=0.5))
+    with pytest.raises(TrainingError, match="drop_text is 0.05 there and 0.5 here; train.rate is 0.01 .*. Give this run"):
+        changed.resume()
+    longer = tiny_trainer(tmp_path, tiny_config(train__steps=12, report__save_every=5))
+    assert longer.resume() and longer.step == 8
+
+
+def test_a_checkpoint_that_lacks_newer_settings_is_gone_on_from(tmp_path):
+    tiny_trainer(tmp_path, tiny_config(train__steps=2)).run()
+    path = checkpoints(tmp_path)[-1]
+    state = load_checkpoint(path)
+    del state["run"]["objective.place_weight"], state["run"]["train.rate"]
+    torch.save(state, path)
+    with pytest.raises(TrainingError, match="other settings: train.rate is 0.0001 there and 0.01 here. Give"):
+        tiny_trainer(tmp_path, tiny_config()).resume()
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    tiny_trainer(tmp_path, tiny_config(report__save_every=2, report__keep=2)).run()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000006.pt", "checkpoint-00000008.pt"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    tiny_trainer(tmp_path, tiny_config()).run()
+    path = checkpoints(tmp_path)[-1]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match="checkpoint-00000008.pt cannot be read.*Remove it"):
+        tiny_trainer(tmp_path, tiny_config()).resume()
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    tiny_trainer(tmp_path, tiny_config(train__steps=3)).run()
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    monkeypatch.setattr(checkpoint_files.torch, "save", full)
+    trainer = tiny_trainer(tmp_path, tiny_config())
+    trainer.resume()
+    with pytest.raises(TrainingError, match="the disk is full. Nothing was lost"):
+        trainer.run()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
