@@ -1,6 +1,7 @@
 """Pictures on a bare machine: connector, UNet and autoencoder in diffusers' DDIM loop, without ComfyUI.
 
-Shapes: B pictures, T timesteps, K cross-attention tokens of width W, latents 4 x h x w, pictures 3 x H x W.
+Shapes: B pictures, N evaluations for them, T timesteps, K cross-attention tokens of width W, latents 4 x h x w,
+pictures 3 x H x W.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import ImageInputError
-from ..model.assembly import Assembly, tokens_over_schedule
+from ..model.addition import TokenTerms, joined
+from ..model.assembly import Assembly, terms_over_schedule
 from ..model.connector import Connector
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Pipeline:
         predict_noise: (noised latent (B, 4, h, w), timestep (B,), context (B, K, W)) -> predicted noise.
         decode: latents of unit deviation times 1/0.18215 -> pictures (B, 3, H, W) in [-1, 1].
         scheduler: as `sd15_scheduler` makes it.
-        assemble: (connector, text, timesteps, assembly) -> tokens, as `tokens_over_schedule`: the sum of the modules.
+        assemble: (connector, text, timesteps, assembly) -> what each timestep predicts with, as `terms_over_schedule`.
     """
 
     encode_text: Callable[[Sequence[str]], list[torch.Tensor]]
@@ -71,7 +73,7 @@ class Pipeline:
     predict_noise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
     scheduler: DDIMScheduler
-    assemble: Callable[[Connector, torch.Tensor, torch.Tensor, Assembly], torch.Tensor] = tokens_over_schedule
+    assemble: Callable[[Connector, torch.Tensor, torch.Tensor, Assembly], list[TokenTerms]] = terms_over_schedule
 
 
 def sd15_scheduler() -> DDIMScheduler:
@@ -99,7 +101,7 @@ def generate(
     Args:
         at_once: pictures that are sampled together; they are decoded one by one, as that takes the most memory.
     Raises:
-        ConnectorMismatchError, ReferenceMismatchError: see `tokens_over_schedule`.
+        ConnectorMismatchError, ReferenceMismatchError: see `terms_over_schedule`.
     """
     sampling = sampling or Sampling()
     parts = []
@@ -113,29 +115,37 @@ def generate(
 def _sample(pipeline: Pipeline, requests: Sequence[Request], sampling: Sampling) -> torch.Tensor:
     scheduler = copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(sampling.steps)
-    positive_TBKW = _tokens(pipeline, [(request.prompt, request.assembly) for request in requests], scheduler.timesteps)
-    negative_TBKW = _tokens(pipeline, [(request.negative, Assembly()) for request in requests], scheduler.timesteps)
+    positive_T = _terms(pipeline, [(request.prompt, request.assembly) for request in requests], scheduler.timesteps)
+    negative_T = _terms(pipeline, [(request.negative, Assembly()) for request in requests], scheduler.timesteps)
     # in float32, whatever the tokens are: half precision would round at every step
-    noise_B4hw = torch.cat([initial_noise(request.seed, sampling) for request in requests]).to(positive_TBKW.device)
+    device = positive_T[0].tokens_BKW.device
+    noise_B4hw = torch.cat([initial_noise(request.seed, sampling) for request in requests]).to(device)
     latent_B4hw = scheduler.add_noise(torch.zeros_like(noise_B4hw), noise_B4hw, scheduler.timesteps[:1])
-    for step, timestep in enumerate(scheduler.timesteps):
-        context_CKW = torch.cat([positive_TBKW[step], negative_TBKW[step]])
-        timestep_C = timestep.to(context_CKW.device).expand(len(context_CKW))
-        predicted_C4hw = pipeline.predict_noise(torch.cat([latent_B4hw] * 2), timestep_C, context_CKW)
-        with_text_B4hw, without_B4hw = predicted_C4hw.chunk(2)
+    for timestep, positive, negative in zip(scheduler.timesteps, positive_T, negative_T, strict=True):
+        with_text_B4hw, without_B4hw = _predict(pipeline, latent_B4hw, timestep, joined([positive, negative])).chunk(2)
         guided_B4hw = without_B4hw + sampling.guidance * (with_text_B4hw - without_B4hw)
         latent_B4hw = scheduler.step(guided_B4hw, timestep, latent_B4hw).prev_sample
     return latent_B4hw
 
 
-def _tokens(
+def _predict(pipeline: Pipeline, latent_B4hw: torch.Tensor, timestep: torch.Tensor, both: TokenTerms) -> torch.Tensor:
+    """What the positives and then the negatives predict, (2B, 4, h, w); at most 2B evaluations at once."""
+    at_once = 2 * len(latent_B4hw)
+    latent_N4hw = torch.cat([latent_B4hw] * 2)[both.rows]
+    predicted = [pipeline.predict_noise(latent_A4hw, timestep.to(latent_A4hw.device).expand(len(latent_A4hw)), context_AKW)
+                 for latent_A4hw, context_AKW in zip(latent_N4hw.split(at_once), both.stacked.split(at_once), strict=True)]
+    return both.added(torch.cat(predicted))
+
+
+def _terms(
     pipeline: Pipeline, entries: Sequence[tuple[str, Assembly]], timestep_T: torch.Tensor
-) -> torch.Tensor:
-    """(T, B, K, W): each entry's text has its own length, so each is computed alone, all timesteps in one pass."""
+) -> list[TokenTerms]:
+    """Of each timestep: each entry's text has its own length, so each is computed alone, all timesteps in one pass."""
     texts = pipeline.encode_text([prompt for prompt, _ in entries])
     known: dict = {}
     for (prompt, assembly), text_1ND in zip(entries, texts, strict=True):
-        key = (prompt, assembly.references)
+        key = (prompt, assembly.references, assembly.addition)
         if key not in known:
             known[key] = pipeline.assemble(pipeline.connector, text_1ND, timestep_T, assembly)
-    return torch.cat([known[prompt, assembly.references] for prompt, assembly in entries], dim=1)
+    each = [known[prompt, assembly.references, assembly.addition] for prompt, assembly in entries]
+    return [joined(of_entries) for of_entries in zip(*each, strict=True)]

@@ -1,9 +1,10 @@
-"""Assembling EMMA modules: gated contributions, trained apart, are added up inside every block (eqs. 7, 8).
+"""Assembling EMMA modules: gated contributions, trained apart, are added up inside every block (eqs. 7, 8), or where the
+assembly's `Addition` says.
 
 Nothing here knows ELLA: any `TokenSource` can carry modules.
 
-Shapes: B rows (one prompt at one timestep each), R references per feature (1, or one per row), N text tokens,
-K latent tokens, C reference tokens, W token width, E channels of the time embedding.
+Shapes: B rows (one prompt at one timestep each), P rows of a pass, M references, R references per feature (1, or one per row),
+N text tokens, K latent tokens, C reference tokens, W token width, E channels of the time embedding.
 """
 
 import math
@@ -15,8 +16,9 @@ from typing import Protocol
 import torch
 
 from ..errors import ConnectorMismatchError, EmmaWarning, ReferenceMismatchError
+from .addition import TOKENS, Addition, Difference, Part, TokenTerms
 from .gated_resampler import GatedResampler
-from .strength_keyframes import LAST_TIMESTEP, SLACK_TIMESTEPS, StrengthKeyframes
+from .strength_keyframes import StrengthKeyframes, acts_between
 
 # enough rows to keep matrix products busy; on CPUs, few enough for the hidden layer to stay in the cache
 ROWS_PER_PASS = 64
@@ -94,10 +96,7 @@ class Reference:
 
     def weight_of_rows(self, timestep_B: torch.Tensor) -> torch.Tensor:
         """(B,) strength where the reference acts at the row's timestep, 0 elsewhere."""
-        # the ends are open: flow models begin at timestep 1000
-        percent_B = (1.0 - timestep_B.float() / LAST_TIMESTEP).clamp(0.0, 1.0)
-        slack = SLACK_TIMESTEPS / LAST_TIMESTEP
-        acts_B = (percent_B >= self.start_percent - slack) & (percent_B <= self.end_percent + slack)
+        acts_B = acts_between(timestep_B, self.start_percent, self.end_percent)
         strength = torch.as_tensor(self.strength, dtype=torch.float32, device=timestep_B.device).flatten()
         row_B = torch.arange(timestep_B.shape[0], device=timestep_B.device) % strength.numel()
         return strength[row_B] * acts_B * self.keyframes.of_rows(timestep_B)
@@ -114,12 +113,19 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Assembly:
-    """An unordered sum of references; empty means ELLA alone."""
+    """An unordered sum of references; empty means ELLA alone.
+
+    Args:
+        references: what is added up.
+        addition: where; without it inside the blocks, as the paper does.
+    """
 
     references: tuple[Reference, ...] = field(default_factory=tuple)
+    addition: Addition = field(default_factory=Addition)
 
-    def __init__(self, references: Iterable[Reference] = ()):
+    def __init__(self, references: Iterable[Reference] = (), addition: Addition | None = None):
         object.__setattr__(self, "references", tuple(references))
+        object.__setattr__(self, "addition", addition or Addition())
 
     @property
     def rows(self) -> int:
@@ -128,11 +134,11 @@ class Assembly:
 
     def with_reference(self, reference: Reference) -> "Assembly":
         """This assembly plus one more reference."""
-        return Assembly([*self.references, reference])
+        return Assembly([*self.references, reference], self.addition)
 
     def of_row(self, row: int) -> "Assembly":
         """What one row (frame) has of it."""
-        return Assembly(reference.of_row(row) for reference in self.references)
+        return Assembly((reference.of_row(row) for reference in self.references), self.addition)
 
     @property
     def counts_steps(self) -> bool:
@@ -141,7 +147,16 @@ class Assembly:
 
     def on_schedule(self, schedule: Sequence[float]) -> "Assembly":
         """The same references, the steps of their keyframes counted on the sampler's timesteps."""
-        return Assembly(replace(reference, keyframes=reference.keyframes.on(schedule)) for reference in self.references)
+        counted = (replace(reference, keyframes=reference.keyframes.on(schedule)) for reference in self.references)
+        return Assembly(counted, self.addition)
+
+    def parts(self, timestep_B: torch.Tensor) -> list[Part]:
+        """What of it runs alone at these rows, see `Addition.parts_of`."""
+        weights = [reference.weight_of_rows(timestep_B) for reference in self.references]
+        weight_MB = torch.stack(weights) if weights else timestep_B.new_zeros(0, len(timestep_B))
+        is_base_M = torch.tensor([reference.module.config.draws_subject for reference in self.references], dtype=torch.bool,
+                                 device=timestep_B.device)
+        return self.addition.parts_of(weight_MB, is_base_M, timestep_B)
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,10 +220,10 @@ def check_counts(counts: Iterable[tuple[str, int]], rows: int, place: str, each:
             )
 
 
-def assembled_tokens(
+def token_terms(
     source: TokenSource, text_BND: torch.Tensor, timestep_B: torch.Tensor | float, assembly: Assembly
-) -> torch.Tensor:
-    """Tokens (B, K, W); text, timesteps and references have B rows or one that serves all.
+) -> TokenTerms:
+    """What B rows predict with; text, timesteps and references have B rows or one that serves all.
 
     Raises:
         ConnectorMismatchError: a module or the text does not fit the connector.
@@ -219,48 +234,82 @@ def assembled_tokens(
     check_counts(
         (("prompts", text_BND.shape[0]), ("timesteps", timestep_B.shape[0]),
          *(("references", reference.rows) for reference in assembly.references)), rows, f"a batch of {rows} rows", "row")
-    return _tokens_of_rows(source, text_BND, timestep_B.expand(rows), assembly)
+    return _terms_of_rows(source, text_BND, timestep_B.expand(rows), assembly)
 
 
-def tokens_over_schedule(
-    source: TokenSource, text_FND: torch.Tensor, timestep_T: torch.Tensor, assembly: Assembly
+def assembled_tokens(
+    source: TokenSource, text_BND: torch.Tensor, timestep_B: torch.Tensor | float, assembly: Assembly
 ) -> torch.Tensor:
-    """Tokens (T, F, K, W) of F frames (or prompts) at each of T timesteps, in one pass.
+    """Tokens (B, K, W) that say all; arguments as of `token_terms`.
+
+    Raises:
+        ConnectorMismatchError, ReferenceMismatchError: as `token_terms`, and where predictions are to be added up.
+    """
+    return token_terms(source, text_BND, timestep_B, assembly).single()
+
+
+def terms_over_schedule(
+    source: TokenSource, text_FND: torch.Tensor, timestep_T: torch.Tensor, assembly: Assembly
+) -> list[TokenTerms]:
+    """What F frames (or prompts) predict with at each of T timesteps, in one pass.
 
     Everything that does not depend on the timestep is computed once.
 
     Raises:
-        ConnectorMismatchError, ReferenceMismatchError: as `assembled_tokens`.
+        ConnectorMismatchError, ReferenceMismatchError: as `token_terms`.
     """
     frames = max(text_FND.shape[0], assembly.rows)
     check_counts(
         (("prompts", text_FND.shape[0]), *(("references", reference.rows) for reference in assembly.references)), frames,
         f"{frames} frames", "frame")
     timestep_T = torch.as_tensor(timestep_T, device=text_FND.device).reshape(-1)
-    tokens_RKW = _tokens_of_rows(source, text_FND, timestep_T.repeat_interleave(frames), assembly)
-    return tokens_RKW.unflatten(0, (timestep_T.shape[0], frames))
+    return _terms_of_rows(source, text_FND, timestep_T.repeat_interleave(frames), assembly).by_timestep(frames)
+
+
+def tokens_over_schedule(
+    source: TokenSource, text_FND: torch.Tensor, timestep_T: torch.Tensor, assembly: Assembly
+) -> torch.Tensor:
+    """Tokens (T, F, K, W) that say all, as `terms_over_schedule`.
+
+    Raises:
+        ConnectorMismatchError, ReferenceMismatchError: as `assembled_tokens`.
+    """
+    return torch.stack([terms.single() for terms in terms_over_schedule(source, text_FND, timestep_T, assembly)])
+
+
+def _terms_of_rows(
+    source: TokenSource, text_FND: torch.Tensor, timestep_B: torch.Tensor, assembly: Assembly
+) -> TokenTerms:
+    """Row b uses text b mod F and reference b mod R."""
+    for reference in assembly.references:
+        check_fits(source, reference.module)
+    parts = assembly.parts(timestep_B)
+    row_N = torch.cat([part.row_A for part in parts])
+    weight_MN = torch.cat([part.weight_MA for part in parts], dim=1)
+    tokens_NKW = _tokens_of_rows(source, text_FND, timestep_B[row_N], assembly.references, row_N, weight_MN)
+    base_BKW, *others = tokens_NKW.split([len(part.row_A) for part in parts])
+    differences = [Difference(part.row_A, tokens_AKW) for part, tokens_AKW in zip(parts[1:], others, strict=True)]
+    terms = TokenTerms(base_BKW, tuple(differences))
+    return terms.in_the_tokens() if assembly.addition.way == TOKENS else terms
 
 
 def _tokens_of_rows(
-    source: TokenSource, text_FND: torch.Tensor, timestep_B: torch.Tensor, assembly: Assembly
+    source: TokenSource, text_FND: torch.Tensor, timestep_N: torch.Tensor, references: Sequence[Reference],
+    row_N: torch.Tensor, weight_MN: torch.Tensor,
 ) -> torch.Tensor:
-    """Row b uses text b mod F and reference b mod R; in even passes of at most ROWS_PER_PASS rows."""
-    for reference in assembly.references:
-        check_fits(source, reference.module)
+    """(N, K, W), references added up inside the blocks by their weights; in even passes of at most ROWS_PER_PASS rows."""
     text_FNW = source.project_text(text_FND)
-    contexts = [reference.module.context(reference.features, text_FNW) for reference in assembly.references]
-    weights = [reference.weight_of_rows(timestep_B) for reference in assembly.references]
+    contexts = [reference.module.context(reference.features, text_FNW) for reference in references]
     passes = []
-    row_B = torch.arange(timestep_B.shape[0], device=timestep_B.device)
-    limit = ROWS_PER_PASS_ON_CPU if row_B.device.type == "cpu" else ROWS_PER_PASS
-    for row_P in row_B.chunk(max(1, math.ceil(len(row_B) / limit))):
-        temb_PE = source.activated_time_embedding(timestep_B[row_P])
+    limit = ROWS_PER_PASS_ON_CPU if row_N.device.type == "cpu" else ROWS_PER_PASS
+    for at_P in torch.arange(len(row_N), device=row_N.device).chunk(max(1, math.ceil(len(row_N) / limit))):
+        temb_PE = source.activated_time_embedding(timestep_N[at_P])
         active = [
-            _activate(reference.module, context_RCW, weight_B[row_P], row_P, temb_PE)
-            for reference, context_RCW, weight_B in zip(assembly.references, contexts, weights, strict=True)
-            if bool((weight_B[row_P] != 0).any())
+            _activate(reference.module, context_RCW, weight_N[at_P], row_N[at_P], temb_PE)
+            for reference, context_RCW, weight_N in zip(references, contexts, weight_MN, strict=True)
+            if bool((weight_N[at_P] != 0).any())
         ]
-        passes.append(_run_blocks(source, _rows_of(text_FNW, row_P), temb_PE, active))
+        passes.append(_run_blocks(source, _rows_of(text_FNW, row_N[at_P]), temb_PE, active))
     return passes[0] if len(passes) == 1 else torch.cat(passes)
 
 

@@ -13,7 +13,9 @@ from ..errors import ModuleFileError, ReferenceMismatchError
 
 FORMAT_VERSION = 1
 _REQUIRED = ("format_version", "condition", "gate_scale", "separable_gates", "width", "heads", "layers", "features")
-_OPTIONAL = ("encoder", "ella", "training")
+_OPTIONAL = ("encoder", "ella", "training", "draws")
+SUBJECT, MANNER = "subject", "manner"
+_SUBJECT_CONDITIONS = ("object", "portrait")
 _FEATURE_NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
@@ -44,9 +46,10 @@ class ModuleConfig:
     """An EMMA module's `emma` metadata.
 
     ``encoder`` says which encoder the features come from ({family, fingerprint, input_size, layer, masked}), ``ella``
-    which connector it was trained on ({sha256, latents}), ``training`` how. ``unknown`` keeps keys of newer writers,
-    ``file_metadata`` every other metadata entry of the file (ModelSpec keys among them). ``time_width`` is not
-    stored: tensor shapes tell it.
+    which connector it was trained on ({sha256, latents}), ``training`` how. ``draws`` says whether the module says *what* is
+    drawn ("subject") or *how* ("manner"), for `Addition`; without it the condition tells: objects and portraits are
+    subjects. ``unknown`` keeps keys of newer writers, ``file_metadata`` every other metadata entry of the file
+    (ModelSpec keys among them). ``time_width`` is not stored: tensor shapes tell it.
     """
 
     condition: str
@@ -60,12 +63,16 @@ class ModuleConfig:
     encoder: Mapping[str, Any] = field(default_factory=dict)
     ella: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    draws: str = ""
     unknown: Mapping[str, Any] = field(default_factory=dict)
     file_metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.time_width:
             object.__setattr__(self, "time_width", self.width)
+        if self.draws not in ("", SUBJECT, MANNER):
+            raise ModuleFileError(f"an EMMA module that draws {self.draws!r}; wanted {SUBJECT!r} (what is drawn) or {MANNER!r} "
+                                  "(how it is drawn). Correct the metadata.")
         if not self.features:
             raise ModuleFileError("an EMMA module must declare at least one feature, found none. Name what it reads, "
                                   'for instance {"global": {"dim": 1024, "tokens_per_vector": 4}}.')
@@ -84,6 +91,11 @@ class ModuleConfig:
             raise ModuleFileError(f"the gate scale {self.gate_scale} is not finite. Correct the metadata.")
         if self.width % self.heads:
             raise ModuleFileError(f"width {self.width} is not a multiple of {self.heads} heads. Correct the metadata.")
+
+    @property
+    def draws_subject(self) -> bool:
+        """Whether it says what is drawn, as declared or by its condition."""
+        return self.draws == SUBJECT if self.draws else self.condition in _SUBJECT_CONDITIONS
 
     def check_features(self, features: Mapping[str, torch.Tensor]) -> None:
         """Refuse features of other names or sizes.
@@ -120,7 +132,8 @@ class ModuleConfig:
             "gate_scale": self.gate_scale, "separable_gates": self.separable_gates, "width": self.width,
             "heads": self.heads, "layers": self.layers, "features": features,
         }
-        entry |= {name: dict(getattr(self, name)) for name in _OPTIONAL if getattr(self, name)}
+        entry |= {name: value if isinstance(value, str) else dict(value)
+                  for name in _OPTIONAL if (value := getattr(self, name))}
         return json.dumps(entry)
 
     @classmethod
@@ -155,7 +168,7 @@ class ModuleConfig:
 
 
 def _check_kinds(entry: Mapping[str, Any]) -> None:
-    kinds = {"condition": str, "separable_gates": bool, **dict.fromkeys(_OPTIONAL, dict)}
+    kinds = {"condition": str, "separable_gates": bool, **dict.fromkeys(_OPTIONAL, dict), "draws": str}
     for key, kind in kinds.items():
         if key in entry and not isinstance(entry[key], kind):
             raise TypeError(f"{key} is a {type(entry[key]).__name__}, wanted a {kind.__name__}")

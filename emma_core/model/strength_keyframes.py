@@ -16,6 +16,14 @@ LAST_TIMESTEP = 999
 SLACK_TIMESTEPS = 0.5
 
 
+def acts_between(timestep_B: torch.Tensor, start_percent: float, end_percent: float) -> torch.Tensor:
+    """(B,) whether each timestep lies in a part of the sampling, 0 (pure noise) to 1 (picture)."""
+    # the ends are open: flow models begin at timestep 1000
+    percent_B = (1.0 - timestep_B.float() / LAST_TIMESTEP).clamp(0.0, 1.0)
+    slack = SLACK_TIMESTEPS / LAST_TIMESTEP
+    return (percent_B >= start_percent - slack) & (percent_B <= end_percent + slack)
+
+
 @dataclass(frozen=True)
 class StrengthKeyframe:
     """A factor that counts from a part of the sampling on.

@@ -27,7 +27,8 @@ from PIL import Image
 from emma_core.base.pipeline import Request, Sampling, generate
 from emma_core.files.connector_file import load_connector
 from emma_core.files.module_file import load_module
-from emma_core.model.assembly import Assembly, Reference, tokens_over_schedule
+from emma_core.model.addition import TokenTerms
+from emma_core.model.assembly import Assembly, Reference, terms_over_schedule
 from emma_core.model.gated_resampler import GatedResampler
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder
 from emma_core.playground.autoencoder import Autoencoder
@@ -46,7 +47,9 @@ RESAMPLES, CONFIDENCE = 2000, 0.95
 STRENGTHS = (0.5, 1.0, 1.25, 1.5, 2.0)
 SEED = 5
 REPORT, TRIPLES = "scores.json", "heldout-triple"
-ASSEMBLING = {"sum": tokens_over_schedule, "average": averaged, "one after the other": sequential, "strongest gate": strongest}
+ASSEMBLING = {"sum": terms_over_schedule, **{
+    name: lambda *arguments, tokens_of=tokens_of: [TokenTerms(tokens_BKW) for tokens_BKW in tokens_of(*arguments)]
+    for name, tokens_of in {"average": averaged, "one after the other": sequential, "strongest gate": strongest}.items()}}
 SHEET_COLUMNS, SHEET_PICTURES = 16, 32
 
 
