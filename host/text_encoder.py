@@ -14,7 +14,7 @@ from comfy.cli_args import args
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 from comfy.supported_models_base import ClipTarget
 
-from ..emma_core.text.t5_file import T5File, load_parts, open_t5_file
+from ..emma_core.text.t5_file import T5File, load_t5_parts, open_t5_file
 from ..emma_core.text.t5_tokenizer import PromptTokenizer, load_tokenizer
 
 DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -108,7 +108,7 @@ class EllaT5Encoder(SDClipModel):
             comfy.model_management.throw_exception_if_processing_interrupted()
             progress.update(1)
 
-        load_parts(self.transformer, t5_file, dtype, device, after_part=after_part)
+        load_t5_parts(self.transformer, t5_file, dtype, device, after_part=after_part)
         self.freeze()
 
 

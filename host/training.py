@@ -27,9 +27,10 @@ from ..emma_core.files.tensor_file import fingerprint_of_weights
 from ..emma_core.model.connector import Connector
 from ..emma_core.training.config import TrainConfig
 from ..emma_core.training.identity import run_identity
+from ..emma_core.training.log import Log
 from ..emma_core.training.losses import BUCKETS, TIMESTEPS
 from ..emma_core.training.parts import encoder_metadata, options_of
-from ..emma_core.training.reports import Log, Reporter
+from ..emma_core.training.reports import Reporter
 from ..emma_core.training.runs import model_spec
 from ..emma_core.training.starts import begin_module
 from ..emma_core.training.student import Student, TeacherTarget

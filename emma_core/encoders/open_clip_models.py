@@ -20,7 +20,7 @@ from .open_clip_recognition import (
     CONFIG_NAME,
     Tower,
     built_on_meta,
-    check_fits,
+    check_fits_model,
     declared_tower,
     model_names,
     named_tower,
@@ -131,7 +131,7 @@ def load_open_clip_encoder(
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     tower = tower or recognised_tower(shapes, name)
     model = built_on_meta(tower)
-    check_fits(shapes, shapes_of(model), tower.name, name)
+    check_fits_model(shapes, shapes_of(model), tower.name, name)
     check_finite(weights, name, EncoderFileError)
     fingerprint = fingerprint_of_weights(weights)
     # copies, as tensors of a PyTorch file lie in the file itself

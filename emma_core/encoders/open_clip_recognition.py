@@ -144,7 +144,7 @@ def recognised_tower(shapes: Shapes, file_name: str) -> Tower:
     return found[0]
 
 
-def check_fits(found: Shapes, wanted: Shapes, model_name: str, file_name: str) -> None:
+def check_fits_model(found: Shapes, wanted: Shapes, model_name: str, file_name: str) -> None:
     """Raise EncoderFileError naming the first tensor in which a file and a model differ."""
     for key in [*wanted, *found]:
         if found.get(key) != wanted.get(key):

@@ -145,7 +145,7 @@ def encoder_files(encoder: EncodersConfig, has_modules: bool) -> tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """A row of results: a strength for each module file; text only has none.
 
     Args:
@@ -168,7 +168,7 @@ def resolve_evaluation(given: Mapping[str, Any], changes: Mapping[str, Any] | No
     return EvalConfig(**resolve_sections(EvalConfig, given, changes))
 
 
-def rows_of(modules: ModulesConfig) -> list[Row]:
+def rows_of(modules: ModulesConfig) -> list[ResultRow]:
     """Text only, and a row for each entry of the strengths; modules of strength 0 take no part in a row.
 
     Raises:
@@ -181,11 +181,11 @@ def rows_of(modules: ModulesConfig) -> list[Row]:
                               "apart. Rename one.")
     if modules.strengths and not names:
         raise EvaluationError("modules.strengths is set, but modules.files is empty. Name the module files.")
-    rows = [Row(TEXT_ONLY, TEXT_ONLY)]
+    rows = [ResultRow(TEXT_ONLY, TEXT_ONLY)]
     for text in (modules.strengths or ("1",)) if names else ():
         strengths = _strengths(text, len(names))
         parts = [f"{name} {strength:g}" for name, strength in zip(names, strengths, strict=True) if strength]
-        rows.append(Row(" + ".join(parts), f"strength {text}", strengths))
+        rows.append(ResultRow(" + ".join(parts), f"strength {text}", strengths))
         if [row.name for row in rows].count(rows[-1].name) > 1:
             raise EvaluationError(f"modules.strengths has {text!r} twice. Remove one.")
     return rows

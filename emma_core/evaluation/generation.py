@@ -17,8 +17,8 @@ from ..errors import EmmaError
 from ..model.assembly import Assembly, Reference
 from ..model.gated_resampler import GatedResampler
 from ..playground import PLAYGROUND_DIR
-from .config import MASK_ALWAYS, MASK_NEVER, EvalConfig, EvaluationError, Row, encoder_files
-from .plan import Files, Job, sha256_of
+from .config import MASK_ALWAYS, MASK_NEVER, EvalConfig, EvaluationError, ResultRow, encoder_files
+from .plan import DrawingJob, Files, sha256_of
 from .references import ReferencePicture
 
 
@@ -53,10 +53,10 @@ class Drawer:
                                     config.sampling.precision, device)
         self._modules = [self._machine.load_module(file) for file in config.modules.files]
         self._shown: ReferencePicture | None = None
-        self._known: dict[Row, Assembly] = {}
+        self._known: dict[ResultRow, Assembly] = {}
         self._features: dict[int, dict[str, torch.Tensor]] = {}
 
-    def draw(self, jobs: Sequence[Job]) -> list[Image.Image]:
+    def draw(self, jobs: Sequence[DrawingJob]) -> list[Image.Image]:
         """The pictures of jobs that show one reference, or none.
 
         Raises:
@@ -67,7 +67,7 @@ class Drawer:
         sampling = Sampling(self._config.sampling.steps, self._config.sampling.guidance, *self._config.size_px)
         return self._machine.draw(requests, sampling)
 
-    def _assembly(self, job: Job) -> Assembly:
+    def _assembly(self, job: DrawingJob) -> Assembly:
         if job.reference is None:
             return Assembly()
         if self._shown != job.reference:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.tensor_file import sha256_of_file
-from .config import SUBJECT, EvalConfig, Row
+from .config import SUBJECT, EvalConfig, ResultRow
 from .references import ReferencePicture
 
 _FORMAT = 1  # of the keys: to be raised when the same settings come to draw other pictures
@@ -22,10 +22,10 @@ _KEY_DIGITS = 32
 
 
 @dataclass(frozen=True)
-class Job:
+class DrawingJob:
     """One picture to draw: in words, and its key, which is its file's name. Text only has no reference."""
 
-    row: Row
+    row: ResultRow
     prompt: str
     reference: ReferencePicture | None
     seed: int
@@ -36,7 +36,7 @@ class Job:
 class Comparison:
     """A picture with the reference and the prompt that it is compared with, by their positions, and the draw of its noise."""
 
-    job: Job
+    job: DrawingJob
     reference: int
     prompt: int
     draw: int
@@ -52,7 +52,7 @@ class Files:
 
 
 def comparisons(
-    config: EvalConfig, files: Files, precision: str, rows: Sequence[Row], references: Sequence[ReferencePicture],
+    config: EvalConfig, files: Files, precision: str, rows: Sequence[ResultRow], references: Sequence[ReferencePicture],
     prompts: Sequence[str],
 ) -> Iterator[Comparison]:
     """Every row, reference, prompt and draw, references outermost.
@@ -78,7 +78,7 @@ def comparisons(
                 for draw in range(config.plan.per_pair):
                     seed = config.plan.seed + _seed(template) + draw
                     depends = {**common, **of_row[row], "prompt": prompt, "reference": shown and shown.digest, "seed": seed}
-                    yield Comparison(Job(row, prompt, shown, seed, key_of(depends)), position, number, draw)
+                    yield Comparison(DrawingJob(row, prompt, shown, seed, key_of(depends)), position, number, draw)
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
@@ -96,7 +96,7 @@ def sha256_of(path: str | Path) -> str:
     return hashlib.sha256("\n".join(inside).encode()).hexdigest()
 
 
-def _row_settings(config: EvalConfig, files: Files, row: Row) -> dict[str, Any]:
+def _row_settings(config: EvalConfig, files: Files, row: ResultRow) -> dict[str, Any]:
     if not row.strengths:
         return {}
     modules = [[digest, strength] for digest, strength in zip(files.modules.values(), row.strengths, strict=True) if strength]

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from ..drawing.contact_sheet import SheetRow, draw_contact_sheet
 from ..files.tensor_file import write_atomically
-from .config import Row
+from .config import ResultRow
 from .plan import Comparison
 from .references import ReferencePicture
 from .scorers import CLIP_I, CLIP_T, DINO
@@ -110,7 +110,8 @@ def write_results(folder: Path, report: Mapping[str, Any], settings: str) -> str
 
 
 def draw_sheet(
-    compared: Sequence[Comparison], references: Sequence[ReferencePicture], rows: Sequence[Row], folder: Path, footer: str,
+    compared: Sequence[Comparison], references: Sequence[ReferencePicture], rows: Sequence[ResultRow], folder: Path,
+    footer: str,
 ) -> Image.Image:
     """The first pairs: the reference, and its first picture in each row."""
     first = {(one.reference, one.prompt, one.job.row.name): one.job for one in compared if one.draw == 0}

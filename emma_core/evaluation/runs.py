@@ -16,9 +16,9 @@ from ..base.text_to_image import precision_on, save_picture
 from ..files.tensor_file import write_atomically
 from ..training.config import toml_of
 from .coco import coco_captions, coco_references
-from .config import EvalConfig, Row, ScoresConfig, check, resolve_evaluation, rows_of
+from .config import EvalConfig, ResultRow, ScoresConfig, check, resolve_evaluation, rows_of
 from .generation import Drawer, files_of
-from .plan import Files, Job, comparisons
+from .plan import DrawingJob, Files, comparisons
 from .references import ReferencePicture, check_prompts, chosen, prompts_in, references_in
 from .report import draw_sheet, results, save_sheet, write_results
 from .scorers import Scorer, load_scorer, scorer_names
@@ -120,7 +120,7 @@ def _data(config: EvalConfig) -> tuple[list[ReferencePicture], list[str], list[s
     return chosen(references, config.references.most), chosen(prompts, config.prompts.most), notes
 
 
-def _draw(drawer: Drawer, todo: Sequence[Job], folder: Path, at_once: int, bars: bool) -> None:
+def _draw(drawer: Drawer, todo: Sequence[DrawingJob], folder: Path, at_once: int, bars: bool) -> None:
     """One reference after another; the pictures of a batch are saved as soon as it is done."""
     text_only_first = sorted(todo, key=lambda job: job.reference is not None)
     with _bar("pictures", len(todo), bars) as bar:
@@ -162,13 +162,13 @@ def _file_name(named: EvalConfig, role: str) -> str:
     return value or "of the playground"
 
 
-def _counts_in_words(references, prompts, rows: Sequence[Row], jobs) -> str:
+def _counts_in_words(references, prompts, rows: Sequence[ResultRow], jobs) -> str:
     groups = {reference.group for reference in references}
     return (f"{len(references)} references in {len(groups)} groups x {len(prompts)} prompts, {len(rows)} rows: {len(jobs)} "
             "pictures")
 
 
-def _save(picture: Image.Image, job: Job, folder: Path) -> None:
+def _save(picture: Image.Image, job: DrawingJob, folder: Path) -> None:
     """With what it shows in the file's text entries."""
     words = {"row": job.row.name, "prompt": job.prompt, "reference": job.reference.name if job.reference else "",
              "seed": str(job.seed)}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import EmmaError
-from .t5_file import T5File, load_parts, open_t5_file
+from .t5_file import T5File, load_t5_parts, open_t5_file
 from .t5_layout import T5EncoderConfig
 from .t5_tokenizer import PromptTokenizer, load_tokenizer
 
@@ -96,6 +96,6 @@ def _load_model(t5_file: T5File, dtype: torch.dtype, device: torch.device) -> to
     with torch.device("meta"):
         model = T5EncoderModel(config)
     model.requires_grad_(False)
-    load_parts(model, t5_file, dtype, device, _FLOAT32_IN_HALF_PRECISION if dtype == torch.float16 else ())
+    load_t5_parts(model, t5_file, dtype, device, _FLOAT32_IN_HALF_PRECISION if dtype == torch.float16 else ())
     model.set_input_embeddings(model.shared)
     return model.eval()

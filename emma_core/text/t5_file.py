@@ -127,7 +127,7 @@ def open_t5_file(path: str | Path) -> T5File:
     return T5File(path.name, path, config, tokenizer, weights, scales)
 
 
-def load_parts(
+def load_t5_parts(
     encoder: nn.Module, t5_file: T5File, dtype: torch.dtype, device: torch.device | str = "cpu",
     float32_names: tuple[str, ...] = (), after_part: Callable[[], None] | None = None,
 ) -> None:

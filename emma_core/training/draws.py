@@ -35,7 +35,7 @@ class TrainingSet(Protocol):
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchRow:
     """One target with its caption and reference; strength 0 drops the reference."""
 
     target: int
@@ -51,7 +51,7 @@ class Batch:
     """Rows of this process, their timesteps and their noise, on the CPU."""
 
     number: int
-    rows: tuple[Row, ...]
+    rows: tuple[BatchRow, ...]
     timestep_B: torch.Tensor
     noise_B4hw: torch.Tensor
 
@@ -130,15 +130,15 @@ class Draws:
                    for target, drop in zip(targets, drops, strict=True)]
         return captions_of_few_lengths(choices, self._length_of, self._chance)
 
-    def _row(self, target: int, caption: str, drop: float) -> Row:
+    def _row(self, target: int, caption: str, drop: float) -> BatchRow:
         objective = self._config.objective
         first, last = objective.drop_text, objective.drop_text + objective.drop_both + objective.drop_reference
         flipped = self._config.data.flip and self._chance.random() < 0.5
         if self._config.what == "ella":
-            return Row(target, flipped, caption, target, 0, 0.0)
+            return BatchRow(target, flipped, caption, target, 0, 0.0)
         reference = self._chance.choice(self._data.references(target))
         variant = self._chance.randrange(self._data.variants(reference))
-        return Row(target, flipped, caption, reference, variant, float(not first <= drop < last))
+        return BatchRow(target, flipped, caption, reference, variant, float(not first <= drop < last))
 
     def _noise(self, shape: tuple[int, ...]) -> torch.Tensor:
         noise = torch.randn(shape, generator=self._generator)

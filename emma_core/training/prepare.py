@@ -60,7 +60,7 @@ class Encoders:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class PictureJob:
     """One picture to read and encode.
 
     Args:
@@ -252,12 +252,12 @@ class _Preparing:
     def _label(self, index: int) -> str:
         return self.examples[index].name if index < len(self.examples) else self.pictures.pictures[index].name
 
-    def _latent_jobs(self, index: int, size: tuple[int, int]) -> list[Job]:
+    def _latent_jobs(self, index: int, size: tuple[int, int]) -> list[PictureJob]:
         picture = self.pictures.pictures[index]
-        return [Job(_key(self.looks[picture].digest, *size, mirrored), self._label(index), picture, size=size,
+        return [PictureJob(_key(self.looks[picture].digest, *size, mirrored), self._label(index), picture, size=size,
                     mirrored=mirrored) for mirrored in (False, True)[:1 + self.data.flip]]
 
-    def _reference_jobs(self, index: int) -> list[Job]:
+    def _reference_jobs(self, index: int) -> list[PictureJob]:
         """Variant 0 is the whole picture; mirrored and cropped ones follow."""
         picture, mask = self.pictures.pictures[index], self.pictures.masks[index] if self.masked else None
         if self.masked and mask is None:
@@ -269,7 +269,7 @@ class _Preparing:
         for number in range(0 if of_faces else self.data.reference_crops):
             seed = f"{content} crop {number}"
             variants.append((seed, self.data.reference_flip and random.Random(f"{seed} mirrored").random() < 0.5))
-        return [Job(_key(content, seed, mirrored), self._label(index), picture, mask, crop_seed=seed, mirrored=mirrored,
+        return [PictureJob(_key(content, seed, mirrored), self._label(index), picture, mask, crop_seed=seed, mirrored=mirrored,
                     extra=place > 0) for place, (seed, mirrored) in enumerate(variants)]
 
     def _texts(self) -> None:
@@ -285,7 +285,7 @@ class _Preparing:
 
         fill("texts", self.texts, captions, encode, self.progress, self.processes)
 
-    def _pass(self, what: str, store: FeatureStore, jobs: Iterable[Job], read: Callable, encode: Callable) -> None:
+    def _pass(self, what: str, store: FeatureStore, jobs: Iterable[PictureJob], read: Callable, encode: Callable) -> None:
         """Read the missing pictures in processes, encode them in batches, write them every FLUSH_ENTRIES."""
         by_key = {job.key: job for job in jobs}
 
@@ -304,21 +304,21 @@ class _Preparing:
 
         fill(what, store, by_key, work, self.progress, self.processes)
 
-    def _usable(self, jobs: Sequence[Job], read: Callable, filling: Filling) -> Iterator[tuple[Job, tuple]]:
+    def _usable(self, jobs: Sequence[PictureJob], read: Callable, filling: Filling) -> Iterator[tuple[PictureJob, tuple]]:
         for job, parts, fault in in_workers(jobs, partial(_read, read=read), self.data.workers):
             if fault:
                 self._fault(job, fault, filling)
             else:
                 yield job, parts
 
-    def _fault(self, job: Job, fault: str, filling: Filling) -> None:
+    def _fault(self, job: PictureJob, fault: str, filling: Filling) -> None:
         filling.skip()
         if job.extra:
             self.left_out.add(job.key)
         else:
             self.problems[job.label] = fault
 
-    def _encode_latents(self, batch: list[tuple[Job, tuple]]) -> list[tuple[Tensors, str]]:
+    def _encode_latents(self, batch: list[tuple[PictureJob, tuple]]) -> list[tuple[Tensors, str]]:
         pixels_B3HW = torch.from_numpy(np.stack([parts[0] for _, parts in batch])).permute(0, 3, 1, 2).float() / 127.5 - 1
         return [({"latent": latent_4hw}, "") for latent_4hw in self.encoders.encode_latents(pixels_B3HW)]
 
@@ -330,12 +330,12 @@ class _Preparing:
             return read, self._encode_seen
         return _read_reference, self._encode_references
 
-    def _encode_seen(self, batch: list[tuple[Job, tuple]]) -> list[tuple[Tensors, str]]:
+    def _encode_seen(self, batch: list[tuple[PictureJob, tuple]]) -> list[tuple[Tensors, str]]:
         seen_B3SS = torch.from_numpy(np.stack([parts[0] for _, parts in batch]))
         features = self.encoders.reference_encoder.features_of(seen_B3SS, self.options)
         return [({name: features[name][row] for name in self.options.features}, "") for row in range(len(batch))]
 
-    def _encode_references(self, batch: list[tuple[Job, tuple]]) -> list[tuple[Tensors, str]]:
+    def _encode_references(self, batch: list[tuple[PictureJob, tuple]]) -> list[tuple[Tensors, str]]:
         image_BHW3 = torch.from_numpy(np.stack([parts[0] for _, parts in batch])).float() / 255
         mask_BHW = torch.from_numpy(np.stack([parts[1] for _, parts in batch])).float() / 255 if self.masked else None
         try:
@@ -347,7 +347,7 @@ class _Preparing:
         return [({name: encoded.features[name][0] for name in self.options.features}, _not_one(encoded)) for encoded in made]
 
 
-def _read(job: Job, read: Callable[[Job], tuple]) -> tuple[Job, tuple, str]:
+def _read(job: PictureJob, read: Callable[[PictureJob], tuple]) -> tuple[PictureJob, tuple, str]:
     """A job as arrays, in a reading process; what cannot be read is told, not raised."""
     try:
         return job, read(job), ""
@@ -355,12 +355,12 @@ def _read(job: Job, read: Callable[[Job], tuple]) -> tuple[Job, tuple, str]:
         return job, (), f"cannot be read any more ({found}); check the file"
 
 
-def _read_target(job: Job) -> tuple[np.ndarray]:
+def _read_target(job: PictureJob) -> tuple[np.ndarray]:
     """(H, W, 3) in 0..255."""
     return (np.asarray(_mirrored(fit(open_picture(job.picture), job.size), job)),)
 
 
-def _read_reference(job: Job) -> tuple[np.ndarray, ...]:
+def _read_reference(job: PictureJob) -> tuple[np.ndarray, ...]:
     """(H, W, 3) and, with a mask, (H, W), in 0..255, cropped and mirrored."""
     picture = open_picture(job.picture)
     images = [picture, open_mask(job.mask).resize(picture.size)] if job.mask else [picture]
@@ -371,13 +371,13 @@ def _read_reference(job: Job) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(_mirrored(image, job)) for image in images)
 
 
-def _read_seen(job: Job, preparation: Preparation, framing: Framing) -> tuple[np.ndarray]:
+def _read_seen(job: PictureJob, preparation: Preparation, framing: Framing) -> tuple[np.ndarray]:
     """(3, S, S) in [0, 1]: what the encoder sees of a reference."""
     image_1HW3, mask_1HW = ([torch.from_numpy(array.copy())[None].float() / 255 for array in _read_reference(job)] + [None])[:2]
     return (prepare_pictures(image_1HW3, mask_1HW, preparation, framing)[0].numpy(),)
 
 
-def _mirrored(image: Image.Image, job: Job) -> Image.Image:
+def _mirrored(image: Image.Image, job: PictureJob) -> Image.Image:
     return ImageOps.mirror(image) if job.mirrored else image
 
 
@@ -386,9 +386,9 @@ def _not_one(encoded: Encoded) -> str:
     return "" if counts == {1} else f"became {max(counts)} references; wanted one: choose which of its faces is meant"
 
 
-def _batches(items: Iterable[tuple[Job, tuple]]) -> Iterator[list[tuple[Job, tuple]]]:
+def _batches(items: Iterable[tuple[PictureJob, tuple]]) -> Iterator[list[tuple[PictureJob, tuple]]]:
     """Neighbours whose arrays have the same shapes, BATCH at most."""
-    batch: list[tuple[Job, tuple]] = []
+    batch: list[tuple[PictureJob, tuple]] = []
     for item in items:
         if batch and (len(batch) == BATCH or [part.shape for part in item[1]] != [part.shape for part in batch[0][1]]):
             yield batch

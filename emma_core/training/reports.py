@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,37 +11,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import TrainingConfigError
 from .config import TrainConfig
+from .log import Log
 from .losses import BUCKETS, TIMESTEPS
 from .samples import Sampler
-from .trainer import Progress, Trainer
+from .trainer import Trainer, UpdateReport
 
 _CURVE_PX = (760, 420)
 _MARGIN_LEFT, _MARGIN_TOP, _MARGIN_RIGHT, _MARGIN_BOTTOM = 64, 34, 190, 44
 _INK, _GRID, _PAPER = (40, 40, 40), (225, 225, 225), (255, 255, 255)
 _COLOURS = ((33, 102, 172), (103, 169, 207), (120, 120, 120), (239, 138, 98), (178, 24, 43))
-
-
-class Log:
-    """One JSON line for each report, appended; a resumed run goes on in the same file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def write(self, **values: Any) -> None:
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(values) + "\n")
-
-    def read(self) -> list[dict[str, Any]]:
-        """All lines that are whole."""
-        if not self.path.exists():
-            return []
-        found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:  # the end of a run that was killed while it wrote
-                continue
-        return found
 
 
 class Reporter:
@@ -60,7 +37,7 @@ class Reporter:
         self.log = Log(trainer.folder / "log.jsonl")
         self._events = _tensorboard(trainer.folder) if config.report.tensorboard else None
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: UpdateReport) -> None:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {progress.loss:.4f}, rate {progress.rate:.2g}", refresh=False)
             self._bar.update(1)
@@ -81,7 +58,7 @@ class Reporter:
         self._sampler.sheet(self._trainer).save(path)
         return path
 
-    def _tell_tensorboard(self, progress: Progress) -> None:
+    def _tell_tensorboard(self, progress: UpdateReport) -> None:
         if self._events is None:
             return
         self._events.add_scalar("loss", progress.loss, progress.step)

@@ -15,7 +15,7 @@ from ..encoders.base import encode_pictures
 from ..errors import TrainingConfigError
 from .buckets import open_picture
 from .config import TrainConfig
-from .draws import Row
+from .draws import BatchRow
 from .examples import Example, describe, read_examples, require
 from .identity import check_folder
 from .own_latents import OwnLatents, check_own_latents, own_latents
@@ -144,7 +144,7 @@ def teacher_target(config: TrainConfig, backbone: Backbone, data: Prepared) -> T
             known[reference] = teacher.encode_reference(picture_HW3[None])["ip_adapter"].cpu()
         return known[reference]
 
-    def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[Row]) -> torch.Tensor:
+    def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
         shown = None
         if isinstance(teacher, IpAdapterTeacher):
             shown = {"ip_adapter": torch.cat([vectors(row.reference) for row in rows]),

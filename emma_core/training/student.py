@@ -16,7 +16,7 @@ from ..model.assembly import Assembly, Reference
 from ..model.connector import Connector
 from ..model.gated_resampler import GatedResampler
 from .config import ObjectiveConfig
-from .draws import Batch, Row, TrainingSet
+from .draws import Batch, BatchRow, TrainingSet
 from .losses import add_noise, row_weights, squared_errors, target_of
 
 
@@ -32,7 +32,7 @@ class Denoiser(Protocol):
 
 
 # (noised latent, timestep, context without reference, rows) -> the target in place of the noise
-TeacherTarget = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[Row]], torch.Tensor]
+TeacherTarget = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[BatchRow]], torch.Tensor]
 
 
 def tokens_of_texts(

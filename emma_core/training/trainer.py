@@ -40,14 +40,13 @@ _GLOBAL_GATES = ("attn_gate", "ffn_gate")
 
 
 @dataclass(frozen=True)
-class Progress:
+class UpdateReport:
     """What is known after an update.
 
     ``loss`` is the mean over the batch without weights; ``buckets`` means by timestep since the last report.
     """
 
     step: int
-    steps: int
     loss: float
     rate: float
     seconds: float
@@ -101,7 +100,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self._saved = 0  # the last step that was saved, or was tried to be
 
-    def run(self, after_step: Callable[[Progress], None] | None = None) -> None:
+    def run(self, after_step: Callable[[UpdateReport], None] | None = None) -> None:
         """Train; checkpoints are written on the way and at the end, whatever ends it.
 
         Args:
@@ -119,7 +118,7 @@ class Trainer:
                     self.save()
                 if after_step and self.accelerator.is_main_process:
                     reported = self.step % self.config.report.log_every == 0
-                    after_step(self._progress(loss, buckets if reported else None))
+                    after_step(self._report(loss, buckets if reported else None))
                     buckets = TimestepBuckets() if reported else buckets
         finally:
             if self._saved != self.step:
@@ -285,12 +284,12 @@ class Trainer:
             gradient = torch.zeros_like(value) if value.grad is None else value.grad
             value.grad = self.accelerator.reduce(gradient, "mean")
 
-    def _progress(self, loss: float, buckets: TimestepBuckets | None) -> Progress:
+    def _report(self, loss: float, buckets: TimestepBuckets | None) -> UpdateReport:
         gates: dict[str, list[float]] = {}
         if buckets is not None and self.student.module is not None:
             gates = gates_of(self.student.module)
-        return Progress(self.step, self.config.train.steps, loss, self.optimizer.param_groups[0]["lr"], self.seconds,
-                        buckets.means() if buckets else [], gates)
+        return UpdateReport(self.step, loss, self.optimizer.param_groups[0]["lr"], self.seconds,
+                            buckets.means() if buckets else [], gates)
 
 
 def gates_of(module: GatedResampler) -> dict[str, list[float]]:

@@ -21,7 +21,7 @@ _PAIR_SHARE, _TRIPLE_SHARE = 0.04, 0.10
 
 
 @dataclass(frozen=True)
-class Row:
+class EmojiPicture:
     """One picture. `emoji` is the base's code points, `tone` one of five names."""
 
     emoji: str
@@ -38,7 +38,7 @@ class Row:
 @dataclass(frozen=True)
 class EmojiPeople:
     images_NHWC: np.ndarray
-    rows: list[Row]
+    rows: list[EmojiPicture]
 
     def positions(self, split: str) -> list[int]:
         return [position for position, row in enumerate(self.rows) if row.split == split]
@@ -85,8 +85,8 @@ def build(packages: Path, out: Path, size_px: int = IMAGE_SIZE_PX, unseen: bool 
     return card
 
 
-def _row(person: Person, vendor: Vendor, tone: str) -> Row:
-    return Row(
+def _row(person: Person, vendor: Vendor, tone: str) -> EmojiPicture:
+    return EmojiPicture(
         emoji=person.codepoints,
         caption=person.caption,
         role=person.role,
@@ -99,7 +99,7 @@ def _row(person: Person, vendor: Vendor, tone: str) -> Row:
     )
 
 
-def _card(rows: list[Row], missing: list[str], versions: dict[str, str], size_px: int) -> dict:
+def _card(rows: list[EmojiPicture], missing: list[str], versions: dict[str, str], size_px: int) -> dict:
     pairs = {f"{row.caption} | {row.vendor}" for row in rows if row.split == "heldout-pair"}
     return {
         "pictures": len(rows),
@@ -123,4 +123,4 @@ def load(folder: Path) -> EmojiPeople:
             f"{folder} has no {INDEX_FILE}: make it with `python -m lab.emoji build --out {folder}`"
         )
     lines = (folder / INDEX_FILE).read_text(encoding="utf-8").splitlines()
-    return EmojiPeople(np.load(folder / IMAGES_FILE, mmap_mode="r"), [Row(**json.loads(line)) for line in lines])
+    return EmojiPeople(np.load(folder / IMAGES_FILE, mmap_mode="r"), [EmojiPicture(**json.loads(line)) for line in lines])

@@ -27,7 +27,7 @@ from emma_core.files.module_file import save_module
 from emma_core.model.assembly import Assembly, Reference
 from emma_core.model.gated_resampler import GatedResampler
 from emma_core.training.config import TrainConfig
-from emma_core.training.draws import Row, TrainingSet
+from emma_core.training.draws import BatchRow, TrainingSet
 from emma_core.training.examples import read_examples
 from emma_core.training.parts import Parts, encoder_metadata
 from emma_core.training.prepare import Prepared
@@ -67,7 +67,7 @@ class JointStudent(Group):
 
     face_data: TrainingSet | None = None
 
-    def _assembly(self, data: TrainingSet, rows: Sequence[Row], device) -> Assembly:
+    def _assembly(self, data: TrainingSet, rows: Sequence[BatchRow], device) -> Assembly:
         found = {"style": [data.features(row.reference, row.variant) for row in rows],
                  "face": [self.face_data.features(self._face_of(row), 0) for row in rows]}
         shown = strengths_of(rows)
@@ -78,17 +78,17 @@ class JointStudent(Group):
             references.append(Reference(module, features, torch.tensor(shown[condition], device=device)))
         return Assembly(references)
 
-    def _face_of(self, row: Row) -> int:
+    def _face_of(self, row: BatchRow) -> int:
         choices = self.face_data.references(row.target)
         return choices[_number_of(row) // ALONE_SHARE % len(choices)]
 
 
-def _number_of(row: Row) -> int:
+def _number_of(row: BatchRow) -> int:
     """A row's own large number, the same in a run that was resumed."""
     return zlib.crc32(f"{row.target} {row.reference} {row.caption}".encode())
 
 
-def strengths_of(rows: Sequence[Row]) -> dict[str, list[float]]:
+def strengths_of(rows: Sequence[BatchRow]) -> dict[str, list[float]]:
     """Strength of each reference of each row: one, both or none are shown."""
     return {"style": [row.strength * (_number_of(row) % ALONE_SHARE != 0) for row in rows],
             "face": [row.strength * (_number_of(row) % ALONE_SHARE != 1) for row in rows]}
@@ -117,7 +117,7 @@ def unfrozen_beginning(teacher: Path | None, guidance: float = 1.0):
             frozen = copy.deepcopy(student.connector)
             told = label_target(load_labelled(teacher), {config.module.condition: data.group}, guidance)
 
-            def target(noised_B4hw, timestep_B, _, rows: Sequence[Row]) -> torch.Tensor:
+            def target(noised_B4hw, timestep_B, _, rows: Sequence[BatchRow]) -> torch.Tensor:
                 context_BKW = tokens_of_texts(frozen, [data.text(row.caption) for row in rows], timestep_B)
                 return told(noised_B4hw, timestep_B, context_BKW, rows)
 

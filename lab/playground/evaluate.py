@@ -34,7 +34,7 @@ from emma_core.playground import PLAYGROUND_DIR, load_autoencoder
 from emma_core.playground.autoencoder import Autoencoder
 from emma_core.playground.world import World, load_world
 
-from ..emoji.dataset import UNSEEN_SPLIT, EmojiPeople, Row, load
+from ..emoji.dataset import UNSEEN_SPLIT, EmojiPeople, EmojiPicture, load
 from .assembling import averaged, sequential, strongest
 from .judge import Judge, load_judge, verdicts
 from .pairs import GROUPS, ReferencePicker
@@ -85,7 +85,7 @@ def choose_trials(data: EmojiPeople, count: int, seed: int, split: str = TRIPLES
     return trials[:count]
 
 
-def shuffled_trials(trials: Sequence[Trial], rows: Sequence[Row], seed: int) -> list[Trial]:
+def shuffled_trials(trials: Sequence[Trial], rows: Sequence[EmojiPicture], seed: int) -> list[Trial]:
     """The same references, given to other targets: each at random to one of another vendor, another tone, another caption."""
     chance = random.Random(seed)
     shuffled = []
@@ -251,14 +251,16 @@ def save_sheet(image_B3HW: torch.Tensor, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Job:
+class TableLine:
     """One line of the table: what its pictures are aimed at, and how they are made."""
 
     trials: Sequence[Trial]
     make: Callable[[], torch.Tensor]
 
 
-def jobs_of(data: EmojiPeople, generation: Generation, autoencoder: Autoencoder, options: argparse.Namespace) -> dict[str, Job]:
+def lines_of(
+    data: EmojiPeople, generation: Generation, autoencoder: Autoencoder, options: argparse.Namespace
+) -> dict[str, TableLine]:
     """Every line by its name, the ceilings first."""
     trials = choose_trials(data, options.pictures, options.seed, options.split)
     misled = shuffled_trials(trials, data.rows, options.seed)
@@ -268,15 +270,15 @@ def jobs_of(data: EmojiPeople, generation: Generation, autoencoder: Autoencoder,
     def real(aimed: Sequence[Trial]) -> torch.Tensor:
         return to_float(data.images_NHWC[[trial.target for trial in aimed]])
 
-    jobs = {"real pictures": Job(trials, lambda: real(trials)),
-            "autoencoder": Job(trials, lambda: _through(autoencoder, real(trials)))}
+    lines = {"real pictures": TableLine(trials, lambda: real(trials)),
+             "autoencoder": TableLine(trials, lambda: _through(autoencoder, real(trials)))}
     if has_unseen:
-        jobs["real pictures of an unseen style"] = Job(strange, lambda: real(strange))
+        lines["real pictures of an unseen style"] = TableLine(strange, lambda: real(strange))
     for line in lines_to_generate(options.strengths, dict(options.variant), has_unseen):
         aimed = strange if line.unseen else trials
         shown = misled if line.shuffled else aimed
-        jobs[line.name] = Job(aimed, lambda line=line, shown=shown: generation.pictures(shown, line))
-    return jobs
+        lines[line.name] = TableLine(aimed, lambda line=line, shown=shown: generation.pictures(shown, line))
+    return lines
 
 
 @torch.no_grad()
@@ -285,17 +287,17 @@ def evaluate(options: argparse.Namespace) -> dict[str, dict[str, Score]]:
     data, judge = load(options.data), load_judge(options.judge)
     numbers, classes = labels_of(data)
     generation = Generation(load_world(options.playground), data, Sampling(steps=options.steps, guidance=options.guidance))
-    jobs = jobs_of(data, generation, load_autoencoder(options.playground / "autoencoder.safetensors"), options)
+    lines = lines_of(data, generation, load_autoencoder(options.playground / "autoencoder.safetensors"), options)
     report = {"pictures": options.pictures, "guidance": options.guidance, "steps": options.steps, "seed": options.seed,
               "split": options.split,
               "chance": {label: 1 / count for label, count in classes.items()}}
     options.out.mkdir(parents=True, exist_ok=True)
     scores = scores_so_far(options.out / REPORT, report)
-    for name, job in jobs.items():
+    for name, line in lines.items():
         if name in scores or (options.rows and name not in options.rows):
             continue
-        image_B3HW = job.make()
-        targets = [trial.target for trial in job.trials]
+        image_B3HW = line.make()
+        targets = [trial.target for trial in line.trials]
         hits = hits_of(judge, image_B3HW, {label: numbers[label][targets] for label in LABELS})
         emoji = [data.rows[target].emoji for target in targets]
         scores[name] = {label: bootstrapped(hit_B, emoji) for label, hit_B in hits.items()}
@@ -303,7 +305,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, dict[str, Score]]:
         print(table({name: scores[name]}).splitlines()[-1], flush=True)
         values = {row: {label: vars(one) for label, one in score.items()} for row, score in scores.items()}
         (options.out / REPORT).write_text(json.dumps({**report, "scores": values}, indent=1) + "\n", encoding="utf-8")
-    return {name: scores[name] for name in jobs if name in scores}
+    return {name: scores[name] for name in lines if name in scores}
 
 
 def _through(autoencoder: Autoencoder, image_B3HW: torch.Tensor) -> torch.Tensor:

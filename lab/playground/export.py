@@ -21,7 +21,7 @@ from ..emoji.dataset import EmojiPeople, load
 from .text import t5_metadata
 from .timed_run import averaged
 from .train_base import Base
-from .training import load_checkpoint
+from .training import load_state
 
 # All of the train split. None of them is a caption of the demo, so what the pictures show cannot come from here.
 STYLE_PICTURES = {"noto": ("man guard", "medium"), "twemoji": ("man guard", "medium"),
@@ -34,7 +34,7 @@ OBJECT_PICTURES = {"astronaut": ("woman astronaut", "noto", "medium-light"), "fa
 
 def averaged_base(checkpoint: Path) -> Base:
     """The base with its averaged weights."""
-    return averaged(Base(load_checkpoint(checkpoint)["base"]["t5.shared.weight"].shape[0]), checkpoint)
+    return averaged(Base(load_state(checkpoint)["base"]["t5.shared.weight"].shape[0]), checkpoint)
 
 
 def export_base(options: argparse.Namespace) -> None:

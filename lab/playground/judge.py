@@ -21,7 +21,7 @@ from emma_core.files.tensor_file import read_tensors
 
 from ..emoji.dataset import EmojiPeople, load
 from .train_encoder import LABELS, augmented, labels_of
-from .training import Log, cosine_rate, set_rate, to_float
+from .training import TimedLog, cosine_rate, set_rate, to_float
 
 SIZE_PX, BATCH, RATE, WARMUP_STEPS = 64, 48, 2e-3, 50
 MOST_NOISE, BLUR_SHARE, LABEL_SMOOTHING = 0.08, 0.5, 0.05
@@ -82,7 +82,7 @@ def _blemished(image_B3SS: torch.Tensor, generator: torch.Generator) -> torch.Te
         image_B3SS.shape, generator=generator)
 
 
-def train_judge(data: EmojiPeople, steps: int, seed: int, log: Log) -> Judge:
+def train_judge(data: EmojiPeople, steps: int, seed: int, log: TimedLog) -> Judge:
     generator = torch.Generator().manual_seed(seed)
     wanted, classes = labels_of(data)
     images = torch.cat([resized(to_float(data.images_NHWC[start:start + 64])) for start in range(0, len(data.rows), 64)])
@@ -117,7 +117,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
-    save_judge(train_judge(load(options.data), options.steps, options.seed, Log(options.out.with_suffix(".jsonl"))),
+    save_judge(train_judge(load(options.data), options.steps, options.seed, TimedLog(options.out.with_suffix(".jsonl"))),
                options.out)
 
 

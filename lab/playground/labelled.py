@@ -25,7 +25,7 @@ from emma_core.files.connector_file import load_connector
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder, load_unet
 from emma_core.text.encoder import load_text_encoder
 from emma_core.training.config import TrainConfig
-from emma_core.training.draws import Row, captions_of_few_lengths
+from emma_core.training.draws import BatchRow, captions_of_few_lengths
 from emma_core.training.parts import Parts
 from emma_core.training.prepare import Prepared
 from emma_core.training.runs import begin, run
@@ -109,7 +109,7 @@ def load_labelled(checkpoint: Path) -> Labelled:
 
 def label_target(
     teacher: Labelled, groups: Mapping[str, Callable[[int], str]], guidance: float = 1.0,
-    shown: Callable[[Sequence[Row]], Mapping[str, Sequence[float]]] | None = None,
+    shown: Callable[[Sequence[BatchRow]], Mapping[str, Sequence[float]]] | None = None,
 ) -> TeacherTarget:
     """The teacher's prediction, told the labels of each row where a reference shows them.
 
@@ -118,7 +118,7 @@ def label_target(
         guidance: what the labels change is multiplied by it.
         shown: kind of label -> strength of each row's reference; by default the row's own strength.
     """
-    def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[Row]) -> torch.Tensor:
+    def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
         untold = {kind: torch.full((len(rows),), number_of(kind, None)) for kind in LABELS}
         strengths = shown(rows) if shown else {kind: [row.strength for row in rows] for kind in groups}
         told = {kind: torch.tensor([number_of(kind, group(row.target) if strength else None)
@@ -137,7 +137,7 @@ def caption_target(parts: Parts, data: Prepared) -> TeacherTarget:
     groups = sorted({example.group for example in data.examples})
     texts = dict(zip(groups, parts.text_encoder.encode(groups), strict=True))
 
-    def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[Row]) -> torch.Tensor:
+    def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
         named_BKW = tokens_of_texts(parts.connector, [texts[data.group(row.target)] for row in rows], timestep_B)
         shown_B11 = torch.tensor([row.strength > 0 for row in rows])[:, None, None]
         return parts.backbone.predict_noise(noised_B4hw, timestep_B, torch.where(shown_B11, named_BKW, context_BKW))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..emoji.dataset import Row
+from ..emoji.dataset import EmojiPicture
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,7 +33,7 @@ def wordings_of_category() -> list[str]:
     return [frame.format(CATEGORY) for frame in _FRAMES]
 
 
-def wordings(row: Row) -> list[str]:
+def wordings(row: EmojiPicture) -> list[str]:
     """Ways to say a caption; none names style or tone."""
     phrases = [row.caption, row.caption]
     if row.gender and row.role and row.caption == f"{row.gender} {row.role}" and " " not in row.role:
@@ -41,7 +41,7 @@ def wordings(row: Row) -> list[str]:
     return [frame.format(phrase) for phrase in phrases for frame in _FRAMES]
 
 
-def captions_of(row: Row, empty_share: float, category_share: float, chance: random.Random) -> list[str]:
+def captions_of(row: EmojiPicture, empty_share: float, category_share: float, chance: random.Random) -> list[str]:
     """Captions to choose from: its wordings; with the given probabilities nothing, or no more than the category."""
     draw = chance.random()
     if draw < empty_share:

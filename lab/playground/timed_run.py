@@ -17,7 +17,7 @@ from torch import nn
 from emma_core.playground.unet import TIMESTEPS, add_noise, alphas_cumprod
 from emma_core.training.losses import TimestepBuckets, squared_errors
 
-from .training import AveragedWeights, Log, cosine_rate, load_checkpoint, save_checkpoint, set_rate
+from .training import AveragedWeights, TimedLog, cosine_rate, load_state, save_state, set_rate
 
 BATCH, WARMUP, AVERAGE_DECAY = 32, 0.03, 0.998
 # Unweighted, the error at noisy timesteps is so small that a UNet hardly learns to begin a picture, and how a picture
@@ -75,9 +75,9 @@ class TimedRun:
         )
         self.average = AveragedWeights(model, AVERAGE_DECAY)
         self.step, self.spent = 0, 0.0
-        self.log = Log(checkpoint.with_suffix(".jsonl"))
+        self.log = TimedLog(checkpoint.with_suffix(".jsonl"))
         if checkpoint.exists():
-            state = load_checkpoint(checkpoint)
+            state = load_state(checkpoint)
             model.load_state_dict(state["base"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average.values, self.step, self.spent = state["average"], state["step"], state["spent"]
@@ -113,13 +113,13 @@ class TimedRun:
 
     def save(self) -> None:
         """The checkpoint."""
-        save_checkpoint(self.checkpoint, base=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+        save_state(self.checkpoint, base=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                         average=self.average.values, step=self.step, spent=self.spent)
 
 
 def averaged(model: nn.Module, checkpoint: Path) -> nn.Module:
     """The model with the averaged weights of a checkpoint, frozen."""
-    state = load_checkpoint(checkpoint)
+    state = load_state(checkpoint)
     model.load_state_dict(state["base"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():

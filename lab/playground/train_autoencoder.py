@@ -18,7 +18,7 @@ from emma_core.files.tensor_file import read_tensors
 from emma_core.playground.autoencoder import DOWNSCALE, LATENT_CHANNELS, LATENT_SCALE, Autoencoder
 
 from ..emoji.dataset import load
-from .training import Log, cosine_rate, random_shift, set_rate, to_float
+from .training import TimedLog, cosine_rate, random_shift, set_rate, to_float
 
 BATCH, RATE, WARMUP_STEPS, SHIFT_PX = 16, 2e-3, 100, 6
 MOST_LATENT_NOISE = 0.12  # in units of the latents' deviation: the decoder must bear what the UNet gets wrong
@@ -106,7 +106,7 @@ def train(options: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(
         [{"params": learning.parameters(), "base_lr": options.rate}], weight_decay=0.01, fused=True
     )
-    log = Log(options.out.with_suffix(".jsonl"))
+    log = TimedLog(options.out.with_suffix(".jsonl"))
     for step in range(options.steps):
         set_rate(optimizer, cosine_rate(step, options.steps, WARMUP_STEPS))
         image, noise = _batch(images, generator)

@@ -17,7 +17,7 @@ from torch import nn
 from emma_core.encoders.playground import FACE_DIM, FAMILY, GLOBAL_DIM, INPUT_SIZE_PX, LOCAL_DIM, PlaygroundEncoder
 
 from ..emoji.dataset import EmojiPeople, load
-from .training import Log, cosine_rate, set_rate, to_float
+from .training import TimedLog, cosine_rate, set_rate, to_float
 
 BATCH, RATE, WARMUP_STEPS = 64, 2e-3, 50
 MARGIN, COSINE_SCALE, ADVERSARY_WEIGHT = 0.2, 12.0, 0.3
@@ -110,7 +110,7 @@ def train(options: argparse.Namespace) -> None:
     heads = Heads(classes)
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW([{"params": parameters, "base_lr": options.rate}], weight_decay=0.05, fused=True)
-    log = Log(options.out.with_suffix(".jsonl"))
+    log = TimedLog(options.out.with_suffix(".jsonl"))
     for step in range(options.steps):
         set_rate(optimizer, cosine_rate(step, options.steps, WARMUP_STEPS))
         picked = seen[torch.randint(len(seen), (BATCH,), generator=generator)]

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from emma_core.files.tensor_file import write_atomically
 from emma_core.training.averaging import AveragedWeights, cosine_rate
+from emma_core.training.log import Log
 
 __all__ = [
-    "AveragedWeights", "Log", "cosine_rate", "load_checkpoint", "random_shift", "save_checkpoint", "set_rate", "to_float",
+    "AveragedWeights", "TimedLog", "cosine_rate", "load_state", "random_shift", "save_state", "set_rate", "to_float",
 ]
 
 
@@ -38,24 +39,23 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
-class Log:
-    """One JSON line per report, to the screen and to a file."""
+class TimedLog(Log):
+    """A log that is shown on the screen too, with the seconds since it began."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.started = path, time.monotonic()
+        super().__init__(path)
+        self.started = time.monotonic()
 
     def write(self, **values) -> None:
         values["seconds"] = round(time.monotonic() - self.started, 1)
-        line = json.dumps(values)
-        print(line, flush=True)
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+        print(json.dumps(values), flush=True)
+        super().write(**values)
 
 
-def save_checkpoint(path: Path, **state) -> None:
+def save_state(path: Path, **state) -> None:
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_state(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)

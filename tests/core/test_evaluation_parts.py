@@ -26,7 +26,7 @@ from emma_core.evaluation.config import (
     rows_of,
 )
 from emma_core.evaluation.generation import Drawer
-from emma_core.evaluation.plan import Files, Job, comparisons, sha256_of
+from emma_core.evaluation.plan import DrawingJob, Files, comparisons, sha256_of
 from emma_core.evaluation.references import chosen, prompts_in, references_in
 from emma_core.evaluation.report import RESAMPLES, crossed_interval
 from emma_core.files.module_file import load_module, save_module
@@ -300,7 +300,7 @@ def test_masks_reach_the_encoder_of_modules_trained_so(masked, module, choice, i
     config = resolve_evaluation(tables)
     [reference] = references_in(config.references)
     [_, row] = rows_of(config.modules)
-    [found] = Drawer(config, torch.device("cpu")).draw([Job(row, "man cook", reference, 5, "key")])
+    [found] = Drawer(config, torch.device("cpu")).draw([DrawingJob(row, "man cook", reference, 5, "key")])
     world = load_world()
     image_1HW3 = read_picture(masked / "pictures" / "1.png")
     mask_1HW = torch.zeros(image_1HW3.shape[:3])

@@ -9,7 +9,7 @@ from emoji_people import small_data
 
 from emma_core import load_connector, load_module
 from emma_core.playground import PLAYGROUND_DIR, load_unet
-from emma_core.training.draws import Row
+from emma_core.training.draws import BatchRow
 from lab.playground import ablations
 from lab.playground.labelled import Labelled
 from lab.playground.timed_run import TimedRun
@@ -81,9 +81,9 @@ def test_joint_training_continues_from_modules_that_were_trained_apart(run_ablat
 
 
 def test_rows_show_both_references_or_one_or_none():
-    rows = [Row(target, False, "man cook", target + 7, 0, 1.0) for target in range(2000)]
+    rows = [BatchRow(target, False, "man cook", target + 7, 0, 1.0) for target in range(2000)]
     shown = ablations.strengths_of(rows)
     pairs = list(zip(shown["style"], shown["face"], strict=True))
     assert set(pairs) == {(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)} and 0.75 < pairs.count((1.0, 1.0)) / 2000 < 0.85
-    dropped = ablations.strengths_of([Row(0, False, "", 3, 0, 0.0)])
+    dropped = ablations.strengths_of([BatchRow(0, False, "", 3, 0, 0.0)])
     assert dropped == {"style": [0.0], "face": [0.0]}

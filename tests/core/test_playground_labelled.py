@@ -67,7 +67,7 @@ def test_the_teacher_is_told_the_label_of_rows_with_a_reference_only(kind, wante
     def group(index):
         return {"style": "twemoji", "face": "medium-light"}[kind]
 
-    rows = [labelled.Row(0, False, "man cook", 7, 0, strength) for strength in (1.0, 0.0)]
+    rows = [labelled.BatchRow(0, False, "man cook", 7, 0, strength) for strength in (1.0, 0.0)]
     assert labelled.label_target(Echo(), {kind: group})(None, None, None, rows).tolist() == wanted
     untold = torch.tensor([[4.0, 5.0], [4.0, 5.0]])
     found = labelled.label_target(Echo(), {kind: group}, guidance=2.0)(None, None, None, rows)

@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
-from lab.emoji.dataset import Row
+from lab.emoji.dataset import EmojiPicture
 from lab.playground.text import EOS, PAD, UNK, by_length, captions_of, train_tokenizer, wordings, wordings_of_category
 
 CAPTIONS = [f"{gender} {role}" for gender in ("man", "woman") for role in ("cook", "astronaut", "with red hair", "judge")]
 
 
-def row(gender: str, role: str) -> Row:
-    return Row("0", f"{gender} {role}".strip(), role, gender, "light", "noto", "", "", "train")
+def row(gender: str, role: str) -> EmojiPicture:
+    return EmojiPicture("0", f"{gender} {role}".strip(), role, gender, "light", "noto", "", "", "train")
 
 
 @pytest.fixture(scope="module")

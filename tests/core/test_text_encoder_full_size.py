@@ -39,14 +39,14 @@ _CHILD = """
 import json, sys, time
 import torch
 from transformers import T5Config, T5EncoderModel
-from emma_core.text.t5_file import load_parts, open_t5_file
+from emma_core.text.t5_file import load_t5_parts, open_t5_file
 from emma_core.text.encoder import load_text_encoder
 
 def weights_alone(path, dtype):
     t5_file = open_t5_file(path)
     with torch.device("meta"):
         model = T5EncoderModel(T5Config(**vars(t5_file.config), feed_forward_proj="gated-gelu"))
-    load_parts(model, t5_file, dtype)
+    load_t5_parts(model, t5_file, dtype)
     model.set_input_embeddings(model.shared)
     return model
 

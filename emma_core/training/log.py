@@ -1,0 +1,30 @@
+"""What a run tells of itself in a file, in JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Log:
+    """One JSON line for each report, appended; a resumed run goes on in the same file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, **values: Any) -> None:
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(values) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines that are whole."""
+        if not self.path.exists():
+            return []
+        found = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:  # the end of a run that was killed while it wrote
+                continue
+        return found
