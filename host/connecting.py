@@ -5,7 +5,7 @@ import warnings
 
 from ..emma_core.encoders.reference_features import ReferenceFeatures, check_for_module
 from ..emma_core.errors import ConnectorMismatchError, EmmaWarning
-from ..emma_core.model.assembly import Reference, check_fits
+from ..emma_core.model.assembly import Reference
 from .conditioning import connect_conditioning
 from .loaded import LoadedConnector, LoadedModule
 from .payload import HostAssembly
@@ -63,6 +63,6 @@ def _check_modules(ella: LoadedConnector, assembly: HostAssembly) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EmmaWarning)
         for reference in assembly.references:
-            check_fits(ella.connector, reference.module)
+            ella.connector.check_fits(reference.module)
     for warning in caught:
         logging.warning("EMMA Connector: %s", warning.message)

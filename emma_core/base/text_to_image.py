@@ -20,7 +20,6 @@ from ..encoders.reference_features import check_encoder, check_for_module, combi
 from ..errors import ReferenceMismatchError
 from ..files.module_file import load_module
 from ..files.tensor_file import write_atomically
-from ..model.assembly import check_fits
 from ..model.gated_resampler import GatedResampler
 from ..training.config import BaseConfig, EllaConfig, OptimisationConfig, TrainConfig
 from ..training.parts import load_parts, prepare_precision
@@ -67,7 +66,7 @@ class TextToImage:
             EmmaError: it cannot be read, fits another ELLA, or none of the encoders is its own.
         """
         module = load_module(file, device=self._device)
-        check_fits(self._connector, module)
+        self._connector.check_fits(module)
         encoder_for(module, self._encoders)
         return module
 

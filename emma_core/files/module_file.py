@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import ModuleFileError
 from ..model.gated_resampler import GatedResampler
 from ..model.module_config import ModuleConfig
+from ..model.token_resampler import resampler_for
 from .state_names import to_file_names, to_layer_names
 from .tensor_file import check_finite, check_shapes, read_tensors, write_atomically
 
@@ -46,13 +47,13 @@ def module_from_tensors(
 ) -> GatedResampler:
     """Build a module from weights under their names in the file; as strict as `load_module`."""
     with torch.device("meta"):
-        shapes = {key: tuple(value.shape) for key, value in module_tensors(GatedResampler(config)).items()}
+        shapes = {key: tuple(value.shape) for key, value in module_tensors(resampler_for(config)).items()}
     if not config.separable_gates:
         # g = 1: the gates' weights have no effect, and a file may leave them out
         shapes = {key: shape for key, shape in shapes.items() if ".gate." not in key or key in tensors}
     check_shapes(tensors, shapes, name, _WHAT, ModuleFileError)
     check_finite(tensors, name, ModuleFileError)
-    module = GatedResampler(config, operations, dtype=dtype or torch.float32, device=device)
+    module = resampler_for(config, operations, dtype=dtype or torch.float32, device=device)
     weights = dict(module.state_dict())
     for key, tensor in to_layer_names(tensors).items():
         weights[key] = tensor.to(weights[key].device, weights[key].dtype)

@@ -1,21 +1,20 @@
 """Assembling EMMA modules: gated contributions, trained apart, are added up inside every block (eqs. 7, 8), or where the
 assembly's `Addition` says.
 
-Nothing here knows ELLA: any `TokenSource` can carry modules.
+Nothing here knows ELLA: any `TokenSource` can carry modules, an ELLA (`connector`) or a checkpoint's tokens (`own_tokens`).
 
 Shapes: B rows (one prompt at one timestep each), P rows of a pass, M references, R references per feature (1, or one per row),
 N text tokens, K latent tokens, C reference tokens, W token width, E channels of the time embedding.
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
-from ..errors import ConnectorMismatchError, EmmaWarning, ReferenceMismatchError
+from ..errors import ReferenceMismatchError
 from .addition import TOKENS, Addition, Difference, Part, TokenTerms
 from .gated_resampler import GatedResampler
 from .strength_keyframes import StrengthKeyframes, acts_between
@@ -26,24 +25,26 @@ ROWS_PER_PASS_ON_CPU = 16
 
 
 class TokenSource(Protocol):
-    """What a timestep-aware connector must offer to carry EMMA modules after each of its blocks."""
+    """What carries EMMA modules after each of its blocks: a timestep-aware connector, or a checkpoint's own tokens.
 
-    name: str
-    sha256: str | None
+    ``layers`` is 0 where there are only the modules' blocks, one after the other; ``activated_time_embedding`` gives None where
+    modules bring their own; ``kept_FK`` is False where a token is padding, None where none is; ``strength_timestep`` gives the
+    timesteps 999 to 0 that percents and keyframes are counted on.
+    """
 
     @property
-    def width(self) -> int: ...
+    def name(self) -> str: ...
     @property
     def layers(self) -> int: ...
     @property
-    def time_width(self) -> int: ...
-    @property
-    def compute_dtype(self) -> torch.dtype: ...
-    def activated_time_embedding(self, timestep_B: torch.Tensor) -> torch.Tensor: ...
+    def kept_FK(self) -> torch.Tensor | None: ...
+    def check_fits(self, module: GatedResampler) -> None: ...
+    def strength_timestep(self, timestep_B: torch.Tensor) -> torch.Tensor: ...
+    def activated_time_embedding(self, timestep_B: torch.Tensor) -> torch.Tensor | None: ...
     def project_text(self, text_BND: torch.Tensor) -> torch.Tensor: ...
-    def start(self, activated_temb_BE: torch.Tensor) -> torch.Tensor: ...
+    def start(self, text_BNW: torch.Tensor, activated_temb_BE: torch.Tensor | None) -> torch.Tensor: ...
     def block(
-        self, index: int, latents_BKW: torch.Tensor, text_BNW: torch.Tensor, activated_temb_BE: torch.Tensor
+        self, index: int, latents_BKW: torch.Tensor, text_BNW: torch.Tensor, activated_temb_BE: torch.Tensor | None
     ) -> torch.Tensor: ...
 
 
@@ -166,41 +167,18 @@ class _ActiveReference:
     module: GatedResampler
     rows_A: torch.Tensor | None  # None: all rows
     context_ACW: torch.Tensor
-    weight_A11: torch.Tensor
+    weight_AK1: torch.Tensor  # or (A, 1, 1), where it is the same for all tokens
     activated_temb_AE: torch.Tensor
+    kept_AK: torch.Tensor | None
 
     def of_rows(self, x_BKW: torch.Tensor) -> torch.Tensor:
         return x_BKW if self.rows_A is None else x_BKW[self.rows_A]
 
     def add(self, total_BKW: torch.Tensor, addend_AKW: torch.Tensor) -> torch.Tensor:
+        addend_AKW = addend_AKW.to(total_BKW.dtype)  # the model's own tokens keep theirs
         if self.rows_A is None:
             return total_BKW + addend_AKW
         return total_BKW.index_add(0, self.rows_A, addend_AKW)
-
-
-def check_fits(source: TokenSource, module: GatedResampler) -> None:
-    """Refuse a module of another shape than the connector; warn if it was trained on another connector.
-
-    Raises:
-        ConnectorMismatchError: width, number of blocks or time embedding differ.
-    """
-    config = module.config
-    found = (config.width, config.layers, config.time_width)
-    wanted = (source.width, source.layers, source.time_width)
-    if found != wanted:
-        raise ConnectorMismatchError(
-            f"{module.name} was made for a connector of width {found[0]}, {found[1]} blocks and time width {found[2]}; "
-            f"{source.name} has width {wanted[0]}, {wanted[1]} blocks and time width {wanted[2]}. "
-            "Choose a module made for this ELLA, or load the ELLA it was made for."
-        )
-    trained_on = config.ella.get("sha256")
-    if trained_on and source.sha256 and trained_on != source.sha256:
-        warnings.warn(
-            f"{module.name} was trained on another ELLA file (sha256 {trained_on[:12]}...) than {source.name} "
-            f"({source.sha256[:12]}...): it may do little or harm. Load the ELLA it was trained on.",
-            EmmaWarning,
-            stacklevel=2,
-        )
 
 
 def check_counts(counts: Iterable[tuple[str, int]], rows: int, place: str, each: str) -> None:
@@ -282,8 +260,8 @@ def _terms_of_rows(
 ) -> TokenTerms:
     """Row b uses text b mod F and reference b mod R."""
     for reference in assembly.references:
-        check_fits(source, reference.module)
-    parts = assembly.parts(timestep_B)
+        source.check_fits(reference.module)
+    parts = assembly.parts(source.strength_timestep(timestep_B))
     row_N = torch.cat([part.row_A for part in parts])
     weight_MN = torch.cat([part.weight_MA for part in parts], dim=1)
     tokens_NKW = _tokens_of_rows(source, text_FND, timestep_B[row_N], assembly.references, row_N, weight_MN)
@@ -305,7 +283,8 @@ def _tokens_of_rows(
     for at_P in torch.arange(len(row_N), device=row_N.device).chunk(max(1, math.ceil(len(row_N) / limit))):
         temb_PE = source.activated_time_embedding(timestep_N[at_P])
         active = [
-            _activate(reference.module, context_RCW, weight_N[at_P], row_N[at_P], temb_PE)
+            _activate(source, reference.module, context_RCW, weight_N[at_P], row_N[at_P],
+                      reference.module.activated_time(timestep_N[at_P], temb_PE))
             for reference, context_RCW, weight_N in zip(references, contexts, weight_MN, strict=True)
             if bool((weight_N[at_P] != 0).any())
         ]
@@ -313,30 +292,32 @@ def _tokens_of_rows(
     return passes[0] if len(passes) == 1 else torch.cat(passes)
 
 
-def _rows_of(x_RCW: torch.Tensor, row_P: torch.Tensor) -> torch.Tensor:
-    count = x_RCW.shape[0]
-    return x_RCW.expand(row_P.shape[0], -1, -1) if count == 1 else x_RCW[row_P % count]
+def _rows_of(x_R: torch.Tensor, row_P: torch.Tensor) -> torch.Tensor:
+    count = x_R.shape[0]
+    return x_R.expand(row_P.shape[0], *x_R.shape[1:]) if count == 1 else x_R[row_P % count]
 
 
-def _activate(module, context_RCW, weight_P, row_P, temb_PE) -> _ActiveReference:
+def _activate(source, module, context_RCW, weight_P, row_P, temb_PE) -> _ActiveReference:
     acts_P = weight_P != 0
-    dtype = temb_PE.dtype
-    if bool(acts_P.all()):
-        return _ActiveReference(module, None, _rows_of(context_RCW, row_P), weight_P.to(dtype)[:, None, None], temb_PE)
-    rows_A = acts_P.nonzero().flatten()
-    return _ActiveReference(
-        module, rows_A, _rows_of(context_RCW, row_P[rows_A]), weight_P[rows_A].to(dtype)[:, None, None], temb_PE[rows_A]
-    )
+    rows_A = None if bool(acts_P.all()) else acts_P.nonzero().flatten()
+    if rows_A is not None:
+        weight_P, row_P, temb_PE = weight_P[rows_A], row_P[rows_A], temb_PE[rows_A]
+    weight_AK1, kept_AK = weight_P.to(temb_PE.dtype)[:, None, None], None
+    if source.kept_FK is not None:
+        kept_AK = _rows_of(source.kept_FK, row_P)
+        weight_AK1 = weight_AK1 * kept_AK[:, :, None]
+    return _ActiveReference(module, rows_A, _rows_of(context_RCW, row_P), weight_AK1, temb_PE, kept_AK)
 
 
 def _run_blocks(
-    source: TokenSource, text_BNW: torch.Tensor, temb_BE: torch.Tensor, active: list[_ActiveReference]
+    source: TokenSource, text_BNW: torch.Tensor, temb_BE: torch.Tensor | None, active: list[_ActiveReference]
 ) -> torch.Tensor:
-    latents_BKW = source.start(temb_BE)
-    for index in range(source.layers):
+    latents_BKW = source.start(text_BNW, temb_BE)
+    for index in range(max([source.layers, *(len(one.module.blocks) for one in active)])):
         latents_BKW = source.block(index, latents_BKW, text_BNW, temb_BE)
-        if active:
-            latents_BKW = _inject(index, latents_BKW, active)
+        here = [one for one in active if index < len(one.module.blocks)]
+        if here:
+            latents_BKW = _inject(index, latents_BKW, here)
     return latents_BKW
 
 
@@ -347,9 +328,9 @@ def _inject(index: int, entry_BKW: torch.Tensor, active: list[_ActiveReference])
     gates = []
     for one in active:
         entry_AKW = one.of_rows(entry_BKW)
-        gate_AK1 = one.weight_A11 * one.module.gate(index, entry_AKW)
+        gate_AK1 = one.weight_AK1 * one.module.gate(index, entry_AKW)
         gates.append(gate_AK1)
-        attention_AKW = one.module.attention(index, entry_AKW, one.context_ACW, one.activated_temb_AE)
+        attention_AKW = one.module.attention(index, entry_AKW, one.context_ACW, one.activated_temb_AE, one.kept_AK)
         attended_BKW = one.add(attended_BKW, gate_AK1 * attention_AKW)
     # L2 = L1 + sum_m s_m * lambda_m * g_m(L0) * F_m * FFN_m(L1, temb)          (8)
     out_BKW = attended_BKW

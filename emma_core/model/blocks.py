@@ -3,6 +3,7 @@
 Shapes: B rows (prompt x timestep), K latent tokens, C context tokens, W width, E channels of the time embedding.
 """
 
+import math
 from types import ModuleType
 
 import torch
@@ -10,6 +11,26 @@ import torch.nn.functional as F
 from torch import nn
 
 LAYER_NORM_EPS = 1e-6
+MAX_PERIOD = 10_000
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal embedding of the timestep, cos before sin, then two linear layers (as in SD's UNet)."""
+
+    def __init__(self, channels: int, width: int, operations: ModuleType | type = nn, dtype=None, device=None):
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = operations.Linear(channels, width, dtype=dtype, device=device)
+        self.linear_2 = operations.Linear(width, width, dtype=dtype, device=device)
+
+    def forward(self, timestep_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Timesteps 0 to 999, or sigmas x 1000 of flow models (B,) -> temb (B, E) in ``dtype``."""
+        half = self.channels // 2
+        # multiplied before divided, as the UNet's embedding does: the other order rounds to other angles
+        exponent_H = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=timestep_B.device) / half
+        angle_BH = timestep_B.float()[:, None] * torch.exp(exponent_H)
+        wave_BC = torch.cat([angle_BH.cos(), angle_BH.sin()], dim=-1).to(dtype)
+        return self.linear_2(F.silu(self.linear_1(wave_BC)))
 
 
 class AdaLayerNorm(nn.Module):
@@ -38,11 +59,17 @@ class LatentAttention(nn.Module):
         self.kv_proj = operations.Linear(width, 2 * width, dtype=dtype, device=device)
         self.out_proj = operations.Linear(width, width, dtype=dtype, device=device)
 
-    def forward(self, q_BKW: torch.Tensor, context_BCW: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, q_BKW: torch.Tensor, context_BCW: torch.Tensor, kept_BK: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``kept_BK``: False where a latent is padding, which none attends to."""
         kv_BSW = torch.cat([q_BKW, context_BCW], dim=1)
         k_BSW, v_BSW = self.kv_proj(kv_BSW).chunk(2, dim=-1)
+        seen_B11S = None
+        if kept_BK is not None:
+            seen_B11S = F.pad(kept_BK, (0, context_BCW.shape[1]), value=True)[:, None, None]
         out_BHKd = F.scaled_dot_product_attention(
-            self._split_heads(self.q_proj(q_BKW)), self._split_heads(k_BSW), self._split_heads(v_BSW)
+            self._split_heads(self.q_proj(q_BKW)), self._split_heads(k_BSW), self._split_heads(v_BSW), attn_mask=seen_B11S
         )
         return self.out_proj(out_BHKd.transpose(1, 2).flatten(2))
 
@@ -80,10 +107,11 @@ class ResamplerLayers(nn.Module):
         self.ln_ff = AdaLayerNorm(width, time_width, **placement)
 
     def attention(
-        self, latents_BKW: torch.Tensor, context_BCW: torch.Tensor, activated_temb_BE: torch.Tensor
+        self, latents_BKW: torch.Tensor, context_BCW: torch.Tensor, activated_temb_BE: torch.Tensor,
+        kept_BK: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attn(L, context, temb) of eqs. (1), (3) and (7)."""
-        return self.attn(self.ln_1(latents_BKW, activated_temb_BE), self.ln_2(context_BCW, activated_temb_BE))
+        return self.attn(self.ln_1(latents_BKW, activated_temb_BE), self.ln_2(context_BCW, activated_temb_BE), kept_BK)
 
     def feed_forward(self, latents_BKW: torch.Tensor, activated_temb_BE: torch.Tensor) -> torch.Tensor:
         """FFN(L, temb) of eqs. (2), (4) and (8)."""

@@ -4,7 +4,7 @@ Shapes: B rows (one prompt at one timestep each), N text tokens, D text width, K
 E channels of the time embedding.
 """
 
-import math
+import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import ConnectorMismatchError
+from ..errors import ConnectorMismatchError, EmmaWarning
 from .assembly import Assembly, assembled_tokens
-from .blocks import ResamplerLayers, cast_like
-
-MAX_PERIOD = 10_000
+from .blocks import ResamplerLayers, TimeEmbedding, cast_like
+from .gated_resampler import GatedResampler
 
 
 @dataclass(frozen=True)
@@ -37,25 +36,6 @@ class ConnectorConfig:
                 f"a connector of width {self.width} cannot have {self.heads} heads: the width must be a multiple. "
                 'Correct {"heads": ...} in the file\'s `ella` metadata.'
             )
-
-
-class TimeEmbedding(nn.Module):
-    """Sinusoidal embedding of the timestep, cos before sin, then two linear layers (as in SD's UNet)."""
-
-    def __init__(self, channels: int, width: int, operations: ModuleType | type = nn, dtype=None, device=None):
-        super().__init__()
-        self.channels = channels
-        self.linear_1 = operations.Linear(channels, width, dtype=dtype, device=device)
-        self.linear_2 = operations.Linear(width, width, dtype=dtype, device=device)
-
-    def forward(self, timestep_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Timesteps 0 to 999 (not sigmas) -> temb (B, E) in ``dtype``."""
-        half = self.channels // 2
-        # multiplied before divided, as the UNet's embedding does: the other order rounds to other angles
-        exponent_H = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=timestep_B.device) / half
-        angle_BH = timestep_B.float()[:, None] * torch.exp(exponent_H)
-        wave_BC = torch.cat([angle_BH.cos(), angle_BH.sin()], dim=-1).to(dtype)
-        return self.linear_2(F.silu(self.linear_1(wave_BC)))
 
 
 class PerceiverBlock(ResamplerLayers):
@@ -126,9 +106,48 @@ class Connector(nn.Module):
         return self.config.latents
 
     @property
+    def kept_FK(self) -> None:
+        """No token of a connector is padding."""
+        return None
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """dtype of the activations and of the tokens returned."""
         return self._compute_dtype or self.connector.latents.dtype
+
+    def check_fits(self, module: GatedResampler) -> None:
+        """Refuse a module of another shape or for a checkpoint's own tokens; warn if it was trained on another connector.
+
+        Raises:
+            ConnectorMismatchError: width, number of blocks or time embedding differ, or it acts on other tokens.
+        """
+        config = module.config
+        if config.source is not None:
+            raise ConnectorMismatchError(
+                f"{module.name} acts on the own tokens of {config.source.family} (width {config.source.width}), not on an "
+                f"ELLA's, and {self.name} is wired. Leave ELLA out and encode the prompt with the checkpoint's own CLIP, or "
+                "choose a module made for this ELLA."
+            )
+        found = (config.width, config.layers, config.time_width)
+        wanted = (self.width, self.layers, self.time_width)
+        if found != wanted:
+            raise ConnectorMismatchError(
+                f"{module.name} was made for a connector of width {found[0]}, {found[1]} blocks and time width {found[2]}; "
+                f"{self.name} has width {wanted[0]}, {wanted[1]} blocks and time width {wanted[2]}. "
+                "Choose a module made for this ELLA, or load the ELLA it was made for."
+            )
+        trained_on = config.ella.get("sha256")
+        if trained_on and self.sha256 and trained_on != self.sha256:
+            warnings.warn(
+                f"{module.name} was trained on another ELLA file (sha256 {trained_on[:12]}...) than {self.name} "
+                f"({self.sha256[:12]}...): it may do little or harm. Load the ELLA it was trained on.",
+                EmmaWarning,
+                stacklevel=2,
+            )
+
+    def strength_timestep(self, timestep_B: torch.Tensor) -> torch.Tensor:
+        """Percents are counted on the connector's own timesteps."""
+        return timestep_B
 
     def activated_time_embedding(self, timestep_B: torch.Tensor) -> torch.Tensor:
         """SiLU(temb) (B, E), as every layer that listens to the timestep wants it."""
@@ -144,7 +163,7 @@ class Connector(nn.Module):
             )
         return self.connector.proj_in(text_BND.to(self.compute_dtype))
 
-    def start(self, activated_temb_BE: torch.Tensor) -> torch.Tensor:
+    def start(self, text_BNW: torch.Tensor, activated_temb_BE: torch.Tensor) -> torch.Tensor:
         """The latents before the first block (B, K, W)."""
         shift_B1W = self.connector.time_aware_linear(activated_temb_BE).unsqueeze(1)
         return cast_like(self.connector.latents, shift_B1W) + shift_B1W

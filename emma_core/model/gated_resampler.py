@@ -6,6 +6,7 @@ E channels of the time embedding.
 
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,12 +32,17 @@ class GatedBlock(ResamplerLayers):
             nn.init.zeros_(self.gate.weight)
             nn.init.ones_(self.gate.bias)
 
+    def separable_gate(self, entry_BKW: torch.Tensor) -> torch.Tensor:
+        """g = Linear(L0), (B, K, 1)."""
+        return self.gate(entry_BKW)
+
 
 class GatedResampler(nn.Module):
     """A module for one condition (style, object, portrait, face, ...).
 
     Args:
-        config: its metadata; ``separable_gates=False`` is the paper's ablation, g = 1.
+        config: its metadata; ``separable_gates=False`` is the paper's ablation, g = 1. Modules on a checkpoint's own tokens
+            are `TokenResampler`s: see `resampler_for`.
         operations: namespace that the linear layers come from.
         dtype, device: of the weights.
     """
@@ -46,13 +52,19 @@ class GatedResampler(nn.Module):
         self.config = config
         self.name = f"the {config.condition} module"
         placement = {"operations": operations, "dtype": dtype, "device": device}
-        self.blocks = nn.ModuleList(
-            GatedBlock(config.width, config.heads, config.time_width, **placement) for _ in range(config.layers)
-        )
+        self.blocks = nn.ModuleList(self._new_block(config, placement) for _ in range(config.layers))
         self.proj = nn.ModuleDict({
             name: operations.Linear(spec.dim, spec.tokens_per_vector * config.width, dtype=dtype, device=device)
             for name, spec in config.features.items()
         })
+
+    @staticmethod
+    def _new_block(config: ModuleConfig, placement: Mapping[str, Any]) -> GatedBlock:
+        return GatedBlock(config.width, config.heads, config.time_width, **placement)
+
+    def activated_time(self, timestep_B: torch.Tensor, of_source_BE: torch.Tensor | None) -> torch.Tensor:
+        """SiLU(temb) (B, E) that the blocks listen to: that of the connector."""
+        return of_source_BE
 
     def context(self, features: Mapping[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """Features -> reference tokens C (R, C, W), in the dtype and on the device of ``like``.
@@ -72,18 +84,19 @@ class GatedResampler(nn.Module):
         """g of block ``index``, one value per token, (B, K, 1); 1 without separable gates."""
         if not self.config.separable_gates:
             return entry_BKW.new_ones(entry_BKW.shape[0], entry_BKW.shape[1], 1)
-        return self.blocks[index].gate(entry_BKW)
+        return self.blocks[index].separable_gate(entry_BKW)
 
     def gate(self, index: int, entry_BKW: torch.Tensor) -> torch.Tensor:
         """lambda * g(L0) of block ``index``, (B, K, 1)."""
         return self.config.gate_scale * self.separable_gate(index, entry_BKW)
 
     def attention(
-        self, index: int, entry_BKW: torch.Tensor, context_BCW: torch.Tensor, activated_temb_BE: torch.Tensor
+        self, index: int, entry_BKW: torch.Tensor, context_BCW: torch.Tensor, activated_temb_BE: torch.Tensor,
+        kept_BK: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A * Attn(L0, C, temb) of block ``index``."""
+        """A * Attn(L0, C, temb) of block ``index``; no token attends to one that is not kept."""
         block = self.blocks[index]
-        return cast_like(block.attn_gate, entry_BKW) * block.attention(entry_BKW, context_BCW, activated_temb_BE)
+        return cast_like(block.attn_gate, entry_BKW) * block.attention(entry_BKW, context_BCW, activated_temb_BE, kept_BK)
 
     def feed_forward(self, index: int, latents_BKW: torch.Tensor, activated_temb_BE: torch.Tensor) -> torch.Tensor:
         """F * FFN(L1, temb) of block ``index``."""

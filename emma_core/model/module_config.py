@@ -10,9 +10,12 @@ from typing import Any
 import torch
 
 from ..errors import ModuleFileError, ReferenceMismatchError
+from .source_spec import SourceSpec, TimeSpec
 
-FORMAT_VERSION = 1
+# 1: on ELLA's tokens; 2: on a checkpoint's own
+FORMAT_VERSIONS = (1, 2)
 _REQUIRED = ("format_version", "condition", "gate_scale", "separable_gates", "width", "heads", "layers", "features")
+_REQUIRED_OF_2 = ("source", "time")
 _OPTIONAL = ("encoder", "ella", "training", "draws")
 SUBJECT, MANNER = "subject", "manner"
 _SUBJECT_CONDITIONS = ("object", "portrait")
@@ -50,6 +53,9 @@ class ModuleConfig:
     drawn ("subject") or *how* ("manner"), for `Addition`; without it the condition tells: objects and portraits are
     subjects. ``unknown`` keeps keys of newer writers, ``file_metadata`` every other metadata entry of the file
     (ModelSpec keys among them). ``time_width`` is not stored: tensor shapes tell it.
+
+    A module on a checkpoint's own tokens has a ``source`` and a ``time``, and ``width`` is the one inside its blocks; one on
+    ELLA's has neither.
     """
 
     condition: str
@@ -66,6 +72,8 @@ class ModuleConfig:
     draws: str = ""
     unknown: Mapping[str, Any] = field(default_factory=dict)
     file_metadata: Mapping[str, str] = field(default_factory=dict)
+    source: SourceSpec | None = None
+    time: TimeSpec | None = None
 
     def __post_init__(self):
         if not self.time_width:
@@ -87,6 +95,8 @@ class ModuleConfig:
         sizes = {"width": self.width, "heads": self.heads, "layers": self.layers, "time width": self.time_width}
         if min(sizes.values()) < 1:
             raise ModuleFileError(f"sizes below 1 ({sizes}). Correct the metadata.")
+        if (self.source is None) != (self.time is None):
+            raise ModuleFileError("a module on a checkpoint's own tokens needs both source and time. Correct the metadata.")
         if not math.isfinite(self.gate_scale):
             raise ModuleFileError(f"the gate scale {self.gate_scale} is not finite. Correct the metadata.")
         if self.width % self.heads:
@@ -128,10 +138,12 @@ class ModuleConfig:
         """The `emma` metadata entry."""
         features = {name: spec.to_entry() for name, spec in self.features.items()}
         entry = {
-            **self.unknown, "format_version": FORMAT_VERSION, "condition": self.condition,
+            **self.unknown, "format_version": 1 if self.source is None else 2, "condition": self.condition,
             "gate_scale": self.gate_scale, "separable_gates": self.separable_gates, "width": self.width,
             "heads": self.heads, "layers": self.layers, "features": features,
         }
+        if self.source is not None:
+            entry |= {"source": self.source.to_entry(self.width), "time": self.time.to_entry()}
         entry |= {name: value if isinstance(value, str) else dict(value)
                   for name in _OPTIONAL if (value := getattr(self, name))}
         return json.dumps(entry)
@@ -145,17 +157,21 @@ class ModuleConfig:
                 impossible sizes.
         """
         entry = _emma_entry(metadata, name)
-        known: dict[str, Any] = {key: entry[key] for key in (*_REQUIRED, *_OPTIONAL) if key in entry}
+        names = (*_required(entry), *_OPTIONAL)
+        known: dict[str, Any] = {key: entry[key] for key in names if key in entry}
         known.pop("format_version")
-        unknown = {key: value for key, value in entry.items() if key not in (*_REQUIRED, *_OPTIONAL)}
+        unknown = {key: value for key, value in entry.items() if key not in names}
         try:
             _check_kinds(known)
             known |= {key: int(known[key]) for key in ("width", "heads", "layers")}
+            known |= _stream_of(known)
             known["gate_scale"] = float(known["gate_scale"])
             known["features"] = {key: FeatureSpec.from_entry(value) for key, value in known["features"].items()}
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as found:
             raise ModuleFileError(f"{name}: its `emma` metadata has a value of the wrong kind ({found!r}). "
                                   "Save the module again with a current version of its trainer.") from found
+        except ModuleFileError as found:
+            raise ModuleFileError(f"{name}: {found}") from None
         try:
             return cls(**known, unknown=unknown,
                        file_metadata={key: value for key, value in metadata.items() if key != "emma"})
@@ -167,8 +183,20 @@ class ModuleConfig:
         return replace(self, **changes)
 
 
+def _required(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*_REQUIRED, *_REQUIRED_OF_2) if entry["format_version"] == 2 else _REQUIRED
+
+
+def _stream_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """``source`` and ``time`` of a version 2 file; both None where it says that its tokens are ELLA's."""
+    if "source" not in entry:
+        return {}
+    source = SourceSpec.from_entry(entry["source"], entry["width"])
+    return {"source": source, "time": None if source is None else TimeSpec.from_entry(entry["time"])}
+
+
 def _check_kinds(entry: Mapping[str, Any]) -> None:
-    kinds = {"condition": str, "separable_gates": bool, **dict.fromkeys(_OPTIONAL, dict), "draws": str}
+    kinds = {"condition": str, "separable_gates": bool, **dict.fromkeys((*_OPTIONAL, *_REQUIRED_OF_2), dict), "draws": str}
     for key, kind in kinds.items():
         if key in entry and not isinstance(entry[key], kind):
             raise TypeError(f"{key} is a {type(entry[key]).__name__}, wanted a {kind.__name__}")
@@ -185,10 +213,10 @@ def _emma_entry(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ModuleFileError(f"{name}: its `emma` metadata is a {type(entry).__name__}, wanted a JSON object. "
                               "Get the file again.")
-    if entry.get("format_version") != FORMAT_VERSION:
+    if entry.get("format_version") not in FORMAT_VERSIONS:
         raise ModuleFileError(f"{name} has format version {entry.get('format_version')!r}, this version of "
-                              f"ComfyUI-EMMA reads {FORMAT_VERSION}. Update ComfyUI-EMMA.")
-    missing = [key for key in _REQUIRED if key not in entry]
+                              f"ComfyUI-EMMA reads {' and '.join(map(str, FORMAT_VERSIONS))}. Update ComfyUI-EMMA.")
+    missing = [key for key in _required(entry) if key not in entry]
     if missing:
         raise ModuleFileError(f"{name}: its `emma` metadata lacks {_listed(missing)}. Save the module again with a "
                               "current version of its trainer.")

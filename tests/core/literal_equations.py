@@ -7,7 +7,7 @@ Shapes: K latent tokens, N text tokens, S context tokens, W width, D dim of a fe
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -75,10 +75,46 @@ class EmmaModule(nn.Module):
         return torch.cat(tokens, dim=1)
 
 
+class TokenBlock(GatedBlock):
+    """A gated block at an inner width, on wide tokens."""
+
+    def __init__(self, token_width: int, width: int, heads: int, time_width: int):
+        super().__init__(width, heads, time_width)
+        self.norm = nn.LayerNorm(token_width, eps=1e-6, elementwise_affine=False)
+        self.proj_in, self.proj_out = nn.Linear(token_width, width), nn.Linear(width, token_width)
+
+    def read(self, tokens_1SD):
+        return self.proj_in(self.norm(tokens_1SD))
+
+
+class TokenModule(nn.Module):
+    """The weights of one module on a checkpoint's own tokens; ``config`` is its `ModuleConfig`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(TokenBlock(config.source.width, config.width, config.heads, config.time_width)
+                                    for _ in range(config.layers))
+        self.proj = nn.ModuleDict({name: nn.Linear(spec.dim, spec.tokens_per_vector * config.width)
+                                   for name, spec in config.features.items()})
+        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(320, config.time_width),
+                                             "linear_2": nn.Linear(config.time_width, config.time_width)})
+
+    def block(self, index: int) -> TokenBlock:
+        return cast(TokenBlock, self.blocks[index])
+
+    def context(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        tokens = [self.proj[name](features[name]).reshape(1, -1, self.config.width) for name in self.config.features]
+        return torch.cat(tokens, dim=1)
+
+    def time(self, timestep: float) -> torch.Tensor:
+        return embedded_time(self.time_embedding, timestep, 320)
+
+
 class Used(NamedTuple):
     """A module, its features (1, vectors, dim each) and the user's strength."""
 
-    module: EmmaModule
+    module: Any
     features: Mapping[str, torch.Tensor]
     strength: float
 
@@ -106,10 +142,7 @@ class EllaConnector(nn.Module):
         self.connector = Perceiver(config)
 
     def time(self, timestep: float) -> torch.Tensor:
-        half = self.config.time_channels // 2
-        frequency_H = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32) / half)
-        wave_1C = torch.cat([torch.cos(timestep * frequency_H), torch.sin(timestep * frequency_H)])[None]
-        return self.time_embedding["linear_2"](nn.functional.silu(self.time_embedding["linear_1"](wave_1C)))
+        return embedded_time(self.time_embedding, timestep, self.config.time_channels)
 
     def forward(self, text_1ND, timestep: float, assembly: Sequence[Used] = ()):
         temb_1E = self.time(timestep)
@@ -123,6 +156,40 @@ class EllaConnector(nn.Module):
             elif assembly:
                 latents_1KW = assembled_block(index, latents_1KW, assembly, contexts, temb_1E)
         return latents_1KW
+
+
+def embedded_time(layers, timestep: float, channels: int) -> torch.Tensor:
+    half = channels // 2
+    frequency_H = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32) / half)
+    wave_1C = torch.cat([torch.cos(timestep * frequency_H), torch.sin(timestep * frequency_H)])[None]
+    return layers["linear_2"](nn.functional.silu(layers["linear_1"](wave_1C)))
+
+
+def tokens_with_modules(tokens_1SD, timestep: float, assembly: Sequence[Used]):
+    """c_crossattn' = blocks(c_crossattn, references, time): eqs. (7) and (8), which are (3) to (6) for one module.
+
+    Blocks follow one another; a module with fewer of them is silent in the later ones.
+    """
+    for index in range(max((used.module.config.layers for used in assembly), default=0)):
+        here = [used for used in assembly if index < used.module.config.layers]
+        entry_1SD = first_1SD = tokens_1SD
+        for used in here:  # (7)
+            block, inner_1SW = used.module.block(index), used.module.block(index).read(entry_1SD)
+            attended_1SD = block.proj_out(block.attention(inner_1SW, used.module.context(used.features),
+                                                          used.module.time(timestep)))
+            first_1SD = first_1SD + token_gate(used, block, inner_1SW) * block.attn_gate * attended_1SD
+        tokens_1SD = first_1SD
+        for used in here:  # (8)
+            block = used.module.block(index)
+            fed_1SD = block.proj_out(block.feed_forward(block.read(first_1SD), used.module.time(timestep)))
+            tokens_1SD = tokens_1SD + token_gate(used, block, block.read(entry_1SD)) * block.ffn_gate * fed_1SD
+    return tokens_1SD
+
+
+def token_gate(used: Used, block: TokenBlock, inner_1SW) -> torch.Tensor:
+    """s * lambda * g, with g = Linear(In(L0))."""
+    g = block.gate(inner_1SW) if used.module.config.separable_gates else torch.ones(1)
+    return used.strength * used.module.config.gate_scale * g
 
 
 def separable_gate(used: Used, index: int, entry_1KW) -> torch.Tensor:

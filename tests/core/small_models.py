@@ -3,8 +3,11 @@
 import torch
 
 from emma_core import Connector, ConnectorConfig, FeatureSpec, GatedResampler, ModuleConfig
+from emma_core.model.source_spec import SourceSpec, TimeSpec
+from emma_core.model.token_resampler import resampler_for
 
 SMALL = ConnectorConfig(width=64, latents=8, layers=3, heads=4, text_dim=40, time_channels=32, time_width=48)
+TOKEN_WIDTH = 96
 STYLE = {"global": FeatureSpec(24, 4)}
 OBJECT = {"global": FeatureSpec(24), "local": FeatureSpec(20)}
 
@@ -40,6 +43,25 @@ def small_module(condition: str = "style", seed: int = 2, features=None, **chang
     module = GatedResampler(small_config(condition, features, **changes))
     fill_(module, seed)
     return module.eval().requires_grad_(False)
+
+
+def token_config(condition: str = "style", features=None, **changes) -> ModuleConfig:
+    """On tokens of width 96 of a made-up family; blocks of width 32."""
+    return ModuleConfig(condition=condition, width=32, heads=4, layers=2, features=features or STYLE, time_width=48,
+                        source=SourceSpec("small", TOKEN_WIDTH), time=TimeSpec("ddpm")).replace(**changes)
+
+
+def token_module(condition: str = "style", seed: int = 12, features=None, **changes) -> GatedResampler:
+    module = resampler_for(token_config(condition, features, **changes))
+    fill_(module, seed)
+    return module.eval().requires_grad_(False)
+
+
+def small_tokens(rows: int = 1, tokens: int = 11, seed: int = 13) -> torch.Tensor:
+    """What a text encoder gives, with one token much larger than the others."""
+    tokens_BSD = random_tensor((rows, tokens, TOKEN_WIDTH), seed)
+    tokens_BSD[:, 0] *= 40
+    return tokens_BSD
 
 
 def small_text(rows: int = 1, tokens: int = 11, seed: int = 3) -> torch.Tensor:
