@@ -31,9 +31,10 @@ class InstallStep:
     pip_arguments: tuple[str, ...]
 
     def fingerprint(self) -> str:
-        """The arguments, and the contents of the requirement files among them."""
+        """The arguments, requirement files by name and contents: a checkout may be moved, or share its environment."""
         files = [Path(argument) for argument in self.pip_arguments if argument.endswith(".txt")]
-        return "\n".join([*self.pip_arguments, *(file.read_text(encoding="utf-8") for file in files)])
+        words = [Path(argument).name if argument.endswith(".txt") else argument for argument in self.pip_arguments]
+        return "\n".join([*words, *(file.read_text(encoding="utf-8") for file in files)])
 
 
 def python_of(venv: Path) -> Path:

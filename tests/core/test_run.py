@@ -172,6 +172,15 @@ def test_choosing_slow_tests_alone_says_how_to_run_them():
     assert "need --slow" in complaints([SuiteResult("core", 0, 0, 0, 5)], chosen=True)[0]
 
 
+def test_needs_are_the_same_in_a_moved_checkout_and_other_with_other_contents(tmp_path):
+    for folder, text in (("here", "numpy"), ("there", "numpy"), ("changed", "numpy<3")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "needs.txt").write_text(text)
+    here, there, changed = (InstallStep("packages", ("-r", str(tmp_path / folder / "needs.txt"))).fingerprint()
+                            for folder in ("here", "there", "changed"))
+    assert here == there != changed
+
+
 def test_an_environment_is_made_once_and_again_when_its_needs_change(tmp_path, monkeypatch):
     made, installed = [], []
     monkeypatch.setattr("harness.environment.pip_install", lambda python, arguments: installed.append(tuple(arguments)))
