@@ -11,14 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import comfy.ldm.modules.attention
-import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.model_management
-import comfy.model_sampling
 import comfy.utils
 import folder_paths
 import torch
-import torch.utils.checkpoint
 
 from ..emma_core.encoders.base import encode_pictures
 from ..emma_core.errors import ConnectorMismatchError, TrainingConfigError, TrainingDataError, TrainingError

@@ -76,7 +76,8 @@ def draw(module: GatedResampler, options: argparse.Namespace) -> None:
         raise EmmaError(f"{options.file.name} was not trained on the playground: name its ELLA and text encoder with --ella "
                         "and --text-encoder to draw its gate map.")
     connector = load_connector(options.ella) if options.ella else own
-    text = load_text_encoder(options.text_encoder or PLAYGROUND_DIR / "t5.safetensors").encode([options.prompt])[0]
+    text_encoder = load_text_encoder(options.text_encoder or PLAYGROUND_DIR / "t5.safetensors", width=connector.config.text_dim)
+    [text] = text_encoder.encode([options.prompt])
     features = {name: torch.zeros(1, 1, spec.dim) for name, spec in module.config.features.items()}
     [values] = gate_values(connector, text, options.timestep, Assembly([Reference(module, features)]))
     title = f"{options.file.name} ({module.config.condition})"

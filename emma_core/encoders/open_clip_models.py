@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import EncoderFileError, ImageInputError
 from ..files.tensor_file import PICKLE_SUFFIXES, check_finite, fingerprint_of_weights, open_tensors, read_weights
-from .base import PictureEncoder, check_features
+from .base import PictureEncoder
 from .open_clip_recognition import (
     CONFIG_NAME,
     Tower,
@@ -64,23 +64,6 @@ class OpenClipEncoder(PictureEncoder):
         has_states = hasattr(model, "forward_intermediates") and hasattr(trunk, "forward_intermediates")
         self.feature_names = ("global", "local") if has_states else ("global",)
         self.bytes_per_picture = _bytes_per_picture(model, tower.preparation.size_px, self._is_map)
-
-    def encode_seen(
-        self, seen_B3SS: torch.Tensor, layer: str = LAYERS[0], features: tuple[str, ...] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Prepared pictures in [0, 1] -> features.
-
-        Args:
-            seen_B3SS: RGB of the input size.
-            layer: "last" or "penultimate" block, for `local`.
-            features: some of ``feature_names``; all by default.
-        Raises:
-            ImageInputError: pictures of another shape, or a layer that the tower does not have.
-            ReferenceMismatchError: a feature that the tower does not give.
-        """
-        options = EncodeOptions(self.feature_names if features is None else features, layer)
-        check_features(self, options)
-        return self.features_of(seen_B3SS, options)
 
     def features_of(self, seen_B3SS: torch.Tensor, options: EncodeOptions) -> dict[str, torch.Tensor]:
         self._check(seen_B3SS, options)

@@ -21,7 +21,6 @@ from .pictures import Preparation
 FAMILY = "playground"
 INPUT_SIZE_PX = 64
 GLOBAL_DIM, LOCAL_DIM, FACE_DIM = 256, 128, 128
-LOCAL_VECTORS = 16
 _WIDTHS = (48, 96, 160, 256)  # at 32, 16, 8 and 4 pixels
 _GROUPS = 8
 _HALF = (0.5, 0.5, 0.5)  # mean and deviation: [0, 1] -> [-1, 1]

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import EmmaError
 from .t5_file import T5File, load_t5_parts, open_t5_file
-from .t5_layout import T5EncoderConfig
+from .t5_layout import T5EncoderConfig, check_text_width
 from .t5_tokenizer import PromptTokenizer, load_tokenizer
 
 _REMEMBERED = 64  # prompts
@@ -26,7 +25,7 @@ class TextEncoder:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
-        self._known: OrderedDict[tuple[tuple[int, ...], int], torch.Tensor] = OrderedDict()
+        self._known: OrderedDict[tuple[int, ...], torch.Tensor] = OrderedDict()
 
     @property
     def width(self) -> int:
@@ -40,25 +39,13 @@ class TextEncoder:
         """Features (1,N,D) of each prompt at its natural length: no padding, no truncation."""
         return [self._features(self.tokenizer.ids(prompt)) for prompt in prompts]
 
-    def encode_padded(self, prompt: str, length: int = 128) -> torch.Tensor:
-        """Features (1,length,D) of a prompt padded as in ELLA's training: padding is not attended to, but is returned.
-
-        Raises:
-            EmmaError: the prompt has more tokens than ``length``.
-        """
-        ids = self.tokenizer.ids(prompt)
-        if len(ids) > length:
-            raise EmmaError(f"The prompt has {len(ids)} tokens, more than {length}: encode it at its natural length.")
-        return self._features(ids, length - len(ids))
-
     @torch.no_grad()
-    def _features(self, ids: list[int], padding: int = 0) -> torch.Tensor:
-        """Features of token ids and padding, computed once for each prompt among the latest."""
-        key = (tuple(ids), padding)
+    def _features(self, ids: list[int]) -> torch.Tensor:
+        """Features of token ids, computed once for each prompt among the latest."""
+        key = tuple(ids)
         if key not in self._known:
-            ids_1N = torch.tensor([ids + [self.tokenizer.pad_id] * padding], device=self.device)
-            mask_1N = torch.tensor([[1] * len(ids) + [0] * padding], device=self.device)
-            self._known[key] = self.model(input_ids=ids_1N, attention_mask=mask_1N).last_hidden_state
+            ids_1N = torch.tensor([ids], device=self.device)
+            self._known[key] = self.model(input_ids=ids_1N, attention_mask=torch.ones_like(ids_1N)).last_hidden_state
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
@@ -71,7 +58,7 @@ def usual_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_text_encoder(
-    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None, width: int | None = None
 ) -> TextEncoder:
     """Load a T5 v1.1 encoder from a .safetensors file or a Hugging Face folder, strictly.
 
@@ -79,11 +66,14 @@ def load_text_encoder(
         path: file or folder; its tokenizer.json lies in the folder or as `<file stem>.tokenizer.json` beside the file.
         dtype: of the weights; by default `usual_dtype` of the device.
         device: the CPU by default.
+        width: D that the connector reads; another is refused before the weights are read.
     Raises:
         TextEncoderFileError: the file, its tokenizer or its weights cannot be used; the message says why.
     """
     device = torch.device("cpu" if device is None else device)
     t5_file = open_t5_file(path)
+    if width is not None:
+        check_text_width(t5_file.config.d_model, width, Path(path).name)
     tokenizer = load_tokenizer(t5_file)
     return TextEncoder(_load_model(t5_file, dtype or usual_dtype(device), device), tokenizer, t5_file.config)
 

@@ -136,12 +136,12 @@ def check_declared(config: T5EncoderConfig, declared: Mapping[str, object], name
             )
 
 
-def check_text_width(found_width: int, wanted_width: int, name: str = "The text encoder") -> None:
+def check_text_width(found_width: int, wanted_width: int, name: str) -> None:
     """Raise TextEncoderFileError if text features of ``found_width`` cannot enter a connector made for another."""
     if found_width != wanted_width:
         known = {512: "small", 768: "base", 1024: "large", 2048: "xl", 4096: "xxl"}
         advice = f"flan-t5-{known[wanted_width]}" if wanted_width in known else f"a T5 of width {wanted_width}"
         raise TextEncoderFileError(
-            f"{name} gives text features of width {found_width}, this ELLA was trained on {wanted_width}: "
-            f"load {advice} with Load ELLA Text Encoder."
+            f"{name} gives text features of width {found_width}, this ELLA was trained on {wanted_width}. "
+            f"Choose {advice}."
         )

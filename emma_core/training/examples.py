@@ -119,12 +119,6 @@ class PictureSet:
         return sorted({index for indices in (*self.given, *distinct.values()) for index in indices})
 
 
-def references_of(examples: Sequence[Example], own_reference: bool = False) -> list[tuple[int, ...]]:
-    """For each example the indices of `PictureSet` that may be its reference."""
-    pictures = PictureSet.of(examples, own_reference)
-    return [pictures.references(index) for index in range(len(examples))]
-
-
 def read_examples(data: DataConfig, processes: Processes | None = None) -> tuple[list[Example], list[Problem]]:
     """The usable examples of a folder, a JSON-lines file or shards, and all problems of the set.
 

@@ -56,17 +56,6 @@ class Teacher(ABC):
         return self
 
 
-class CallableTeacher(Teacher):
-    """Any function with the arguments of `Teacher.predict`."""
-
-    def __init__(self, function: Callable[..., torch.Tensor]):
-        self._function = function
-
-    @torch.no_grad()
-    def predict(self, noised_B4hw, timestep_B, context_BKW, reference=None) -> torch.Tensor:
-        return self._function(noised_B4hw, timestep_B, context_BKW, reference).float()
-
-
 class LoraTeacher(Teacher):
     """The base with a LoRA at a strength, on the base's own weights; of several, each row is told which one is its teacher.
 

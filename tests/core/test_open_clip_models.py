@@ -16,7 +16,7 @@ from torchvision.transforms import Normalize
 from emma_core.encoders import open_clip_recognition
 from emma_core.encoders.open_clip_models import load_open_clip_encoder, model_names
 from emma_core.encoders.open_clip_recognition import CONFIG_NAME, built_on_meta, named_tower, recognised_tower, shapes_of
-from emma_core.encoders.options import EncodeOptions
+from emma_core.encoders.options import LAYERS, EncodeOptions
 from emma_core.errors import EmmaWarning, EncoderFileError, ImageInputError, ReferenceMismatchError
 
 open_clip = pytest.importorskip("open_clip")
@@ -56,6 +56,10 @@ def visual(state):
 
 def seen(size_px: int) -> torch.Tensor:
     return torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(2))
+
+
+def features_of(encoder, seen_B3SS: torch.Tensor, layer: str = LAYERS[0], names=None) -> dict[str, torch.Tensor]:
+    return encoder.features_of(seen_B3SS, EncodeOptions(names or encoder.feature_names, layer))
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -109,10 +113,10 @@ def test_transformers_answer_as_open_clip(tmp_path, name, chosen, statistics):
     assert encoder.description["family"] == f"open_clip:{name}" and encoder.description["input_size"] == size_px
     blocks = model.visual.trunk.blocks if hasattr(model.visual, "trunk") else model.visual.transformer.resblocks
     wanted, (penultimate, last) = answer(model, Normalize(*statistics)(seen(size_px)), blocks[-2:])
-    given = encoder.encode_seen(seen(size_px))
+    given = features_of(encoder, seen(size_px))
     assert error(given["global"], wanted[:, None]) <= MOST_ERROR and error(given["local"], last) <= MOST_ERROR
-    assert error(encoder.encode_seen(seen(size_px), "penultimate", ("local",))["local"], penultimate) <= MOST_ERROR
-    assert error(encoder.encode_seen(seen(size_px), features=("global",))["global"], wanted[:, None]) <= MOST_ERROR
+    assert error(features_of(encoder, seen(size_px), "penultimate", ("local",))["local"], penultimate) <= MOST_ERROR
+    assert error(features_of(encoder, seen(size_px), "last", ("global",))["global"], wanted[:, None]) <= MOST_ERROR
     assert error(penultimate, last) > 0.01
 
 
@@ -129,11 +133,11 @@ def test_convolutional_towers_answer_as_open_clip(tmp_path, name, statistics):
     stage = model.visual.layer4 if trunk is None else trunk.layers[-1] if name.startswith("swin") else trunk.stages[-1]
     wanted, [map_BChw] = answer(model, Normalize(*statistics)(seen(size_px)), [stage])
     map_BChw = map_BChw.movedim(-1, 1) if name.startswith("swin") else map_BChw
-    given = encoder.encode_seen(seen(size_px))
+    given = features_of(encoder, seen(size_px))
     assert error(given["global"], wanted[:, None]) <= MOST_ERROR
     assert error(given["local"], torch.stack([cell for row in map_BChw.unbind(2) for cell in row.unbind(2)], 1)) <= MOST_ERROR
     with pytest.raises(ImageInputError, match="gives only the last one"):
-        encoder.encode_seen(seen(size_px), "penultimate")
+        features_of(encoder, seen(size_px), "penultimate")
 
 
 def test_twins_of_another_activation_are_named_and_obeyed(tmp_path):
@@ -146,7 +150,7 @@ def test_twins_of_another_activation_are_named_and_obeyed(tmp_path):
         load_open_clip_encoder(path)
     answers = [tower.encode_image(Normalize(*OPENAI)(seen(224)))[:, None] for tower in (model, quick)]
     for name, wanted in zip(("ViT-B/32", "ViT-B-32-quickgelu"), answers, strict=True):
-        assert error(load_open_clip_encoder(path, name).encode_seen(seen(224))["global"], wanted) <= MOST_ERROR
+        assert error(features_of(load_open_clip_encoder(path, name), seen(224))["global"], wanted) <= MOST_ERROR
     assert error(*answers) > 0.001
 
 
@@ -228,7 +232,7 @@ def test_every_layout_gives_the_same_tower(tmp_path, small, name):
     reference, encoder = (load_open_clip_encoder(tmp_path / file) for file in ("reference.safetensors", name))
     assert encoder.description == reference.description
     assert encoder.description["fingerprint"] == load_open_clip_encoder(whole).description["fingerprint"]
-    torch.testing.assert_close(encoder.encode_seen(seen(224)), reference.encode_seen(seen(224)), rtol=0, atol=0)
+    torch.testing.assert_close(features_of(encoder, seen(224)), features_of(reference, seen(224)), rtol=0, atol=0)
     assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.float32}
 
 
@@ -290,7 +294,7 @@ def test_pretrained_weights_of_timm_are_not_fetched(tiny_folder):
     model = open_clip.CLIP(24, vision, SMALL_TEXT).eval()
     write_config(tiny_folder, tiny(**vision, timm_model_pretrained=True))
     save_file(state_of(model), tiny_folder / "open_clip_model.safetensors")
-    given = load_open_clip_encoder(tiny_folder).encode_seen(seen(224))
+    given = features_of(load_open_clip_encoder(tiny_folder), seen(224))
     wanted = model.encode_image(Normalize(*OPENAI)(seen(224)))
     assert error(given["global"], wanted[:, None].detach()) <= MOST_ERROR
 
@@ -367,9 +371,9 @@ def test_incomplete_folders_are_refused(tmp_path):
 def test_what_the_tower_cannot_give_is_refused(small):
     encoder = load_open_clip_encoder(small[1])
     with pytest.raises(ReferenceMismatchError, match="face are needed; this encoder gives global, local"):
-        encoder.encode_seen(seen(224), features=("global", "face"))
+        encoder.encode(torch.rand(1, 9, 9, 3), None, EncodeOptions(("global", "face")))
     with pytest.raises(ImageInputError, match=r"open_clip:ViT-S-32 wants \(pictures, 3, 224, 224\)"):
-        encoder.encode_seen(seen(256))
+        features_of(encoder, seen(256))
 
 
 def test_an_old_timm_is_refused_not_trusted(monkeypatch):

@@ -20,7 +20,7 @@ from small_t5 import (
     save_tokenizer,
 )
 
-from emma_core.errors import EmmaError, TextEncoderFileError
+from emma_core.errors import TextEncoderFileError
 from emma_core.text.encoder import load_text_encoder
 from emma_core.text.t5_file import open_t5_file
 
@@ -135,24 +135,6 @@ def test_prompts_keep_their_lengths(tmp_path, state):
     assert_close(features[3], reference_features(state, [3, 2, 1]))
 
 
-def test_padded_prompt_equals_transformers(tmp_path, state):
-    features = load_text_encoder(save_single(tmp_path, state)).encode_padded(PROMPT)
-    wanted = reference_features(state, PROMPT_IDS + [0] * 120, [1] * 8 + [0] * 120)
-    assert_close(features, wanted)
-    assert features.shape == (1, 128, 32)
-
-
-def test_padding_does_not_change_the_prompt(tmp_path, state):
-    encoder = load_text_encoder(save_single(tmp_path, state))
-    assert_close(encoder.encode_padded(PROMPT, 20)[:, :8], encoder.encode([PROMPT])[0])
-
-
-def test_prompt_longer_than_the_padding_is_refused(tmp_path, state):
-    encoder = load_text_encoder(save_single(tmp_path, state))
-    with pytest.raises(EmmaError, match="8 tokens, more than 7: encode it at its natural length"):
-        encoder.encode_padded(PROMPT, 7)
-
-
 # --- which tokenizer
 
 
@@ -234,5 +216,3 @@ def test_the_same_prompt_twice_runs_the_encoder_once(tmp_path, state):
     assert len(runs) == 2 and torch.equal(first, again) and first.shape != other.shape
     again.zero_()  # what a caller does to its features stays its own
     assert torch.equal(encoder.encode([PROMPT])[0], first) and len(runs) == 2
-    padded = encoder.encode_padded(PROMPT, 12)
-    assert padded.shape[1] == 12 and torch.equal(encoder.encode_padded(PROMPT, 12), padded) and len(runs) == 3

@@ -13,8 +13,8 @@ from small_t5 import (
 )
 
 from emma_core.errors import TextEncoderFileError
+from emma_core.text import encoder as encoder_file
 from emma_core.text.encoder import load_text_encoder
-from emma_core.text.t5_layout import check_text_width
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +179,11 @@ def test_folder_of_many_models_is_refused(tmp_path, state):
         load_text_encoder(tmp_path)
 
 
-def test_text_of_another_width_is_named():
-    check_text_width(2048, 2048)
-    with pytest.raises(TextEncoderFileError, match=r"t5xxl gives .* width 4096, .* trained on 2048: load flan-t5-xl"):
-        check_text_width(4096, 2048, "t5xxl")
-    with pytest.raises(TextEncoderFileError, match="load a T5 of width 128"):
-        check_text_width(2048, 128)
+def test_text_of_another_width_is_refused_before_the_weights_are_read(tmp_path, state, monkeypatch):
+    path = save_single(tmp_path, state)
+    assert load_text_encoder(path, width=32).width == 32
+    monkeypatch.setattr(encoder_file, "load_t5_parts", lambda *parts: pytest.fail("the weights were read"))
+    with pytest.raises(TextEncoderFileError, match=rf"{path.name} gives .* width 32, .* trained on 2048. Choose flan-t5-xl"):
+        load_text_encoder(path, width=2048)
+    with pytest.raises(TextEncoderFileError, match="Choose a T5 of width 128"):
+        load_text_encoder(path, width=128)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from emma_core.errors import TrainingConfigError, TrainingDataError
 from emma_core.training.config import DataConfig
-from emma_core.training.examples import Example, PictureSet, describe, read_examples, references_of, require
+from emma_core.training.examples import Example, PictureSet, describe, read_examples, require
 
 SIZE = (64, 64)
 
@@ -176,9 +176,9 @@ def example(name: str, group: str = "", *references: str) -> Example:
 def test_references_are_given_ones_or_the_group_or_the_picture_itself():
     examples = [example("a", "g"), example("b", "g"), example("c", "g", "x", "a", "x"), example("d", "alone"),
                 example("e", "", "d"), example("a", "g")]
-    assert references_of(examples) == [(1, 2), (0, 2), (6, 0), (3,), (3,), (1, 2)]
-    assert references_of(examples, own_reference=True) == [(0, 1, 2), (0, 1, 2), (6, 0), (3,), (3,), (0, 1, 2)]
-    pictures = PictureSet.of(examples)
+    pictures, with_own = PictureSet.of(examples), PictureSet.of(examples, own_reference=True)
+    assert [pictures.references(index) for index in range(6)] == [(1, 2), (0, 2), (6, 0), (3,), (3,), (1, 2)]
+    assert [with_own.references(index) for index in range(6)] == [(0, 1, 2), (0, 1, 2), (6, 0), (3,), (3,), (0, 1, 2)]
     assert [path.name for path in pictures.pictures] == ["a", "b", "c", "d", "e", "a", "x"]
     assert pictures.used() == [0, 1, 2, 3, 6]
     assert [pictures.only_itself(index) for index in range(6)] == [False, False, False, True, False, False]
