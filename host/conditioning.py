@@ -4,13 +4,15 @@ import node_helpers
 import torch
 
 from ..emma_core.errors import ConnectorMismatchError
+from ..emma_core.model.addition import Addition
 from .loaded import LoadedConnector
 from .payload import KEY, CONDEmma, EmmaPayload, HostAssembly
 from .text_rows import LENGTHS
 
 
 def connect_conditioning(
-    ella: LoadedConnector, conditioning: list, assembly: HostAssembly, clip_conditioning: list | None
+    ella: LoadedConnector, conditioning: list, assembly: HostAssembly, clip_conditioning: list | None,
+    addition: Addition | None = None,
 ) -> list:
     """Each entry keeps its own text, area, mask and range, and gets the tokens of the connector.
 
@@ -19,6 +21,7 @@ def connect_conditioning(
         conditioning: the host's CONDITIONING, holding T5 features (B, N, D), of Encode Prompt List too.
         assembly: references for every entry; empty for the negative.
         clip_conditioning: CLIP's CONDITIONING, appended behind the tokens (ELLA+CLIP); one entry for all, or one each.
+        addition: where the references are added up.
     Raises:
         ConnectorMismatchError: connected before, not T5's width, or CLIP of another width or number of entries or prompts.
     """
@@ -31,7 +34,7 @@ def connect_conditioning(
         if text_BND is None:
             raise ConnectorMismatchError("this conditioning holds no text features. Wire a CLIP Text Encode node that uses "
                                          "the CLIP of Load ELLA Text Encoder.")
-        payload = EmmaPayload(ella, text_BND, assembly, options.get(LENGTHS))
+        payload = EmmaPayload(ella, text_BND, assembly, addition, options.get(LENGTHS))
         context_1SW = payload.placeholder_1KW
         if clip_1SW is not None:
             _check_clip_rows(clip_1SW.shape[0], payload.frames)

@@ -5,6 +5,7 @@ import warnings
 
 from ..emma_core.encoders.reference_features import ReferenceFeatures, check_for_module
 from ..emma_core.errors import ConnectorMismatchError, EmmaWarning
+from ..emma_core.model.addition import Addition
 from ..emma_core.model.assembly import Reference
 from .conditioning import connect_conditioning
 from .loaded import LoadedConnector, LoadedModule
@@ -33,7 +34,7 @@ def assemble(
 
 def connect(
     model, ella: LoadedConnector, positive: list, negative: list, assembly: HostAssembly | None,
-    clip_positive: list | None, clip_negative: list | None,
+    clip_positive: list | None, clip_negative: list | None, addition: Addition | None = None,
 ):
     """MODEL, positive and negative for the sampler.
 
@@ -46,7 +47,7 @@ def connect(
     _check_modules(ella, assembly)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EmmaWarning)  # said above, once per module
-        positive = connect_conditioning(ella, positive, assembly, clip_positive)
+        positive = connect_conditioning(ella, positive, assembly, clip_positive, addition)
         negative = connect_conditioning(ella, negative, HostAssembly(), clip_negative)
     return connected, positive, negative
 

@@ -1,6 +1,7 @@
 """What our conditioning carries into the sampler, and the tokens it answers with.
 
-Shapes: F frames or pictures of a batch (or 1), N text tokens, D text width, T timesteps, K latent tokens, W token width.
+Shapes: F frames or pictures of a batch (or 1), B rows of the latent batch, N text tokens, D text width, T timesteps,
+K latent tokens, W token width.
 """
 
 import weakref
@@ -14,7 +15,8 @@ import comfy.model_patcher
 import torch
 
 from ..emma_core.errors import ReferenceMismatchError, UnconnectedModelError
-from ..emma_core.model.assembly import Assembly, Reference, check_counts, tokens_over_schedule
+from ..emma_core.model.addition import PREDICTIONS, Addition, TokenTerms, joined
+from ..emma_core.model.assembly import Assembly, Reference, check_counts, terms_over_schedule
 from .loaded import LoadedConnector, LoadedModule
 from .text_rows import text_rows
 
@@ -28,12 +30,12 @@ class TokenCache:
     """Tokens by timestep. A schedule is computed in fixed chunks, so the answer never depends on what ran before."""
 
     def __init__(self):
-        self._chunks: OrderedDict[tuple, torch.Tensor] = OrderedDict()
+        self._chunks: OrderedDict[tuple, list[TokenTerms]] = OrderedDict()
 
     def chunk(
         self, timesteps: tuple[float, ...], steps: tuple[float, ...], device: torch.device, compute
-    ) -> torch.Tensor:
-        """Tokens (T, F, K, W) of exactly these timesteps; ``compute(timesteps)`` makes what is not there.
+    ) -> list[TokenTerms]:
+        """F rows for each of exactly these timesteps; ``compute(timesteps)`` makes what is not there.
 
         ``steps``: the whole schedule, where the tokens depend on it.
         """
@@ -69,6 +71,7 @@ class EmmaPayload:
         ella: the connector.
         text_FND: T5 features.
         assembly: references; empty for the negative.
+        addition: where the references are added up.
         lengths: tokens of each text, where they are unequal; what is behind them is padding.
     Raises:
         ConnectorMismatchError: text or modules do not fit the connector.
@@ -76,11 +79,12 @@ class EmmaPayload:
     """
 
     def __init__(
-        self, ella: LoadedConnector, text_FND: torch.Tensor, assembly: HostAssembly, lengths: Sequence[int] | None = None
+        self, ella: LoadedConnector, text_FND: torch.Tensor, assembly: HostAssembly, addition: Addition | None = None,
+        lengths: Sequence[int] | None = None,
     ):
         self.connector = ella.connector
         self.texts_1ND = text_rows(text_FND, lengths)
-        self.assembly = Assembly(assembly.references)
+        self.assembly = Assembly(assembly.references, addition)
         self.patchers = [ella.patcher, *assembly.patchers]
         self.cache = TokenCache()
         self.frames = max(len(self.texts_1ND), self.assembly.rows)
@@ -88,21 +92,27 @@ class EmmaPayload:
         comfy.model_management.load_models_gpu(self.patchers)
         device = comfy.model_management.get_torch_device()
         # ELLA's own tokens at a middle timestep: sensible numbers for stock nodes that look at them
-        first_1KW = self._tokens_of(self.texts_1ND[0], self.assembly.of_row(0), (MIDDLE_TIMESTEP,), device)[0]
-        self.placeholder_1KW = first_1KW.to(comfy.model_management.intermediate_device(), torch.float32)
+        first = Assembly(self.assembly.of_row(0).references)
+        [terms] = self._terms_of(self.texts_1ND[0], first, (MIDDLE_TIMESTEP,), device)
+        self.placeholder_1KW = terms.tokens_BKW.to(comfy.model_management.intermediate_device(), torch.float32)
         _payloads.add(self)
+
+    @property
+    def evaluates_more(self) -> bool:
+        """Whether there may be differences to add to what the tokens predict."""
+        return self.assembly.addition.way == PREDICTIONS and len(self.assembly.references) > 1
 
     def tokens(
         self, timestep_B: torch.Tensor, schedule: Sequence[float], frame_indices: Sequence[int] | None
-    ) -> torch.Tensor:
-        """Tokens for a batch at its timesteps.
+    ) -> list[torch.Tensor]:
+        """Tokens for a batch at its timesteps; then, for each difference to add to what they predict, the tokens for it.
 
         Args:
             timestep_B: timestep of each row of the latent batch.
             schedule: timesteps that the sampler announced, so that they are computed together; may be empty.
             frame_indices: which frames the rows are, in a context window; None: rows are frames.
         Returns:
-            (1, K, W) where one answer serves all rows, else (B, K, W).
+            (1, K, W) each where one answer serves all rows, else (B, K, W).
         Raises:
             ReferenceMismatchError: prompts, per-frame references or strengths for another number of frames.
         """
@@ -110,9 +120,11 @@ class EmmaPayload:
         timesteps = timestep_B.tolist()
         frames = self._frames_of_rows(batch, frame_indices)
         if self.frames == 1 and len(set(timesteps)) == 1:
-            return self._at(timesteps[0], schedule, device)
-        return torch.stack([self._at(timestep, schedule, device)[frame]
-                            for timestep, frame in zip(timesteps, frames, strict=True)])
+            return self._at(timesteps[0], schedule, device).copies()
+        rows = [[copy_FKW[frame] for copy_FKW in self._at(timestep, schedule, device).copies()]
+                for timestep, frame in zip(timesteps, frames, strict=True)]
+        return [torch.stack([row[number if number < len(row) else 0] for row in rows])
+                for number in range(max(map(len, rows)))]
 
     def _frames_of_rows(self, batch: int, frame_indices: Sequence[int] | None) -> Sequence[int]:
         if self.frames == 1:
@@ -143,27 +155,28 @@ class EmmaPayload:
         counts = [("references or strengths", reference.rows) for reference in self.assembly.references]
         check_counts([("prompts", len(self.texts_1ND)), *counts], self.frames, f"{self.frames} frames", "frame")
 
-    def _at(self, timestep: float, schedule: Sequence[float], device: torch.device) -> torch.Tensor:
+    def _at(self, timestep: float, schedule: Sequence[float], device: torch.device) -> TokenTerms:
         chunk = _chunk_with(timestep, schedule, max(1, ROWS_AT_ONCE // self.frames))
         steps = tuple(schedule) if self.assembly.counts_steps else ()
-        tokens_TFKW = self.cache.chunk(chunk, steps, device, lambda timesteps: self._compute(timesteps, steps, device))
-        return tokens_TFKW[chunk.index(timestep)]
+        terms_T = self.cache.chunk(chunk, steps, device, lambda timesteps: self._compute(timesteps, steps, device))
+        return terms_T[chunk.index(timestep)]
 
-    def _compute(self, timesteps: tuple[float, ...], steps: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    def _compute(self, timesteps: tuple[float, ...], steps: tuple[float, ...], device: torch.device) -> list[TokenTerms]:
         assembly = self.assembly.on_schedule(steps)
         if len(self.texts_1ND) == 1:
-            return self._tokens_of(self.texts_1ND[0], assembly, timesteps, device)
+            return self._terms_of(self.texts_1ND[0], assembly, timesteps, device)
         # one by one: their lengths differ, and each gets the tokens that it has alone, bit for bit
-        return torch.cat([self._tokens_of(text_1ND, assembly.of_row(row), timesteps, device)
-                          for row, text_1ND in enumerate(self.texts_1ND)], dim=1)
+        each = [self._terms_of(text_1ND, assembly.of_row(row), timesteps, device)
+                for row, text_1ND in enumerate(self.texts_1ND)]
+        return [joined(of_rows) for of_rows in zip(*each, strict=True)]
 
-    def _tokens_of(
+    def _terms_of(
         self, text_1ND: torch.Tensor, assembly: Assembly, timesteps: tuple[float, ...], device: torch.device
-    ) -> torch.Tensor:
+    ) -> list[TokenTerms]:
         comfy.model_management.throw_exception_if_processing_interrupted()
         timestep_T = torch.tensor(timesteps, dtype=torch.float32, device=device)
         with torch.no_grad():
-            return tokens_over_schedule(self.connector, text_1ND.to(device), timestep_T, assembly)
+            return terms_over_schedule(self.connector, text_1ND.to(device), timestep_T, assembly)
 
 
 def holds_placeholder(context_BSW: torch.Tensor) -> bool:

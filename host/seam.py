@@ -1,18 +1,21 @@
 """The seam: at every model evaluation our entries get the tokens of that evaluation's timestep.
 
 One keyed CALC_COND_BATCH wrapper on a clone of the MODEL. It runs inside context windows and before ControlNet, so both
-see the same tokens; nothing in the attention is patched.
+see the same tokens; nothing in the attention is patched. Where references are added up in the predictions, it has the model
+evaluated once more for each of them, in calls that look like any other to the host and to other packs' patches.
 """
 
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
-import comfy.utils
 import torch
 
 from ..emma_core.errors import ConnectorMismatchError
-from .payload import KEY, EmmaPayload, holds_placeholder
+from .entries import check_stray_tokens, copies_of
+from .payload import KEY
 
 WRAPPER = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
 
@@ -42,69 +45,56 @@ def swap_in_tokens(executor, model, conds, x_in, timestep, model_options):
     for model_conds in all_model_conds:
         if KEY not in model_conds and "c_crossattn" in model_conds:
             _check_foreign(model_conds["c_crossattn"].cond, _width(model))
-    if any(KEY in model_conds for model_conds in all_model_conds):
-        sampling = model.model_sampling
-        _check_timesteps(sampling)  # it may have been exchanged after the connector
-        transformer_options = model_options.get("transformer_options", {})
-        timestep_B = sampling.timestep(timestep).to(x_in.device).expand(x_in.shape[0])
-        schedule = _schedule(sampling, transformer_options.get("sample_sigmas"))
-        frames = _frame_indices(transformer_options, x_in.shape[0])
-        conds = [
-            entries and [_with_tokens(entry, timestep, timestep_B, schedule, frames) for entry in entries]
-            for entries in conds
-        ]
-    return executor(model, conds, x_in, timestep, model_options)
+    payloads = [model_conds[KEY].cond for model_conds in all_model_conds if KEY in model_conds]
+    if not payloads:
+        return executor(model, conds, x_in, timestep, model_options)
+    inner = executor.wrappers[executor.idx + 1:]
+    if inner and any(payload.evaluates_more for payload in payloads):
+        # other packs' wrappers see one call and its answer, however many evaluations it takes (step caches count calls)
+        outermost = type(executor).new_executor(executor.original, [*inner, swap_in_tokens])
+        return outermost.execute(model, conds, x_in, timestep, model_options)
+    sampling = model.model_sampling
+    _check_timesteps(sampling)  # it may have been exchanged after the connector
+    transformer_options = model_options.get("transformer_options", {})
+    timestep_B = sampling.timestep(timestep).to(x_in.device).expand(x_in.shape[0])
+    schedule = _schedule(sampling, transformer_options.get("sample_sigmas"))
+    frames = _frame_indices(transformer_options, x_in.shape[0])
+    copies = [entries and [copies_of(entry, timestep, timestep_B, schedule, frames) for entry in entries]
+              for entries in conds]
+    evaluations = _evaluations(copies)
+    return _added_up(lambda lists: executor(model, lists, x_in, timestep, model_options), evaluations)
 
 
-def _with_tokens(entry, sigma_B, timestep_B, schedule, frames):
-    carrier = entry["model_conds"].get(KEY)
-    if carrier is None:
-        return entry
-    _check_boxes(entry)
-    payload: EmmaPayload = carrier.cond
-    model_conds = {name: cond for name, cond in entry["model_conds"].items() if name != KEY}
-    if _acts(entry, sigma_B):
-        placeholder = model_conds["c_crossattn"]
-        appended = _what_was_appended(placeholder.cond, payload)
-        tokens_BKW = payload.tokens(timestep_B, schedule, frames)
-        model_conds["c_crossattn"] = placeholder._copy_with(_join(tokens_BKW, appended))
-    return {**entry, "model_conds": model_conds}
-
-
-def _check_boxes(entry) -> None:
-    """GLIGEN's boxes hold a pooled vector each."""
-    _, _, boxes = entry.get("gligen", (None, None, ()))
-    if any(pooled is None for pooled, *_ in boxes):
-        raise ConnectorMismatchError(
-            "a box of GLIGENTextBoxApply was encoded with a T5, which gives no pooled vector. Wire the checkpoint's own CLIP "
-            "into GLIGENTextBoxApply; the prompt stays with Load ELLA Text Encoder."
-        )
-
-
-def _acts(entry, sigma_B: torch.Tensor) -> bool:
-    """Whether the host will use this entry at this sigma (it drops entries outside their timestep range)."""
-    started = sigma_B[0] <= entry.get("timestep_start", sigma_B[0])
-    return bool(started and sigma_B[0] >= entry.get("timestep_end", sigma_B[0]))
-
-
-def _what_was_appended(context_BSW: torch.Tensor, payload: EmmaPayload) -> torch.Tensor:
-    """Tokens behind our placeholder: CLIP's, or what Conditioning (Concat) added.
-
-    Raises:
-        ConnectorMismatchError: the placeholder was changed by a node that mixes or zeroes conditioning.
+def _evaluations(copies: Sequence[list[list[dict]] | None]) -> list[list[list[dict] | None]]:
+    """The lists of entries of each evaluation, from the copies of every entry: first all lists with their base, then those
+    that have a difference to add, and another one. An entry that has none (any more) counts as its base there.
     """
-    placeholder_1KW = payload.placeholder_1KW
-    count = placeholder_1KW.shape[1]
-    found = context_BSW[:1, :count]
-    # the host may have moved or cast it
-    if not torch.equal(found, placeholder_1KW.to(found.device, found.dtype)):
-        raise ConnectorMismatchError(
-            "the conditioning was changed after EMMA Connector (by Conditioning Average, Zero Out or a similar node). Its "
-            "tokens are made anew at every step, so such a change would be lost. Put that node before EMMA Connector, on "
-            "the text encoder's conditioning, or encode an empty prompt for an empty negative."
-        )
-    _check_stray_tokens(context_BSW[:, count:])
-    return context_BSW[:, count:]
+    counts = [max((len(of_entry) for of_entry in entries or ()), default=1) for entries in copies]
+    first = [entries and [_told_apart(of_entry[0], 0) if len(of_entry) > 1 else of_entry[0] for of_entry in entries]
+             for entries in copies]
+    further = [[[_told_apart(of_entry[number if number < len(of_entry) else 0], number) for of_entry in entries]
+                if number < count else None for entries, count in zip(copies, counts, strict=True)]
+               for number in range(1, max(counts, default=1))]
+    return [first, *further]
+
+
+def _told_apart(entry: dict, number: int) -> dict:
+    """The entry under a name of its own, the same in every step: step caches keep what each entry predicted by its name."""
+    return {**entry, "uuid": uuid.uuid5(entry["uuid"], f"{KEY} {number}")}
+
+
+def _added_up(evaluate: Callable[[list], list[torch.Tensor]], evaluations: Sequence[list]) -> list[torch.Tensor]:
+    """What the lists predict, a tensor each."""
+    first, *further = evaluations
+    base = evaluate(first)
+    total = list(base)
+    for lists in further:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        for index, predicted in enumerate(evaluate(lists)):
+            if lists[index] is not None:
+                # e = e_T + sum_m (e_Tm - e_T)
+                total[index] = total[index] + (predicted - base[index])
+    return total
 
 
 def _check_foreign(context_BSW: torch.Tensor, width: int | None) -> None:
@@ -120,27 +110,7 @@ def _check_foreign(context_BSW: torch.Tensor, width: int | None) -> None:
             "negative of EMMA Connector, and the connector's output into the sampler. Otherwise encode it with the "
             "checkpoint's own CLIP."
         )
-    _check_stray_tokens(context_BSW)
-
-
-def _check_stray_tokens(context_BSW: torch.Tensor) -> None:
-    if holds_placeholder(context_BSW):
-        raise ConnectorMismatchError(
-            "tokens of EMMA Connector were appended to another conditioning (by Conditioning Concat or a similar node). They "
-            "are made anew at every step, and would stay at one timestep there. Concatenate before EMMA Connector, on the "
-            "text encoder's conditioning; CLIP's goes into the connector's clip inputs."
-        )
-
-
-def _join(tokens_BKW: torch.Tensor, appended_CSW: torch.Tensor) -> torch.Tensor:
-    if not appended_CSW.shape[1]:
-        return tokens_BKW
-    rows = max(tokens_BKW.shape[0], appended_CSW.shape[0])
-    appended = appended_CSW.to(tokens_BKW)
-    if rows > 1:
-        tokens_BKW = comfy.utils.repeat_to_batch_size(tokens_BKW, rows)
-        appended = comfy.utils.repeat_to_batch_size(appended, rows)
-    return torch.cat([tokens_BKW, appended], dim=1)
+    check_stray_tokens(context_BSW)
 
 
 def _schedule(sampling, sigmas: torch.Tensor | None) -> list[float]:

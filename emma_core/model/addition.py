@@ -128,6 +128,10 @@ class TokenTerms:
         """The same sum made in the tokens: L_T + sum_m (L_Tm - L_T)."""
         return TokenTerms(self.added(self.stacked))
 
+    def copies(self) -> list[torch.Tensor]:
+        """(B, K, W) each: the tokens, then for each difference the tokens with its rows in their place."""
+        return [self.tokens_BKW, *(self.tokens_BKW.index_copy(0, one.row_A, one.tokens_AKW) for one in self.differences)]
+
     def single(self) -> torch.Tensor:
         """The tokens (B, K, W), where they say all.
 

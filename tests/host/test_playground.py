@@ -58,7 +58,7 @@ def test_host_and_bare_machine_give_the_same_tokens(
     text_1ND, = world.pipeline.encode_text([prompt])
     for timestep in (981, 500, 1):
         wanted_1KW = world.pipeline.connector.tokens(text_1ND, torch.tensor([timestep]), world.assembly(pictures))
-        found_1KW = payload.tokens(torch.tensor([timestep]), [], None)
+        [found_1KW] = payload.tokens(torch.tensor([timestep]), [], None)
         assert ((found_1KW - wanted_1KW).abs().max() / wanted_1KW.std()).item() <= MOST_TOKEN_ERROR
 
 

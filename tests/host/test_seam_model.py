@@ -49,13 +49,13 @@ def mismatch(pack_import):
 def token_work(monkeypatch, pack_import):
     """Numbers of timesteps of each batch of tokens that was computed."""
     payload = pack_import("host.payload")
-    computed, original = [], payload.tokens_over_schedule
+    computed, original = [], payload.terms_over_schedule
 
     def counted(source, text_FND, timestep_T, assembly):
         computed.append(len(timestep_T))
         return original(source, text_FND, timestep_T, assembly)
 
-    monkeypatch.setattr(payload, "tokens_over_schedule", counted)
+    monkeypatch.setattr(payload, "terms_over_schedule", counted)
     return computed
 
 
@@ -340,7 +340,8 @@ def test_interrupt_stops_the_computing_of_tokens(wired, token_work, interrupted)
     with pytest.raises(interrupted):
         payload.tokens(torch.tensor([500.0]), [], None)
     assert token_work == []
-    assert payload.tokens(torch.tensor([500.0]), [], None).shape == (1, 8, 64), "the host clears the flag"
+    [tokens_1KW] = payload.tokens(torch.tensor([500.0]), [], None)
+    assert tokens_1KW.shape == (1, 8, 64), "the host clears the flag"
 
 
 def test_interrupt_stops_the_connector_node(tiny, model, ella, interrupted):

@@ -141,9 +141,9 @@ def test_tokens_of_a_row_are_those_of_the_prompt_alone_bit_for_bit(tiny, ella, m
             mine = payload.HostAssembly(frames_of(reference, core, module)[row].references, assembly.patchers)
         single = host.connect_conditioning(ella, conditioning, mine, None)[0][1]["model_conds"]["emma"].cond
         for timestep in (*schedule, 500.0):
-            found = together.tokens(torch.full((PICTURES,), timestep), schedule, None)
+            [found] = together.tokens(torch.full((PICTURES,), timestep), schedule, None)
             assert found.shape[0] == PICTURES
-            assert torch.equal(found[row:row + 1], single.tokens(torch.tensor([timestep]), schedule, None))
+            assert torch.equal(found[row:row + 1], *single.tokens(torch.tensor([timestep]), schedule, None))
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +186,8 @@ def test_a_list_of_negatives(spy, tiny, model, ella, ksample, listed, alone):
 
 def test_windows_get_the_prompts_of_their_frames(story):
     payload = story[1][0][1]["model_conds"]["emma"].cond
-    whole = payload.tokens(torch.full((PICTURES,), 500.0), [], None)
-    assert torch.equal(payload.tokens(torch.full((2,), 500.0), [], [1, 3]), whole[[1, 3]])
+    [whole] = payload.tokens(torch.full((PICTURES,), 500.0), [], None)
+    assert torch.equal(*payload.tokens(torch.full((2,), 500.0), [], [1, 3]), whole[[1, 3]])
 
 
 def test_another_batch_is_refused(ksample, story, reference_mismatch):

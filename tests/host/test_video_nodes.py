@@ -83,8 +83,8 @@ def test_strengths_and_references_per_frame_go_together(spy, tiny, module, ksamp
 
 def test_windows_get_the_strengths_of_their_frames(pack_import, ella, tiny, assemble):
     payload = pack_import("host.payload").EmmaPayload(ella, tiny.text()[0][0], assemble(strengths=FACTORS))
-    timestep_B, whole = torch.full((2,), 500.0), payload.tokens(torch.full((4,), 500.0), [], None)
-    assert torch.equal(payload.tokens(timestep_B, [], [2, 3]), whole[[2, 3]])
+    timestep_B, [whole] = torch.full((2,), 500.0), payload.tokens(torch.full((4,), 500.0), [], None)
+    assert torch.equal(*payload.tokens(timestep_B, [], [2, 3]), whole[[2, 3]])
     assert not torch.allclose(whole[2], whole[3], rtol=1e-2)
 
 
@@ -221,7 +221,7 @@ def test_a_timestep_between_steps_follows_the_schedule_it_is_in(run_node, tiny, 
     for schedule, strength in (([999.0, 800.0, 600.0], 0.7), ([999.0, 800.0], 0.4)):
         assembly = core.Assembly([core.Reference(module.module, tiny.reference(module).features, strength)])
         wanted = Answer(ella.connector, tiny.text()[0][0], assembly).at(500.0)
-        assert same(payload.tokens(torch.tensor([500.0]), schedule, None)[0], wanted)
+        assert same(payload.tokens(torch.tensor([500.0]), schedule, None)[0][0], wanted)
 
 
 def test_no_keyframes_change_nothing(ksample, assemble, connect):
