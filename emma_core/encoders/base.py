@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from ..errors import ReferenceMismatchError
@@ -80,7 +81,7 @@ class PictureEncoder(ABC):
         check_features(self, options)
         seen_B3SS = prepare_pictures(image_BHW3, mask_BHW, self.preparation, options.framing)
         features = self.features_of(seen_B3SS, options)
-        seen_BSS3 = seen_B3SS.permute(0, 2, 3, 1)
+        seen_BSS3 = rearrange(seen_B3SS, "b c h w -> b h w c")
         return [Encoded({name: features[name][row:row + 1] for name in options.features}, seen_BSS3[row:row + 1])
                 for row in range(len(seen_BSS3))]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from einops import rearrange
 
 from ..errors import ImageInputError
 from .adaface import AdaFace
@@ -86,10 +87,10 @@ class FaceReferenceEncoder:
         weight = self.model.input_layer[0].weight
         answers = []
         for faces_r112x3 in seen_R112x3.split(_CHUNK):
-            bgr_r3SS = faces_r112x3.flip(3).permute(0, 3, 1, 2)
+            bgr_r3SS = rearrange(faces_r112x3.flip(3), "r h w c -> r c h w")
             answers.append(self.model(((bgr_r3SS - 0.5) / 0.5).to(weight)))
         embedding_RD, norm_R1, map_RChw = (torch.cat(parts) for parts in zip(*answers, strict=True))
-        features = {"face": embedding_RD[:, None], "face_map": map_RChw.flatten(2).transpose(1, 2),
+        features = {"face": embedding_RD[:, None], "face_map": rearrange(map_RChw, "r c h w -> r (h w) c"),
                     "face_norm": norm_R1[:, None]}
         return {name: features[name] for name in names}
 

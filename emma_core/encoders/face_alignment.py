@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from ..errors import ImageInputError
 from .options import KEYPOINTS
@@ -70,9 +71,9 @@ def align_faces(image_HW3: torch.Tensor, keypoints_F52: torch.Tensor, size_px: i
         sources.append(aligned_KK2 @ back_23[:, :2].T + back_23[:, 2])
     grid_FSS2 = (torch.stack(sources) * 2 + 1) / torch.tensor([width, height]) - 1
     # the faces one below the other: a batch of F would need F copies of the picture
-    grid_1KS2 = grid_FSS2.flatten(0, 1)[None].to(image_HW3)
-    faces_3KS = F.grid_sample(image_HW3.permute(2, 0, 1)[None], grid_1KS2, align_corners=False)[0]
-    return faces_3KS.unflatten(1, (-1, size_px)).permute(1, 2, 3, 0)
+    grid_1KS2 = rearrange(grid_FSS2, "f s t c -> 1 (f s) t c").to(image_HW3)
+    faces_3KS = F.grid_sample(rearrange(image_HW3, "h w c -> 1 c h w"), grid_1KS2, align_corners=False)[0]
+    return rearrange(faces_3KS, "c (f s) t -> f s t c", s=size_px)
 
 
 def keypoints_from_box(box: tuple[float, float, float, float]) -> torch.Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 from torchvision.ops import batched_nms, nms
 
@@ -132,7 +133,7 @@ class FaceDetector(nn.Module):
         if not (searches[0][3] > _UPRIGHT).any():
             searches += [self._turned(picture_3HW, quarters, smallest_face_px) for quarters in (1, 2, 3)]
         corners_N22, points_N52, confidence_N, _ = max(searches, key=lambda found: found[3].sum())
-        boxes_N4, points_N52 = (corners_N22 / scale_2).flatten(1), points_N52 / scale_2 - 0.5
+        boxes_N4, points_N52 = rearrange(corners_N22 / scale_2, "n e x -> n (e x)"), points_N52 / scale_2 - 0.5
         faces = [Face(tuple(box), tuple(map(tuple, points)), confidence) for box, points, confidence
                  in zip(boxes_N4.tolist(), points_N52.tolist(), confidence_N.tolist(), strict=True)]
         return sorted(faces, key=lambda face: (face.box[0] + face.box[2], face.box[1] + face.box[3]))
@@ -149,7 +150,7 @@ class FaceDetector(nn.Module):
         boxes_N4, points_N52, confidence_N, upright_N = self._upright(torch.rot90(padded_3HW, quarters, (1, 2)), smallest_px)
         size = padded_3HW.shape[:0:-1]
         points_N52 = _turned_back(points_N52, quarters, *size) - pad
-        corners_N22 = _turned_back(boxes_N4.unflatten(1, (2, 2)), quarters, *size) - pad
+        corners_N22 = _turned_back(rearrange(boxes_N4, "n (e x) -> n e x", x=2), quarters, *size) - pad
         return torch.stack([corners_N22.amin(1), corners_N22.amax(1)], 1), points_N52, confidence_N, upright_N
 
     def _upright(self, picture_3HW: torch.Tensor, smallest_px: float) -> tuple[torch.Tensor, ...]:
@@ -190,7 +191,7 @@ class FaceDetector(nn.Module):
         _, points_N10, score_N = _answers(self.onet, halvings, squares_N4, _O_SIDE)
         quarter_4 = squares_N4.new_tensor([0, 0, 0, math.pi / 2])
         further_N4 = torch.cat([squares_N4 + quarters * quarter_4 for quarters in (1, 2, 3)])
-        further_3N = _answers(self.onet, halvings, further_N4, _O_SIDE)[2].unflatten(0, (3, -1))
+        further_3N = rearrange(_answers(self.onet, halvings, further_N4, _O_SIDE)[2], "(q n) -> q n", q=3)
         return _points(squares_N4, points_N10), score_N, further_3N.amax(0).logit(1e-6) - score_N.logit(1e-6)
 
     def _proposals(self, picture_3HW: torch.Tensor, smallest_px: float) -> tuple[torch.Tensor, ...]:
@@ -249,7 +250,7 @@ def _boxes(squares_N4: torch.Tensor, offsets_N4: torch.Tensor) -> torch.Tensor:
 
 def _points(squares_N4: torch.Tensor, points_N10: torch.Tensor) -> torch.Tensor:
     """Keypoints (N, 5, 2) of a network's answer: five x, then five y, in shares of the square it saw."""
-    return _placed(squares_N4, points_N10.reshape(-1, 2, 5).transpose(1, 2))
+    return _placed(squares_N4, rearrange(points_N10, "n (x p) -> n p x", x=2))
 
 
 def _placed(squares_N4: torch.Tensor, inside_NK2: torch.Tensor) -> torch.Tensor:
@@ -279,7 +280,7 @@ def _halvings(picture_3HW: torch.Tensor) -> list[torch.Tensor]:
 def _cuts(halvings: list[torch.Tensor], squares_N4: torch.Tensor, side: int) -> torch.Tensor:
     """The squares (N, 3, side, side) of a picture, grey beyond it. Each pixel is the mean of four samples."""
     u_s = (torch.arange(2 * side).to(squares_N4) + 0.5) / (2 * side)
-    inside_1K2 = torch.stack(torch.meshgrid(u_s, u_s, indexing="xy"), -1).flatten(0, 1)[None]
+    inside_1K2 = rearrange(list(torch.meshgrid(u_s, u_s, indexing="xy")), "x u v -> 1 (u v) x")
     source_NK2 = _placed(squares_N4, inside_1K2)
     size_2 = source_NK2.new_tensor(halvings[0].shape[:0:-1])
     level_N = (squares_N4[:, 2] / (2 * side)).clamp_min(1).log2().long().clamp_max(len(halvings) - 1)
@@ -288,7 +289,7 @@ def _cuts(halvings: list[torch.Tensor], squares_N4: torch.Tensor, side: int) -> 
         here_N = level_N == level
         grid_1nK2 = (source_NK2[here_N] * 2 / size_2 - 1)[None]
         found_3nK = F.grid_sample(halvings[level][None], grid_1nK2, align_corners=False)[0]
-        cuts_N3ss[here_N] = found_3nK.transpose(0, 1).unflatten(2, (2 * side, 2 * side))
+        cuts_N3ss[here_N] = rearrange(found_3nK, "c n (u v) -> n c u v", v=2 * side)
     return F.avg_pool2d(cuts_N3ss, 2)
 
 
@@ -355,7 +356,7 @@ def _fill(network: _Network, arrays: list[np.ndarray]) -> None:
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             channels = layer.out_channels
-            weight = next(values).permute(3, 2, 0, 1)
+            weight = rearrange(next(values), "h w i o -> o i h w")
         elif isinstance(layer, nn.PReLU):
             layer.weight.data = next(values).flatten()
             continue
@@ -363,7 +364,7 @@ def _fill(network: _Network, arrays: list[np.ndarray]) -> None:
             weight = next(values).T
             if layer in network.trunk:  # its inputs were flattened as (width, height, channels)
                 side = round((layer.in_features / channels) ** 0.5)
-                weight = weight.reshape(-1, side, side, channels).permute(0, 3, 2, 1).flatten(1)
+                weight = rearrange(weight, "o (w h c) -> o (c h w)", w=side, c=channels)
         else:
             continue
         layer.weight.data, layer.bias.data = weight.contiguous(), next(values)

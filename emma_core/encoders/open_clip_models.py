@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from ..errors import EncoderFileError, ImageInputError
@@ -76,7 +77,7 @@ class OpenClipEncoder(PictureEncoder):
         )
         [local] = output["image_intermediates"]
         if self._is_map:
-            local = local.flatten(2).transpose(1, 2)
+            local = rearrange(local, "b c h w -> b (h w) c")
         elif self._prefixes:
             local = torch.cat([*output["image_intermediates_prefix"], local], dim=1)
         if "global" not in options.features:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 
 from ..errors import ImageInputError
@@ -67,7 +68,7 @@ def prepare_pictures(
     seen = []
     for index, image_HW3 in enumerate(image_BHW3):
         mask_HW = None if mask_BHW is None else mask_BHW[index if len(mask_BHW) > 1 else 0]
-        seen.append(_prepare(image_HW3.permute(2, 0, 1)[None].float(), mask_HW, preparation, framing))
+        seen.append(_prepare(rearrange(image_HW3, "h w c -> 1 c h w").float(), mask_HW, preparation, framing))
     return torch.cat(seen)
 
 
@@ -163,10 +164,10 @@ def _placed(image_13HW, box, side: float, size_px: int, fill, interpolation: str
 
 def _resized(image_13HW: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
     """By Pillow, as the published pipelines do: antialiased, in 8 bits."""
-    levels_HW3 = (image_13HW[0].permute(1, 2, 0).clamp(0, 1) * _LEVELS).round().to("cpu", torch.uint8).numpy()
+    levels_HW3 = (rearrange(image_13HW, "1 c h w -> h w c").clamp(0, 1) * _LEVELS).round().to("cpu", torch.uint8).numpy()
     resized = Image.fromarray(levels_HW3).resize((size[1], size[0]), _FILTERS[interpolation])
     resized_HW3 = torch.from_numpy(np.array(resized)).to(image_13HW.device)
-    return resized_HW3.permute(2, 0, 1)[None].to(image_13HW.dtype) / _LEVELS
+    return rearrange(resized_HW3, "h w c -> 1 c h w").to(image_13HW.dtype) / _LEVELS
 
 
 def _colour(fill: tuple[float, float, float], like: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from ..errors import EncoderFileError
@@ -68,7 +69,7 @@ class PlaygroundEncoder(nn.Module):
     def forward(self, seen_B3SS: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pictures of the input size in [-1, 1] -> features."""
         map_BCHW = F.relu(self.norm(self.stages(seen_B3SS)))
-        cells_BNC = map_BCHW.flatten(2).transpose(1, 2)
+        cells_BNC = rearrange(map_BCHW, "b c h w -> b (h w) c")
         mean_B1C = cells_BNC.mean(1, keepdim=True)
         return {
             "global": _normalised(self.global_out(mean_B1C)),

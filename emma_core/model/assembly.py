@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+from einops import repeat
 
 from ..errors import ReferenceMismatchError
 from .addition import TOKENS, Addition, Difference, Part, TokenTerms
@@ -241,7 +242,7 @@ def terms_over_schedule(
         (("prompts", text_FND.shape[0]), *(("references", reference.rows) for reference in assembly.references)), frames,
         f"{frames} frames", "frame")
     timestep_T = torch.as_tensor(timestep_T, device=text_FND.device).reshape(-1)
-    return _terms_of_rows(source, text_FND, timestep_T.repeat_interleave(frames), assembly).by_timestep(frames)
+    return _terms_of_rows(source, text_FND, repeat(timestep_T, "t -> (t f)", f=frames), assembly).by_timestep(frames)
 
 
 def tokens_over_schedule(

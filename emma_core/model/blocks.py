@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 LAYER_NORM_EPS = 1e-6
@@ -71,10 +72,10 @@ class LatentAttention(nn.Module):
         out_BHKd = F.scaled_dot_product_attention(
             self._split_heads(self.q_proj(q_BKW)), self._split_heads(k_BSW), self._split_heads(v_BSW), attn_mask=seen_B11S
         )
-        return self.out_proj(out_BHKd.transpose(1, 2).flatten(2))
+        return self.out_proj(rearrange(out_BHKd, "b h k d -> b k (h d)"))
 
     def _split_heads(self, x_BSW: torch.Tensor) -> torch.Tensor:
-        return x_BSW.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return rearrange(x_BSW, "b s (h d) -> b h s d", h=self.heads)
 
 
 class SquaredReLUFeedForward(nn.Module):

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from .blocks import ResamplerLayers, cast_like
@@ -76,8 +77,8 @@ class GatedResampler(nn.Module):
         parts = []
         for name, spec in self.config.features.items():
             vectors_RVD = cast_like(features[name], like)
-            tokens_RCW = self.proj[name](vectors_RVD).unflatten(-1, (spec.tokens_per_vector, self.config.width))
-            parts.append(tokens_RCW.flatten(1, 2).expand(rows, -1, -1))
+            tokens_RCW = rearrange(self.proj[name](vectors_RVD), "r v (t w) -> r (v t) w", t=spec.tokens_per_vector)
+            parts.append(tokens_RCW.expand(rows, -1, -1))
         return torch.cat(parts, dim=1)
 
     def separable_gate(self, index: int, entry_BKW: torch.Tensor) -> torch.Tensor:
