@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
@@ -25,7 +26,7 @@ from ..emma_core.encoders.clip_vision import (
     recognise_clip,
 )
 from ..emma_core.encoders.families import CLIP_TOWERS, MEAN, STD
-from ..emma_core.encoders.loading import encoder_kind, load_encoder, weights_path
+from ..emma_core.encoders.loading import encoder_kind
 from ..emma_core.encoders.options import FaceChoice, Framing
 from ..emma_core.encoders.pictures import Preparation
 from ..emma_core.encoders.playground import load_playground_encoder
@@ -36,6 +37,7 @@ from ..emma_core.encoders.reference_features import (
     combine_features,
     encode_options,
 )
+from ..emma_core.encoders.weights import weights_path
 from ..emma_core.errors import EncoderFileError
 from ..emma_core.files.tensor_file import fingerprint_of_weights
 from ..emma_core.playground import PLAYGROUND_DIR
@@ -122,15 +124,20 @@ def load_reference_encoder(path: str, open_clip_model: str | None = None) -> Loa
         EncoderFileError: see `emma_core.encoders.loading.load_encoder`.
     """
     kind = encoder_kind(path, open_clip_model)
-    if kind == "playground":
-        return load_playground_reference_encoder(weights_path(path))
-    if kind == "clip":
-        tensors, family = read_clip_vision(weights_path(path))
-        description = _clip_description(tensors, family)
-        clip_vision = comfy.clip_vision.load_clipvision_from_sd(tensors)
-        return _managed(HostClipVision(clip_vision, description), clip_vision.patcher)
-    encoder = load_encoder(path, open_clip_model, kind)
+    if kind.name in _OWN_WAYS:
+        return _OWN_WAYS[kind.name](weights_path(path))
+    encoder = kind.load(Path(path), open_clip_model)
     return _managed(encoder, patcher_for(encoder.model))
+
+
+def _load_clip(path: Path) -> LoadedEncoder:
+    tensors, family = read_clip_vision(path)
+    clip_vision = comfy.clip_vision.load_clipvision_from_sd(tensors)
+    return _managed(HostClipVision(clip_vision, _clip_description(tensors, family)), clip_vision.patcher)
+
+
+# kinds whose layers are the host's own here
+_OWN_WAYS = {"playground": load_playground_reference_encoder, "clip": _load_clip}
 
 
 def as_encoder(encoder) -> LoadedEncoder:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ..emma_core.encoders.loading import OPEN_CLIP_CONFIG, WEIGHT_SUFFIXES
+from ..emma_core.encoders.loading import KINDS
+from ..emma_core.encoders.weights import WEIGHT_SUFFIXES
 from ..emma_core.errors import FileError
 
 SAFETENSORS = frozenset({".safetensors", ".sft"})
@@ -76,10 +77,11 @@ TEXT_ENCODER = ModelFolder(
     folder_marks=("config.json",),
 )
 REFERENCE_ENCODER = ModelFolder(
-    ("clip_vision", "open_clip", "adaface"), "the reference encoder",
+    tuple(kind.folder for kind in KINDS if kind.folder), "the reference encoder",
     "the encoder that the EMMA module names (CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors for the released conditions, "
     "adaface_ir101_webface12m.ckpt for faces, or the file of an open_clip model)",
-    folder_marks=("config.json", OPEN_CLIP_CONFIG), files_of_folders=True, suffixes=frozenset(WEIGHT_SUFFIXES),
+    folder_marks=("config.json", *(kind.declared_by for kind in KINDS if kind.declared_by)), files_of_folders=True,
+    suffixes=frozenset(WEIGHT_SUFFIXES),
 )
 REFERENCE = ModelFolder(("emma_references",), "the encoded reference", "a file that Save Reference wrote")
 _OWN_FOLDERS = {"ella": SAFETENSORS, "emma": SAFETENSORS, "ella_encoder": SAFETENSORS, "emma_references": SAFETENSORS,

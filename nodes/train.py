@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io, ui
 
-from ..emma_core.training.presets import CONDITIONS, PRESETS
+from ..emma_core.model.conditions import CONDITIONS
+from ..emma_core.training.presets import PRESETS
 from ..host import module_files
 from .types import Ella, Encoder, Module, advanced, schema
 
@@ -69,7 +70,7 @@ def _wired() -> list[io.Input]:
 
 
 def _settings() -> list[io.Input]:
-    conditions = [condition for condition in CONDITIONS if condition != "custom"]
+    conditions = list(CONDITIONS)
     return [
         io.String.Input("name", default="module", tooltip="Folder in output/emma_training. One that holds another run gets a "
                                                           "number; the same run goes on."),

@@ -18,9 +18,13 @@ from torch import nn
 
 from ..errors import EncoderFileError, ImageInputError
 from ..files.tensor_file import check_finite, check_shapes, fingerprint_of_weights, read_weights
+from .base import ReferenceEncoder
+from .kinds import EncoderKind
+from .weights import Shapes, weights_path
 
 INPUT_SIZE_PX = 112
 EMBEDDING_DIM, MAP_DIM = 512, 512
+FEATURES = ("face", "face_map", "face_norm")
 BLOCKS_OF_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}
 _STAGE_WIDTHS = (64, 128, 256, 512)
 _FINAL_CELLS = 7 * 7
@@ -118,3 +122,18 @@ def _backbone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if any(key.startswith("model.") for key in tensors):
         return {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
     return dict(tensors)
+
+
+def _recognises(shapes: Shapes) -> bool:
+    return any(key.removeprefix("module.").removeprefix("model.") == "input_layer.0.weight" for key in shapes)
+
+
+def _load(path: Path, open_clip_model: str | None) -> ReferenceEncoder:
+    from .face import FaceReferenceEncoder  # here, as finding faces takes long to import
+    from .face_detection import load_face_detector
+
+    return FaceReferenceEncoder(load_adaface(weights_path(path)), load_face_detector)
+
+
+KIND = EncoderKind("adaface", "AdaFace (IR-18, 50, 101)", FEATURES, _recognises, _load, "adaface",
+                   "adaface_ir101_webface12m.ckpt")

@@ -20,10 +20,12 @@ from ..files.tensor_file import (
     open_tensors,
     read_weights,
 )
-from .base import PictureEncoder
+from .base import PictureEncoder, ReferenceEncoder
 from .families import CLIP_TOWERS, MEAN, STD, ClipTower
+from .kinds import EncoderKind
 from .options import EncodeOptions
 from .pictures import Preparation
+from .weights import Shapes, weights_path
 
 _WHAT = "a CLIP vision encoder"
 _HF_PREFIXES = ("vision_model.", "visual_projection.")
@@ -125,11 +127,6 @@ def read_clip_vision(path: str | Path) -> tuple[dict[str, torch.Tensor], str]:
     return tensors, family
 
 
-def recognise_clip_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """`recognise_clip` for the shapes of a file in any layout."""
-    return recognise_clip(canonical_names({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}))
-
-
 def recognise_clip(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """The family in `CLIP_TOWERS` by width, depth, patch, number of positions and projection; None: none of them."""
     sizes = _sizes_of(tensors)
@@ -219,3 +216,16 @@ def _sizes(tensors: Mapping[str, torch.Tensor]) -> str:
     if not hidden:
         return "it holds no CLIP vision transformer"
     return f"hidden {hidden}, {layers} layers, patches of {patch} px, {vectors} vectors, projected {projected}"
+
+
+def _recognises(shapes: Shapes) -> bool:
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return recognise_clip(canonical_names(tensors)) is not None
+
+
+def _load(path: Path, open_clip_model: str | None) -> ReferenceEncoder:
+    return load_clip_vision(weights_path(path))
+
+
+KIND = EncoderKind("clip", "CLIP ViT", ClipVisionEncoder.feature_names, _recognises, _load, "clip_vision",
+                   "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")

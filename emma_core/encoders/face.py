@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 
 from ..errors import ImageInputError
-from .adaface import AdaFace
+from .adaface import FEATURES, AdaFace
 from .base import Encoded, check_features
 from .face_alignment import align_faces, keypoints_of_mask
 from .face_detection import FaceDetector
@@ -28,7 +28,7 @@ class FaceReferenceEncoder:
     the embedding's length before, which tells how clear the face is.
     """
 
-    feature_names = ("face", "face_map", "face_norm")
+    feature_names = FEATURES
     bytes_per_picture = 32 << 20
 
     def __init__(self, backbone: AdaFace, detector: FaceDetector | Callable[[], FaceDetector]):

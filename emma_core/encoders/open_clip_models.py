@@ -7,7 +7,6 @@ D the projected width.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from ..errors import EncoderFileError, ImageInputError
 from ..files.tensor_file import PICKLE_SUFFIXES, check_finite, fingerprint_of_weights, open_tensors, read_weights
 from .base import PictureEncoder
+from .kinds import EncoderKind
 from .open_clip_recognition import (
     CONFIG_NAME,
     Tower,
@@ -30,12 +30,12 @@ from .open_clip_recognition import (
     warn_of_other_tags,
 )
 from .options import LAYERS, EncodeOptions
+from .weights import WEIGHT_SUFFIXES, Shapes
 
-__all__ = ["OpenClipEncoder", "load_open_clip_encoder", "model_names"]
+__all__ = ["KIND", "OpenClipEncoder", "load_open_clip_encoder", "model_names"]
 
 _FOLDER = "models/open_clip"
 _WHAT = "weights of an open_clip model"
-_SUFFIXES = {".safetensors", ".sft", *PICKLE_SUFFIXES}
 # as published beside an open_clip_config.json; the best first
 _PUBLISHED = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 _REMOTE = re.compile(r"[A-Za-z-]{2,}:")  # "hf-hub:", "https:"; one letter would be a drive
@@ -94,16 +94,13 @@ class OpenClipEncoder(PictureEncoder):
                                   "Choose that layer.")
 
 
-def load_open_clip_encoder(
-    path: str | Path, model_name: str | None = None, tensors: Mapping[str, torch.Tensor] | None = None
-) -> OpenClipEncoder:
+def load_open_clip_encoder(path: str | Path, model_name: str | None = None) -> OpenClipEncoder:
     """The picture tower of a local file; nothing is downloaded, and the text tower is left out.
 
     Args:
         path: the weights, .safetensors or a PyTorch file that is opened as weights alone, of the whole model or of its
             picture tower; or a folder with them and open_clip_config.json.
         model_name: one of `model_names`; by default it is declared by open_clip_config.json, or recognised.
-        tensors: the content of the file, if it was read before.
     Raises:
         EncoderFileError: open_clip is missing; no such file, not such weights, not weights alone; an unknown or unfitting
             model; several models that treat a picture differently.
@@ -111,7 +108,7 @@ def load_open_clip_encoder(
     weights_path, config_path = _located(path)
     name = weights_path.name
     tower = declared_tower(config_path, model_name) if config_path else named_tower(model_name) if model_name else None
-    weights = _picture_tower(weights_path, tensors)
+    weights = _picture_tower(weights_path)
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     tower = tower or recognised_tower(shapes, name)
     model = built_on_meta(tower)
@@ -134,13 +131,13 @@ def _located(path: str | Path) -> tuple[Path, Path | None]:
         EncoderFileError: what is no local path, or a folder without both.
     """
     path = Path(path)
-    if not path.exists() and (path.suffix.lower() not in _SUFFIXES or _REMOTE.match(str(path))):
+    if not path.exists() and (path.suffix.lower() not in WEIGHT_SUFFIXES or _REMOTE.match(str(path))):
         raise EncoderFileError(f"{str(path)!r} is no file or folder on this computer, and nothing is downloaded; wanted "
                                f"{_WHAT}. Download them, put the file into {_FOLDER} and choose it.")
     if not path.is_dir():
         config_path = path.with_name(CONFIG_NAME)
         return path, config_path if path.name in _PUBLISHED and config_path.is_file() else None
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in WEIGHT_SUFFIXES)
     published = [path / name for name in _PUBLISHED if path / name in files]
     chosen = published or files
     if not (path / CONFIG_NAME).is_file() or not chosen:
@@ -152,12 +149,12 @@ def _located(path: str | Path) -> tuple[Path, Path | None]:
     return chosen[0], path / CONFIG_NAME
 
 
-def _picture_tower(path: Path, tensors: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+def _picture_tower(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of the picture tower, under the tower's own names; of a safetensors file nothing else is read."""
-    if tensors is None and path.suffix.lower() not in PICKLE_SUFFIXES:
+    if path.suffix.lower() not in PICKLE_SUFFIXES:
         with open_tensors(path, _WHAT, EncoderFileError) as file:
             return {own: file.get_tensor(key) for key, own in _own_names(list(file.keys()), path.name).items()}
-    content = read_weights(path, _WHAT, EncoderFileError) if tensors is None else tensors
+    content = read_weights(path, _WHAT, EncoderFileError)
     return {own: content[key] for key, own in _own_names(list(content), path.name).items()}
 
 
@@ -194,3 +191,12 @@ def _compute_buffers(model: nn.Module) -> None:
             setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
         if missing:
             module.init_non_persistent_buffers()
+
+
+def _recognises(shapes: Shapes) -> bool:
+    names = {key.removeprefix("module.").removeprefix("model.") for key in shapes}
+    return "conv1.weight" in names or any(name.startswith(("visual.", "trunk.")) for name in names)
+
+
+KIND = EncoderKind("open_clip", "a model of open_clip", ("global", "local"), _recognises, load_open_clip_encoder, "open_clip",
+                   declared_by=CONFIG_NAME)

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import EmmaWarning, EncoderFileError
 from .pictures import Preparation
+from .weights import Shapes
 
 CONFIG_NAME = "open_clip_config.json"
 _CUSTOM = "custom"
@@ -31,7 +32,6 @@ _NOT_TRAINING = {"timm_model_pretrained": False, "timm_drop": 0.0, "timm_drop_pa
 _SMALLEST_TEXT = {"width": 64, "heads": 1, "layers": 1, "vocab_size": 1}
 _PROJECTIONS = {"linear": "head.proj.weight", "mlp": "head.mlp.fc2.weight"}  # of timm's models
 _TIMM_OUTPUTS = (*_PROJECTIONS.values(), "trunk.head.weight", "trunk.head.fc.weight", "trunk.norm.weight")
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ModuleFileError, ReferenceMismatchError
+from .conditions import CONDITIONS
 from .source_spec import SourceSpec, TimeSpec
 
 # 1: on ELLA's tokens; 2: on a checkpoint's own
@@ -18,7 +19,6 @@ _REQUIRED = ("format_version", "condition", "gate_scale", "separable_gates", "wi
 _REQUIRED_OF_2 = ("source", "time")
 _OPTIONAL = ("encoder", "ella", "training", "draws")
 SUBJECT, MANNER = "subject", "manner"
-_SUBJECT_CONDITIONS = ("object", "portrait")
 _FEATURE_NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
@@ -105,7 +105,9 @@ class ModuleConfig:
     @property
     def draws_subject(self) -> bool:
         """Whether it says what is drawn, as declared or by its condition."""
-        return self.draws == SUBJECT if self.draws else self.condition in _SUBJECT_CONDITIONS
+        if self.draws:
+            return self.draws == SUBJECT
+        return self.condition in CONDITIONS and CONDITIONS[self.condition].is_subject
 
     def check_features(self, features: Mapping[str, torch.Tensor]) -> None:
         """Refuse features of other names or sizes.

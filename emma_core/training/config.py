@@ -15,7 +15,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..encoders.options import BACKGROUNDS, FRAMES, LAYERS
 from ..errors import TrainingConfigError
-from .presets import CONDITIONS, PRESETS
+from ..model.conditions import CONDITIONS, CUSTOM
+from .presets import PRESETS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -108,7 +109,7 @@ class EncoderConfig:
 class ModuleSettings:
     """The module that learns."""
 
-    condition: str = _key("style", "what it takes from a reference", choices=CONDITIONS)
+    condition: str = _key("style", "what it takes from a reference", choices=(*CONDITIONS, CUSTOM))
     features: str = _key("", 'features it reads, JSON {"name": tokens per vector}; default: those of the condition')
     start: str = _key("", "module to start from (a portrait starts from an object module)")
     blocks: str = _key("ella", "how attention and feed-forward of a new module begin", choices=INITIALISATIONS)

@@ -1,10 +1,9 @@
-"""Presets of training runs, by section and key of the configuration, and the conditions there are."""
+"""Presets of training runs, by section and key of the configuration."""
 
 from __future__ import annotations
 
 from typing import Any
 
-CONDITIONS = ("style", "object", "portrait", "face", "custom")
 # "paper" is the configuration's own defaults (section 4.2)
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},

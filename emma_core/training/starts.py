@@ -10,15 +10,12 @@ import torch
 
 from ..errors import TrainingConfigError
 from ..files.module_file import load_module
+from ..model.conditions import CONDITIONS
 from ..model.connector import Connector
 from ..model.gated_resampler import GatedResampler
 from ..model.module_config import FeatureSpec, ModuleConfig
 from .config import TrainConfig
 
-# condition -> feature -> tokens per vector (paper, section 3; style as in IP-Adapter, arXiv 2308.06721, section 3.2.1)
-FEATURES_OF_CONDITION: dict[str, dict[str, int]] = {
-    "style": {"global": 4}, "object": {"global": 1, "local": 1}, "portrait": {"global": 1, "local": 1}, "face": {"face": 4},
-}
 # (standard deviation) of new weight matrices, where they are not copied
 _RANDOM_DEVIATION = 0.02
 
@@ -31,9 +28,9 @@ def wanted_features(config: TrainConfig) -> dict[str, int]:
     """
     settings = config.module
     if not settings.features:
-        if settings.condition not in FEATURES_OF_CONDITION:
+        if settings.condition not in CONDITIONS:
             raise TrainingConfigError('a custom condition needs module.features, for instance {"global": 4}. Name them.')
-        return dict(FEATURES_OF_CONDITION[settings.condition])
+        return dict(CONDITIONS[settings.condition].features)
     try:
         features = {str(name): int(count) for name, count in json.loads(settings.features).items()}
     except (AttributeError, TypeError, ValueError) as found:

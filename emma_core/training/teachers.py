@@ -18,7 +18,7 @@ import torch
 
 from ..base.backbones import Backbone, add_lora, load_backbone
 from ..encoders.clip_vision import ClipVisionEncoder, load_clip_vision
-from ..encoders.loading import weights_path
+from ..encoders.weights import weights_path
 from ..encoders.options import EncodeOptions
 from ..errors import FileError, ReferenceMismatchError, TrainingConfigError
 from ..files.tensor_file import check_finite, check_shapes, read_tensors

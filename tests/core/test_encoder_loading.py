@@ -8,9 +8,11 @@ from clip_towers import TINY, random_tower, to_open_clip
 from safetensors.torch import save_file
 from test_adaface import weights_of
 
+from emma_core.encoders import adaface, clip_vision
 from emma_core.encoders.families import CLIP_TOWERS
-from emma_core.encoders.loading import encoder_kind, load_encoder, weights_path
+from emma_core.encoders.loading import encoder_kind, load_encoder, load_encoders
 from emma_core.encoders.playground import PlaygroundEncoder
+from emma_core.encoders.weights import weights_path
 from emma_core.errors import EncoderFileError
 
 
@@ -44,24 +46,43 @@ def test_a_file_of_any_name_is_recognised(tmp_path, kind, name):
         torch.save({"state_dict": make()}, path)
     else:
         save_file(make(), path)
-    assert encoder_kind(path) == kind
+    assert encoder_kind(path).name == kind
     encoder = load_encoder(path)
     assert encoder.description["family"] == family and len(encoder.description["fingerprint"]) == 64
 
 
+@pytest.mark.parametrize(("kind", "features", "found"), [
+    ("clip", ("face",), r"is CLIP ViT, which gives global, local; wanted .* that gives face. Choose AdaFace .*adaface_ir"),
+    ("adaface", ("global", "local"), r"gives face, face_map, face_norm; .* gives global, local. Choose CLIP ViT \(CLIP-ViT-H"),
+])
+def test_an_encoder_that_cannot_give_what_is_needed_is_not_even_read(tmp_path, kind, features, found, monkeypatch):
+    save_file(KINDS[kind][0](), tmp_path / "any.safetensors")
+    for module, load in ((clip_vision, "load_clip_vision"), (adaface, "load_adaface")):
+        monkeypatch.setattr(module, load, lambda path: pytest.fail("the weights were read"))
+    with pytest.raises(EncoderFileError, match=found):
+        load_encoder(tmp_path / "any.safetensors", features=features)
+
+
+def test_of_several_encoders_the_name_is_for_those_of_open_clip(tmp_path):
+    for kind in ("playground", "clip"):
+        save_file(KINDS[kind][0](), tmp_path / f"{kind}.safetensors")
+    encoders = load_encoders([tmp_path / "clip.safetensors", tmp_path / "playground.safetensors"], "ViT-B-32")
+    assert [encoder.description["family"] for encoder in encoders] == ["clip-tiny", "playground"]
+
+
 def test_open_clip_layout_of_a_known_clip_is_that_clip(tmp_path):
     save_file({key: value.contiguous() for key, value in to_open_clip(random_tower(TINY)).items()}, tmp_path / "a.safetensors")
-    assert encoder_kind(tmp_path / "a.safetensors") == "clip"
-    assert encoder_kind(tmp_path / "a.safetensors", "ViT-H-14") == "open_clip", "a name that the user gives counts"
+    assert encoder_kind(tmp_path / "a.safetensors").name == "clip"
+    assert encoder_kind(tmp_path / "a.safetensors", "ViT-H-14").name == "open_clip", "a name that the user gives counts"
 
 
 def test_other_towers_go_to_open_clip(tmp_path):
     for key in ("visual.trunk.blocks.0.attn.qkv.weight", "trunk.blocks.0.attn.qkv.weight", "conv1.weight"):
         save_file({key: torch.zeros(3, 3)}, tmp_path / "siglip.safetensors")
-        assert encoder_kind(tmp_path / "siglip.safetensors") == "open_clip"
+        assert encoder_kind(tmp_path / "siglip.safetensors").name == "open_clip"
     (tmp_path / "eva").mkdir()
     (tmp_path / "eva" / "open_clip_config.json").write_text(json.dumps({}))
-    assert encoder_kind(tmp_path / "eva") == "open_clip"
+    assert encoder_kind(tmp_path / "eva").name == "open_clip"
 
 
 @pytest.mark.parametrize(("tensors", "found"), [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bad_files import NOT_SAFETENSORS
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torchvision.transforms import Normalize
 
 from emma_core.encoders import open_clip_recognition
@@ -234,11 +234,6 @@ def test_every_layout_gives_the_same_tower(tmp_path, small, name):
     assert encoder.description["fingerprint"] == load_open_clip_encoder(whole).description["fingerprint"]
     torch.testing.assert_close(features_of(encoder, seen(224)), features_of(reference, seen(224)), rtol=0, atol=0)
     assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.float32}
-
-
-def test_tensors_read_before_are_not_read_again(small, tmp_path):
-    again = load_open_clip_encoder(tmp_path / "gone.safetensors", tensors=load_file(small[1]))
-    assert again.description == load_open_clip_encoder(small[1]).description
 
 
 def test_loading_draws_no_random_numbers_and_leaves_nothing_to_train(small):
