@@ -1,8 +1,44 @@
 """The exceptions a user can meet. Each message says what was found, what was wanted and what to do next."""
 
+import re
+import reprlib
+
+_LONGEST_LINE = 2000  # of a message
+_LONGEST_NAME = 120  # of what a file calls something
+# what moves a terminal's cursor or turns its text around, and halves of surrogate pairs, which no terminal can write
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """Text that may hold words of a stranger's file, safe to show: control characters escaped, long lines cut in the middle."""
+    escaped = _escaped(str(text))
+    if len(escaped) <= _LONGEST_LINE:
+        return escaped
+    return "\n".join(_cut(line, _LONGEST_LINE) for line in escaped.split("\n"))
+
+
+def short(found: object, most: int = _LONGEST_NAME) -> str:
+    """A name or a value of a file on one line, cut in the middle; what is no text as Python writes it."""
+    text = found if isinstance(found, str) else reprlib.repr(found)
+    return _cut(_escaped(text).replace("\n", "\\n").replace("\t", "\\t"), most)
+
+
+def _escaped(text: str) -> str:
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _cut(line: str, most: int) -> str:
+    if len(line) <= most:
+        return line
+    begin, end = line[:most * 2 // 3], line[len(line) - most // 6:]
+    return f"{begin} ... ({len(line) - len(begin) - len(end)} more characters) ... {end}"
+
 
 class EmmaError(Exception):
-    """Base of every error this project raises on purpose."""
+    """Base of every error this project raises on purpose. Its message is fit to be shown, whatever file it quotes."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -53,12 +89,8 @@ class UnconnectedModelError(EmmaError):
     """EMMA conditioning reached a MODEL that was not connected through EMMA Connector."""
 
 
-class SettingsError(EmmaError):
-    """Settings of a command name something unknown, or hold a value that cannot be used."""
-
-
-class TrainingConfigError(SettingsError):
-    """Settings of a training run do not go together, or not with its files."""
+class TrainingConfigError(EmmaError):
+    """A training configuration names something unknown, or holds a value that cannot be used."""
 
 
 class TrainingDataError(EmmaError):
@@ -71,3 +103,6 @@ class TrainingError(EmmaError):
 
 class EmmaWarning(UserWarning):
     """Something works, but probably not as the user expects."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import EncoderFileError, ImageInputError
-from ..files.tensor_file import check_finite, check_shapes, fingerprint_of_weights, read_weights
+from ..files.tensor_file import check_finite, check_shapes, fingerprint_of_weights, integers_in, read_weights
 from .base import ReferenceEncoder
 from .kinds import EncoderKind
 from .weights import Shapes, weights_path
@@ -108,9 +108,9 @@ def load_adaface(path: str | Path, operations: ModuleType | type = nn) -> AdaFac
                                f"({', '.join(str(sum(counts)) for counts in BLOCKS_OF_STAGES.values())} blocks). Choose an "
                                "AdaFace backbone.")
     with torch.device("meta"):
-        shapes = {key: tuple(value.shape) for key, value in AdaFace(layers).state_dict().items()}
-    check_shapes(tensors, shapes, path.name, _WHAT, EncoderFileError)
-    check_finite(tensors, path.name, EncoderFileError)
+        wanted = AdaFace(layers).state_dict()
+    check_shapes(tensors, {key: tuple(value.shape) for key, value in wanted.items()}, path.name, _WHAT, EncoderFileError)
+    check_finite(tensors, path.name, EncoderFileError, integers_in(wanted))
     encoder = AdaFace(layers, operations)
     encoder.load_state_dict(tensors)
     encoder.fingerprint = fingerprint_of_weights(tensors)

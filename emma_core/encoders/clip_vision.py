@@ -12,14 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import EncoderFileError
-from ..files.tensor_file import (
-    PICKLE_SUFFIXES,
-    check_finite,
-    check_shapes,
-    fingerprint_of_weights,
-    open_tensors,
-    read_weights,
-)
+from ..files.tensor_file import check_finite, check_shapes, fingerprint_of_weights, open_weights
 from .base import PictureEncoder, ReferenceEncoder
 from .families import CLIP_TOWERS, MEAN, STD, ClipTower
 from .kinds import EncoderKind
@@ -137,16 +130,13 @@ def recognise_clip(tensors: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def clip_vision_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The vision tensors of a CLIP file under transformers' names; of a safetensors file nothing else is read.
+    """The vision tensors of a CLIP file under transformers' names; nothing else is read.
 
     Raises:
         EncoderFileError: a damaged file.
     """
-    if Path(path).suffix.lower() in PICKLE_SUFFIXES:
-        return canonical_names(read_weights(path, _WHAT, EncoderFileError))
-    with open_tensors(path, _WHAT, EncoderFileError) as file:
-        keys = list(file.keys())
-        return canonical_names({key: file.get_tensor(key) for key in keys if _is_vision(key)})
+    with open_weights(path, _WHAT, EncoderFileError) as file:
+        return canonical_names(file.tensors(filter(_is_vision, file.stored)))
 
 
 def canonical_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

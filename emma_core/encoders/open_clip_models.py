@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from ..errors import EncoderFileError, ImageInputError
-from ..files.tensor_file import PICKLE_SUFFIXES, check_finite, fingerprint_of_weights, open_tensors, read_weights
+from ..files.tensor_file import check_finite, fingerprint_of_weights, integers_in, open_weights
 from .base import PictureEncoder
 from .kinds import EncoderKind
 from .open_clip_recognition import (
@@ -113,7 +113,7 @@ def load_open_clip_encoder(path: str | Path, model_name: str | None = None) -> O
     tower = tower or recognised_tower(shapes, name)
     model = built_on_meta(tower)
     check_fits_model(shapes, shapes_of(model), tower.name, name)
-    check_finite(weights, name, EncoderFileError)
+    check_finite(weights, name, EncoderFileError, integers_in(model.state_dict()))
     fingerprint = fingerprint_of_weights(weights)
     # copies, as tensors of a PyTorch file lie in the file itself
     values = {key: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
@@ -150,12 +150,9 @@ def _located(path: str | Path) -> tuple[Path, Path | None]:
 
 
 def _picture_tower(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the picture tower, under the tower's own names; of a safetensors file nothing else is read."""
-    if path.suffix.lower() not in PICKLE_SUFFIXES:
-        with open_tensors(path, _WHAT, EncoderFileError) as file:
-            return {own: file.get_tensor(key) for key, own in _own_names(list(file.keys()), path.name).items()}
-    content = read_weights(path, _WHAT, EncoderFileError)
-    return {own: content[key] for key, own in _own_names(list(content), path.name).items()}
+    """The tensors of the picture tower, under the tower's own names; nothing else is read."""
+    with open_weights(path, _WHAT, EncoderFileError) as file:
+        return {own: file.tensor(key) for key, own in _own_names(list(file.stored), path.name).items()}
 
 
 def _own_names(keys: list[str], name: str) -> dict[str, str]:

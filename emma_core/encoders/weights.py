@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import EncoderFileError
-from ..files.tensor_file import PICKLE_SUFFIXES, open_tensors, read_weights
+from ..files.tensor_file import PICKLE_SUFFIXES, open_weights
 
 WEIGHT_SUFFIXES = {".safetensors", ".sft", *PICKLE_SUFFIXES}
 # of folders that hold the same weights more than once, in this order
@@ -35,15 +35,13 @@ def weights_path(path: str | Path) -> Path:
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a file's tensors by key; of a safetensors file from its header.
+    """Shapes of a file's tensors by key; no numbers are read.
 
     Raises:
         EncoderFileError: missing, damaged, a pickle that holds more than tensors.
     """
-    if path.suffix.lower() in PICKLE_SUFFIXES:
-        return {key: tuple(tensor.shape) for key, tensor in read_weights(path, _WHAT, EncoderFileError).items()}
-    with open_tensors(path, _WHAT, EncoderFileError) as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+    with open_weights(path, _WHAT, EncoderFileError) as file:
+        return file.shapes
 
 
 def some(names: Iterable[str], most: int = 3) -> str:

@@ -22,7 +22,7 @@ from ..encoders.open_clip_recognition import CONFIG_NAME, Tower, declared_tower,
 from ..encoders.options import Framing
 from ..encoders.pictures import Preparation, prepare_pictures
 from ..errors import EncoderFileError, FileError
-from ..files.tensor_file import check_finite, check_shapes, read_weights, sha256_of_file
+from ..files.tensor_file import check_finite, check_shapes, integers_in, read_weights, sha256_of_file
 from .config import EvaluationError, ScoresConfig
 
 CLIP_T, CLIP_I, DINO = "CLIP-T", "CLIP-I", "DINO"
@@ -170,7 +170,7 @@ def _load_strictly(model: nn.Module, path: str, what: str, source: str) -> None:
         check_shapes(tensors, wanted, Path(path).name, what, ScoringFileError)
     except ScoringFileError as found:
         raise ScoringFileError(f"{found} {source}") from None
-    check_finite(tensors, Path(path).name, ScoringFileError)
+    check_finite(tensors, Path(path).name, ScoringFileError, integers_in(model.state_dict()))
     model.load_state_dict(tensors)
 
 

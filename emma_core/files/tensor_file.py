@@ -1,41 +1,199 @@
-"""Reading safetensors files, with refusals that say what the file is instead."""
+"""Tensors in strangers' files, read with refusals that say what the file is instead.
+
+On opening, names, shapes and kinds are known; numbers are read when they are wanted. Nothing that a file says is believed
+before it is compared with the tensors that are there, and no file is run.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import FileError
+from ..errors import FileError, short
+from .json_file import is_whole
+from .pickle_reading import BYTES_OF_KIND, StoredTensor
+from .plain_file import check_plain_file
+from .pytorch_file import ARCHIVE, PICKLES, describe_pytorch_file
 
 _LARGEST_HEADER = 100_000_000
+_MOST_TENSORS = 100_000
+_MOST_DIMENSIONS = 8
+_LARGEST_SIDE = 1 << 31
+_SHARED = 2  # times that the numbers of a file may be used by its tensors, as tied weights are
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth"}
-# whose classes stand in published checkpoints beside the weights
-_TRAINER_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "argparse.Namespace")
-_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
+           "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_CHECKED_AT_ONCE = 1 << 22  # numbers
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that lies in a file: its shape and the kind of its numbers, as safetensors files write it ("F16")."""
+
+    shape: tuple[int, ...]
+    kind: str
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+
+class TensorFile(ABC):
+    """An open file of tensors; a context manager. Values are read with `tensor`."""
+
+    def __init__(self, path: Path, stored: Mapping[str, Stored], metadata: Mapping[str, str], error: type[FileError]):
+        self.path, self.stored, self._metadata, self._error = path, stored, metadata, error
+        for name, about in stored.items():
+            if len(about.shape) > _MOST_DIMENSIONS or any(side >= _LARGEST_SIDE for side in about.shape):
+                raise error(f"{path.name}: {short(name)} has the shape {short(about.shape)}, which no weight has. Get the file "
+                            "again from its author.")
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *found) -> None:
+        self.close()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        return {name: about.shape for name, about in self.stored.items()}
+
+    def metadata(self) -> dict[str, str]:
+        """What stands beside the tensors; nothing in PyTorch files."""
+        return dict(self._metadata)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, as it is stored; its numbers may lie in the file itself until they are used.
+
+        Raises:
+            FileError: (the type given on opening) numbers of a kind that is not read, such as fp4.
+        """
+        about = self.stored[name]
+        if about.kind not in _DTYPES:
+            raise self._error(f"{self.path.name}: {short(name)} is stored as {about.kind}, which is not read here; wanted "
+                              "fp32, fp16, bf16 or fp8. Get the file in one of these.")
+        return self._tensor(name)
+
+    def tensors(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """Some of the tensors, or all."""
+        return {name: self.tensor(name) for name in (self.stored if names is None else names)}
+
+    # the names that safetensors gives these, for what still calls them so
+    def keys(self) -> list[str]:
+        return list(self.stored)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self.tensor(name)
+
+    def get_slice(self, name: str) -> Stored:
+        return self.stored[name]
+
+    @abstractmethod
+    def _tensor(self, name: str) -> torch.Tensor:
+        """As `tensor`, of a kind that is read."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close it; tensors that were read stay."""
+
+
+class _Safetensors(TensorFile):
+    def __init__(self, path: Path, what: str, error: type[FileError]):
+        self._what = what
+        try:
+            self._file = safe_open(str(path), framework="pt", device="cpu")
+            stored = dict(self._headers())
+            metadata = dict(self._file.metadata() or {})
+        except (SafetensorError, OSError, ValueError, OverflowError, TypeError) as found:
+            raise error(f"{path.name} is truncated or damaged ({short(str(found), 200)}); wanted {what}. Download the file "
+                        "again.") from None
+        super().__init__(path, stored, metadata, error)
+
+    def _headers(self) -> Iterator[tuple[str, Stored]]:
+        for name in list(self._file.keys()):
+            header = self._file.get_slice(name)
+            yield name, Stored(tuple(header.get_shape()), str(header.get_dtype()))
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, RuntimeError, OSError, ValueError, OverflowError, TypeError) as found:
+            raise self._error(f"{self.path.name}: {short(name)} cannot be read ({short(str(found), 200)}); wanted "
+                              f"{self._what}. Download the file again.") from None
+
+    def close(self) -> None:
+        self._file.__exit__(None, None, None)
+
+
+class _Pickled(TensorFile):
+    """A PyTorch file: of a training checkpoint only its ``state_dict``."""
+
+    def __init__(self, path: Path, what: str, error: type[FileError]):
+        content, self._starts = describe_pytorch_file(path, what, error)
+        state = content.get("state_dict", content) if isinstance(content, dict) else None
+        self._tensors = {name: value for name, value in (state or {}).items() if isinstance(value, StoredTensor)} \
+            if isinstance(state, dict) else {}
+        self._check(path, what, error)
+        self._bytes: torch.UntypedStorage | None = None
+        stored = {name: Stored(tensor.shape, tensor.kind) for name, tensor in self._tensors.items()}
+        super().__init__(path, stored, {}, error)
+
+    def _check(self, path: Path, what: str, error: type[FileError]) -> None:
+        if not self._tensors:
+            raise error(f"{path.name} holds no weights; wanted {what}. Choose another file.")
+        odd = [name for name in self._tensors if not isinstance(name, str) or not is_whole(name)]
+        if odd:
+            raise error(f"{path.name} calls a tensor {short(odd[0])}, which is no text; wanted {what}. Get the file again.")
+        used = sum(_count(tensor.shape) * BYTES_OF_KIND[tensor.kind] for tensor in self._tensors.values())
+        size = path.stat().st_size
+        if used > _SHARED * size:
+            raise error(f"{path.name} holds {size:,} bytes, and its tensors are {used:,}: they lie upon each other; wanted "
+                        f"{what}. Get the file again.")
+        for name, tensor in self._tensors.items():
+            if tensor.storage.key not in self._starts:
+                raise error(f"{path.name}: the numbers of {short(name)} are missing; wanted {what}. Download the file again.")
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        stored = self._tensors[name]
+        if self._bytes is None:
+            # mapped: numbers stay in the file until they are used
+            self._bytes = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.path.stat().st_size)
+        width = BYTES_OF_KIND[stored.kind]
+        start = self._starts[stored.storage.key]
+        nbytes = stored.storage.count * BYTES_OF_KIND[stored.storage.kind or "U8"]
+        numbers = torch.empty(0, dtype=torch.uint8).set_(self._bytes)[start:start + nbytes // width * width]
+        if start % width:
+            numbers = numbers.clone()
+        typed = numbers.view(_DTYPES[stored.kind])
+        return typed.as_strided(stored.shape, stored.strides, typed.storage_offset() + stored.offset)
+
+    def close(self) -> None:
+        self._bytes = None
 
 
 def check_is_safetensors(path: str | Path, what: str, error: type[FileError] = FileError) -> Path:
     """Return ``path`` as a Path if it looks like a whole safetensors file.
 
-    Raises ``error`` if the file is missing, a folder, empty, a pickle, truncated, or something else.
+    Raises ``error`` if the file is missing, a folder or a device, empty, a pickle, truncated, or something else.
     """
-    path = Path(path)
-    if not path.exists():
-        raise error(f"{path} does not exist; wanted {what}. Check the path or put the file there.")
-    if path.is_dir():
-        raise error(f"{path} is a folder; wanted the .safetensors file of {what}. Choose a file inside it.")
-    size = path.stat().st_size
-    with open(path, "rb") as stream:
-        head = stream.read(8)
-        start = stream.read(1)
+    path = check_plain_file(path, what, error)
+    try:
+        size, head, start, count = _looked_at(path)
+    except OSError as found:
+        raise error(f"{path} cannot be read ({found.strerror or found}); wanted {what}. Check its permissions.") from None
     header_size = int.from_bytes(head, "little")
     # the header's size may begin with the bytes of a pickle, so a header that starts as JSON decides
     is_safetensors = size >= 10 and header_size <= _LARGEST_HEADER and start in (b"{", b" ")
-    if not is_safetensors and head.startswith(_PICKLE_MAGIC):
+    if not is_safetensors and head.startswith((ARCHIVE, *PICKLES)):
         raise error(
             f"{path.name} is a pickled PyTorch file, which can run code when opened; wanted {what} as .safetensors. "
             "Get the safetensors version of this file, or convert it with a tool you trust."
@@ -50,78 +208,104 @@ def check_is_safetensors(path: str | Path, what: str, error: type[FileError] = F
     if 8 + header_size > size:
         raise error(f"{path.name} is truncated: {size} bytes, its header alone needs {8 + header_size}. "
                     f"Download {what} again.")
+    if count > _MOST_TENSORS:
+        raise error(f"{path.name} names {count:,} tensors; wanted {what}, which has far fewer. Choose another file.")
     return path
 
 
-def open_tensors(path: str | Path, what: str, error: type[FileError] = FileError):
-    """Open a safetensors file lazily (``safetensors.safe_open``) after the checks of `check_is_safetensors`."""
-    path = check_is_safetensors(path, what, error)
-    try:
-        return safe_open(str(path), framework="pt", device="cpu")
-    except SafetensorError as found:
-        raise error(f"{path.name} is truncated or damaged ({found}); wanted {what}. Download the file again.") from found
+def _looked_at(path: Path) -> tuple[int, bytes, bytes, int]:
+    """Bytes of the file, its first eight, the header's first, and how many tensors the header names."""
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        head = stream.read(8)
+        header = stream.read(min(int.from_bytes(head, "little"), _LARGEST_HEADER, max(size, 1)))
+    return size, head, header[:1], header.count(b'"data_offsets"')
 
 
-def read_tensors(
-    path: str | Path, what: str, error: type[FileError] = FileError
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file on the CPU, and its metadata.
+def open_tensors(path: str | Path, what: str, error: type[FileError] = FileError) -> TensorFile:
+    """Open a safetensors file; its values are read when they are wanted.
 
     Args:
         path: the file.
         what: what the file should hold, for the messages ("an ELLA connector").
         error: exception type to raise.
     Raises:
-        error: missing, folder, empty, pickle, truncated, not safetensors.
+        error: as `check_is_safetensors`; a damaged header, shapes that no weight has.
     """
-    with open_tensors(path, what, error) as tensors:
-        return {key: tensors.get_tensor(key) for key in list(tensors.keys())}, dict(tensors.metadata() or {})
+    return _Safetensors(check_is_safetensors(path, what, error), what, error)
+
+
+def open_weights(path: str | Path, what: str, error: type[FileError] = FileError) -> TensorFile:
+    """Open a published weights file: safetensors, or by its ending a PyTorch file, of which the tensors alone are read.
+
+    Of a training checkpoint only its ``state_dict`` counts.
+
+    Raises:
+        error: as `open_tensors`; a pickle that holds more than tensors, or no tensors; an archive that is compressed.
+    """
+    path = Path(path)
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        path = check_plain_file(path, what, error)
+        with open(path, "rb") as stream:
+            if stream.read(4).startswith((ARCHIVE, *PICKLES)):
+                return _Pickled(path, what, error)
+    return open_tensors(path, what, error)
+
+
+def read_tensors(
+    path: str | Path, what: str, error: type[FileError] = FileError
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file on the CPU, and its metadata. Raises as `open_tensors` and `TensorFile.tensor`."""
+    with open_tensors(path, what, error) as file:
+        return file.tensors(), file.metadata()
 
 
 def read_weights(path: str | Path, what: str, error: type[FileError] = FileError) -> dict[str, torch.Tensor]:
-    """All tensors of a published weights file: safetensors, or a PyTorch file opened as weights alone.
+    """All tensors of a published weights file. Raises as `open_weights` and `TensorFile.tensor`."""
+    with open_weights(path, what, error) as file:
+        return file.tensors()
 
-    Of a training checkpoint only its ``state_dict`` is read.
 
-    Raises:
-        error: missing, folder, empty, damaged, a pickle that holds more than tensors, or no tensors.
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def check_finite(
+    tensors: Mapping[str, torch.Tensor], name: str, error: type[FileError] = FileError, integers: Collection[str] = ()
+) -> None:
+    """Refuse what cannot be a weight: tensors that are not of floating point numbers, or hold NaN or infinity.
+
+    Args:
+        tensors: by name.
+        name: of the file.
+        error: exception type to raise, naming the first such tensor.
+        integers: names of tensors that hold whole numbers instead, such as counters.
     """
-    path = Path(path)
-    if path.suffix.lower() not in PICKLE_SUFFIXES or not path.is_file():
-        return read_tensors(path, what, error)[0]
-    try:
-        content = _load_weights_alone(path)
-    except Exception as found:  # torch raises several kinds for a pickle it will not open
-        reason = str(found).strip().splitlines()[0] if str(found).strip() else type(found).__name__
-        raise error(f"{path.name} cannot be opened as weights alone ({reason}); wanted {what}. Get the file again, or its "
-                    "safetensors version.") from found
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    entries = state.items() if isinstance(state, Mapping) else ()
-    tensors = {key: value for key, value in entries if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise error(f"{path.name} holds no weights; wanted {what}. Choose another file.")
-    return tensors
-
-
-def _load_weights_alone(path: Path):
-    """`torch.load` that builds tensors only; what a trainer left beside them becomes empty objects."""
-    listed = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: [])(str(path))
-    mapped = zipfile.is_zipfile(path)  # tensors stay in the file until they are used
-    leftovers = [name for name in listed if name.startswith(_TRAINER_MODULES)]
-    if not leftovers:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    with torch.serialization.safe_globals([(type("Leftover", (), {}), name) for name in leftovers]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-
-
-def check_finite(tensors: Mapping[str, torch.Tensor], name: str, error: type[FileError] = FileError) -> None:
-    """Raise ``error`` naming the first tensor that holds NaN or infinity."""
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        whole = key in integers
+        if tensor.dtype == torch.bool or tensor.is_complex() or tensor.is_floating_point() == whole:
+            raise error(f"{name}: {short(key)} holds {str(tensor.dtype).removeprefix('torch.')} numbers; wanted "
+                        f"{'whole' if whole else 'floating point'} ones. It is another kind of file, or a quantised one: get "
+                        "the fp16 or fp32 version.")
+        if not whole and not is_finite(tensor):
             raise error(
-                f"{name}: the weight {key} holds NaN or infinite values; the file is damaged or its training broke. "
+                f"{name}: the weight {short(key)} holds NaN or infinite values; the file is damaged or its training broke. "
                 "Use an earlier checkpoint or download it again."
             )
+
+
+def integers_in(weights: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of a model's weights that are whole numbers, for `check_finite`."""
+    return {key for key, value in weights.items() if not value.is_floating_point()}
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether floating point numbers are all finite, in float32; in parts, so that it takes no memory."""
+    parts = tensor.reshape(-1).split(_CHECKED_AT_ONCE)
+    return all(bool(torch.isfinite(part.float()).all()) for part in parts)
 
 
 def check_shapes(
@@ -138,7 +322,7 @@ def check_shapes(
         )
     for key, shape in wanted.items():
         if tuple(found[key].shape) != tuple(shape):
-            raise error(f"{name}: {key} has shape {tuple(found[key].shape)}, wanted {tuple(shape)} for {what}. "
+            raise error(f"{name}: {short(key)} has shape {tuple(found[key].shape)}, wanted {tuple(shape)} for {what}. "
                         "The file mixes sizes: get it again from its author.")
 
 
@@ -146,7 +330,7 @@ def _some(label: str, keys: list[str], most: int = 4) -> str:
     if not keys:
         return ""
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return f"{len(keys)} {label} keys ({', '.join(keys[:most])}{more}). "
+    return f"{len(keys)} {label} keys ({', '.join(map(short, keys[:most]))}{more}). "
 
 
 def sha256_of_file(path: str | Path) -> str:

@@ -11,8 +11,7 @@ import torch
 
 from ..errors import ReferenceMismatchError
 
-TIMESTEPS = 1000  # that Stable Diffusion and ELLA count
-LAST_TIMESTEP = TIMESTEPS - 1
+LAST_TIMESTEP = 999
 # percents of whole timesteps are not exact in float32
 SLACK_TIMESTEPS = 0.5
 

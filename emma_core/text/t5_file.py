@@ -74,7 +74,7 @@ class T5File:
         with open_tensors(path, _WHAT, TextEncoderFileError) as file:
             for name, entry in stored.items():
                 target = torch.float32 if name.endswith(float32_names or ("\0",)) else dtype
-                source = file.get_tensor(entry.key)
+                source = file.tensor(entry.key)
                 scale = self.scales.get(f"{part}.{name}")
                 if scale is not None:
                     source = source.float() * self._scale(scale, entry)
@@ -84,7 +84,7 @@ class T5File:
 
     def _scale(self, scale: _Stored, weight: _Stored) -> torch.Tensor:
         with open_tensors(scale.path, _WHAT, TextEncoderFileError) as file:
-            value = file.get_tensor(scale.key).float()
+            value = file.tensor(scale.key).float()
         return value.reshape(()) if value.numel() == 1 else value.reshape(weight.shape[0], 1)
 
     def _cast(self, source: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -112,10 +112,8 @@ def open_t5_file(path: str | Path) -> T5File:
     declared: dict[str, object] = {}
     for file in files:
         with open_tensors(file, _WHAT, TextEncoderFileError) as tensors:
-            declared |= _declared_in_metadata(tensors.metadata() or {}, file.name)
-            for key in list(tensors.keys()):
-                header = tensors.get_slice(key)
-                entries[key] = _Stored(file, key, tuple(header.get_shape()), str(header.get_dtype()))
+            declared |= _declared_in_metadata(tensors.metadata(), file.name)
+            entries |= {key: _Stored(file, key, stored.shape, stored.kind) for key, stored in tensors.stored.items()}
     refuse_other_models(entries, path.name)
     weights, scales = _sort(entries, path.name)
     config = config_from_shapes({key: entry.shape for key, entry in weights.items()}, path.name)

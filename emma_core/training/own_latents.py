@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..base.backbones import Backbone
+from ..base.pipeline import PIXELS_PER_LATENT
 from ..errors import TrainingConfigError
 from ..model.assembly import Assembly
 from ..model.connector import Connector
@@ -142,7 +143,7 @@ def own_latents(
 
 def _sample(config: TrainConfig, backbone: Backbone, connector: Connector, texts, prompt: str, number: int) -> torch.Tensor:
     """One guided sample (4, h, w) from the text alone, the same for the same prompt and number."""
-    guidance, spec = config.report.guidance, backbone.spec
+    guidance, cells = config.report.guidance, config.data.resolution_px // PIXELS_PER_LATENT
     with_text_1ND, without_1ND = (texts[text].to(backbone.device) for text in (prompt, ""))
 
     def context(timestep_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,7 +155,6 @@ def _sample(config: TrainConfig, backbone: Backbone, connector: Connector, texts
 
     seed = int.from_bytes(hashlib.sha256(f"{config.train.seed} {number} {prompt}".encode()).digest()[:8], "big") >> 1
     generator = torch.Generator().manual_seed(seed)
-    cells = config.data.resolution_px // spec.pixels_per_latent
-    size = (1, spec.latent_channels, cells, cells)
+    size = (1, 4, cells, cells)
     return sample_latents(predict, backbone.alphas_cumprod_T, context, generator, config.report.sample_steps, size,
-                          spec.prediction)[0].float().cpu()
+                          backbone.prediction)[0].float().cpu()

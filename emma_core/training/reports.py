@@ -9,11 +9,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..base.schedule import TIMESTEPS
 from ..errors import TrainingConfigError
 from .config import TrainConfig
 from .log import Log
-from .losses import BUCKETS
+from .losses import BUCKETS, TIMESTEPS
 from .samples import Sampler
 from .trainer import Trainer, UpdateReport
 

@@ -1,0 +1,59 @@
+"""Files as they are opened first: there, plain, of a size that can be what is wanted."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from ..errors import EmmaError, FileError
+
+_KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+
+
+def check_plain_file(path: str | Path, what: str, error: type[EmmaError] = FileError) -> Path:
+    """``path`` as a Path if it is a plain file: reading a pipe or a device may never end.
+
+    Args:
+        path: the file.
+        what: what the file should hold, for the messages ("an ELLA connector").
+        error: exception type to raise.
+    Raises:
+        error: no such file, a folder, a pipe, a device, a name that no file can have, no permission.
+    """
+    path = Path(path)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise error(f"{path} does not exist; wanted {what}. Check the path or put the file there.") from None
+    except (OSError, ValueError) as found:  # ValueError of a NUL in the name
+        reason = getattr(found, "strerror", None) or found
+        raise error(f"{path} cannot be opened ({reason}); wanted {what}. Check the path and its permissions.") from None
+    if stat.S_ISDIR(mode):
+        raise error(f"{path} is a folder; wanted the file of {what}. Choose a file inside it.")
+    if not stat.S_ISREG(mode):
+        kind = next((kind for check, kind in _KINDS if check(mode)), "no plain file")
+        raise error(f"{path} is {kind}; wanted {what}. Choose a plain file.")
+    return path
+
+
+def read_bytes(path: str | Path, what: str, error: type[EmmaError] = FileError, most: int | None = None) -> bytes:
+    """The content of a plain file of ``most`` bytes at most. Raises as `check_plain_file`, and for more bytes."""
+    path = check_plain_file(path, what, error)
+    try:
+        with open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if most is not None and size > most:
+                raise error(f"{path.name} holds {size:,} bytes; {what} has {most:,} at most. Choose another file.")
+            return stream.read() if most is None else stream.read(most)
+    except OSError as found:
+        raise error(f"{path} cannot be read ({found.strerror or found}); wanted {what}. Check the file and its permissions."
+                    ) from found
+
+
+def read_text(path: str | Path, what: str, error: type[EmmaError] = FileError, most: int | None = None) -> str:
+    """The text of a plain file in UTF-8, with or without a byte order mark. Raises as `read_bytes`, and for other bytes."""
+    try:
+        return read_bytes(path, what, error, most).decode("utf-8-sig")
+    except UnicodeDecodeError as found:
+        raise error(f"{Path(path).name} is not UTF-8 (byte {found.start}); wanted {what}. Save it as UTF-8.") from None
