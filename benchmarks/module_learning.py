@@ -23,14 +23,14 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 
+from emma_core.base.parts import Parts  # noqa: E402
 from emma_core.base.pipeline import Sampling  # noqa: E402
 from emma_core.model.gated_resampler import GatedResampler  # noqa: E402
-from emma_core.playground.world import load_world  # noqa: E402
 from emma_core.training.config import TrainConfig, resolve  # noqa: E402
 from emma_core.training.draws import Draws  # noqa: E402
 from emma_core.training.examples import read_examples  # noqa: E402
 from emma_core.training.losses import TimestepBuckets  # noqa: E402
-from emma_core.training.parts import Parts, load_parts, options_of  # noqa: E402
+from emma_core.training.parts import load_parts, options_of  # noqa: E402
 from emma_core.training.prepare import Prepared, prepare  # noqa: E402
 from emma_core.training.runs import begin  # noqa: E402
 from emma_core.training.student import Student  # noqa: E402
@@ -39,6 +39,7 @@ from lab.emoji.dataset import load  # noqa: E402
 from lab.playground.evaluate import Generation, Line, choose_trials, hits_of  # noqa: E402
 from lab.playground.judge import load_judge  # noqa: E402
 from lab.playground.train_encoder import LABELS, labels_of  # noqa: E402
+from lab.playground.world import load_world  # noqa: E402
 
 LABEL_OF = {"style": "vendor", "face": "tone"}
 CENTRE = {

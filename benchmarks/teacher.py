@@ -25,19 +25,21 @@ from peft import LoraConfig  # noqa: E402
 from peft.utils import get_peft_model_state_dict  # noqa: E402
 
 from emma_core.__main__ import main as emma  # noqa: E402
-from emma_core.base.backbones import add_lora, load_backbone  # noqa: E402
+from emma_core.base.backbones import load_backbone  # noqa: E402
+from emma_core.base.config import BaseConfig  # noqa: E402
+from emma_core.base.lora import add_lora  # noqa: E402
 from emma_core.base.pipeline import Sampling  # noqa: E402
+from emma_core.base.schedule import TIMESTEPS, add_noise  # noqa: E402
+from emma_core.base.spec import PLAYGROUND_SPEC  # noqa: E402
 from emma_core.files.module_file import load_module  # noqa: E402
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder  # noqa: E402
-from emma_core.playground.unet import add_noise  # noqa: E402
-from emma_core.playground.world import load_world  # noqa: E402
-from emma_core.training.config import BaseConfig  # noqa: E402
 from lab.emoji.dataset import EmojiPeople, load  # noqa: E402
 from lab.playground.evaluate import Generation, Line, Trial, hits_of, save_sheet  # noqa: E402
 from lab.playground.judge import load_judge  # noqa: E402
 from lab.playground.text import wordings  # noqa: E402
 from lab.playground.train_base import unit_latents  # noqa: E402
 from lab.playground.train_encoder import LABELS, labels_of  # noqa: E402
+from lab.playground.world import load_world  # noqa: E402
 
 RANK, BATCH, RATE = 16, 16, 2e-3
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out"]
@@ -50,7 +52,7 @@ def train_lora(data: EmojiPeople, vendor: str, steps: int, out: Path) -> Path:
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights="gaussian"))
     learning = [value for value in unet.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=RATE)
-    latents = unit_latents(load_autoencoder(PLAYGROUND_DIR / "autoencoder.safetensors"), data)
+    latents = unit_latents(load_autoencoder(PLAYGROUND_SPEC.latent_scale, PLAYGROUND_DIR / "autoencoder.safetensors"), data)
     positions = [position for position in data.positions("train") if data.rows[position].vendor == vendor]
     connector = world.pipeline.connector
     for step in range(steps):
@@ -58,12 +60,13 @@ def train_lora(data: EmojiPeople, vendor: str, steps: int, out: Path) -> Path:
             group["lr"] = RATE * min(1.0, (step + 1) / 20) * (1 - step / steps)
         rows = chance.choices(positions, k=BATCH)
         noise = torch.randn((BATCH, *latents.shape[1:]), generator=generator)
-        timestep_B = torch.randint(1000, (BATCH,), generator=generator)
+        timestep_B = torch.randint(TIMESTEPS, (BATCH,), generator=generator)
         with torch.no_grad():
             texts = [world.pipeline.encode_text([chance.choice(wordings(data.rows[row]))])[0] for row in rows]
             tokens = [connector.tokens(text, timestep) for text, timestep in zip(texts, timestep_B.split(1), strict=True)]
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = unet(add_noise(latents[rows], noise, timestep_B), timestep_B, torch.cat(tokens), return_dict=False)[0]
+            kept_B = PLAYGROUND_SPEC.alphas_cumprod_T[timestep_B]
+            predicted = unet(add_noise(latents[rows], noise, kept_B), timestep_B, torch.cat(tokens), return_dict=False)[0]
         loss = (predicted.float() - noise).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -34,8 +34,8 @@ from accelerate import Accelerator  # noqa: E402
 from torch import nn  # noqa: E402
 
 from emma_core.base.backbones import Backbone  # noqa: E402
+from emma_core.base.spec import SD15  # noqa: E402
 from emma_core.model.connector import Connector, ConnectorConfig  # noqa: E402
-from emma_core.playground.unet import alphas_cumprod  # noqa: E402
 from emma_core.training.config import TrainConfig, resolve  # noqa: E402
 from emma_core.training.losses import TimestepBuckets  # noqa: E402
 from emma_core.training.starts import begin_module  # noqa: E402
@@ -88,7 +88,7 @@ def playground(config: TrainConfig) -> Models:
 def sd15(config: TrainConfig) -> Models:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, T5Config, T5EncoderModel
 
-    from emma_core.base.sd15_files import KlAutoencoder
+    from emma_core.base.autoencoder_files import KlAutoencoder
 
     t5 = random_weights(lambda: T5EncoderModel(T5Config(
         vocab_size=32128, d_model=2048, d_kv=64, num_heads=32, d_ff=5120, num_layers=24, feed_forward_proj="gated-gelu")))
@@ -106,7 +106,7 @@ def sd15(config: TrainConfig) -> Models:
     def references(picture_B3HW: torch.Tensor) -> torch.Tensor:
         return clip(nn.functional.interpolate(picture_B3HW, (224, 224), mode="bilinear")).image_embeds
 
-    autoencoder = KlAutoencoder(random_weights(full_autoencoder), 0.18215)
+    autoencoder = KlAutoencoder(random_weights(full_autoencoder), SD15.latent_scale)
     return Models(full_backbone(config, autoencoder), full_connector(), texts, references, 512)
 
 
@@ -121,7 +121,7 @@ def full_backbone(config: TrainConfig, autoencoder: nn.Module, dtype: torch.dtyp
     from diffusers import UNet2DConditionModel
 
     unet = random_weights(lambda: UNet2DConditionModel(cross_attention_dim=768), dtype)  # the other defaults are SD1.5's
-    backbone = Backbone(unet, autoencoder, 0.18215, "eps", alphas_cumprod(), "random", "")
+    backbone = Backbone(unet, autoencoder, SD15, "random", "")
     if config.train.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     return backbone

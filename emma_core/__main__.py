@@ -5,22 +5,29 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+
+_COMMANDS = {
+    "generate": "draw pictures from prompts and references", "train": "train an EMMA module, or an ELLA connector",
+    "eval": "judge modules on prompts x references, by CLIP and DINO",
+    "inspect": "print what a module says of itself, draw its gate map",
+}
+_HOME = {"eval": "evaluate"}  # where the module has another name than the command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
-    from .commands import evaluate, generate, inspect, train
-
+    """Run a command; returns the exit status. Only what the command needs is imported: drawing does without the trainer."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m emma_core", description="EMMA modules without ComfyUI.")
     commands = parser.add_subparsers(dest="command", required=True)
-    generate.add_arguments(commands.add_parser("generate", help="draw pictures from prompts and references"))
-    train.add_arguments(commands.add_parser("train", help="train an EMMA module, or an ELLA connector"))
-    evaluate.add_arguments(commands.add_parser("eval", help="judge modules on prompts x references, by CLIP and DINO"))
-    inspect.add_arguments(commands.add_parser("inspect", help="print what a module says of itself, draw its gate map"))
-    options = parser.parse_args(arguments)
-    run = {"generate": generate.generate, "train": train.train, "eval": evaluate.evaluate,
-           "inspect": inspect.inspect}[options.command]
-    return run(options)
+    parsers = {name: commands.add_parser(name, help=explained) for name, explained in _COMMANDS.items()}
+    chosen = next(iter(arguments), "")
+    if chosen not in parsers:
+        parser.parse_args(arguments)  # help, or a word that is no command: ends here
+        parser.error(f"the command comes first: {', '.join(parsers)}")
+    command = import_module(f".commands.{_HOME.get(chosen, chosen)}", __package__)
+    command.add_arguments(parsers[chosen])
+    return command.run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

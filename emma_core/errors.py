@@ -89,8 +89,12 @@ class UnconnectedModelError(EmmaError):
     """EMMA conditioning reached a MODEL that was not connected through EMMA Connector."""
 
 
-class TrainingConfigError(EmmaError):
-    """A training configuration names something unknown, or holds a value that cannot be used."""
+class SettingsError(EmmaError):
+    """Settings of a command name something unknown, or hold a value that cannot be used."""
+
+
+class TrainingConfigError(SettingsError):
+    """Settings of a training run do not go together, or not with its files."""
 
 
 class TrainingDataError(EmmaError):

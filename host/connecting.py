@@ -3,10 +3,11 @@
 import logging
 import warnings
 
-from ..emma_core.encoders.reference_features import ReferenceFeatures, check_for_module
+from ..emma_core.encoders.matching import check_for_module
 from ..emma_core.errors import ConnectorMismatchError, EmmaWarning
 from ..emma_core.model.addition import Addition
 from ..emma_core.model.assembly import Reference
+from ..emma_core.model.reference_features import ReferenceFeatures
 from .conditioning import connect_conditioning
 from .loaded import LoadedConnector, LoadedModule
 from .payload import HostAssembly

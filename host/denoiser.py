@@ -12,8 +12,8 @@ import comfy.model_sampling
 import torch
 import torch.utils.checkpoint
 
+from ..emma_core.base.schedule import TIMESTEPS
 from ..emma_core.errors import TrainingConfigError, TrainingError
-from ..emma_core.training.losses import TIMESTEPS
 
 _CHECKPOINTED = (comfy.ldm.modules.diffusionmodules.openaimodel.ResBlock, comfy.ldm.modules.attention.SpatialTransformer)
 

@@ -27,19 +27,14 @@ from ..emma_core.encoders.clip_vision import (
 )
 from ..emma_core.encoders.families import CLIP_TOWERS, MEAN, STD
 from ..emma_core.encoders.loading import encoder_kind
+from ..emma_core.encoders.matching import check_encoder, check_for_module, encode_options
 from ..emma_core.encoders.options import FaceChoice, Framing
 from ..emma_core.encoders.pictures import Preparation
 from ..emma_core.encoders.playground import load_playground_encoder
-from ..emma_core.encoders.reference_features import (
-    ReferenceFeatures,
-    check_encoder,
-    check_for_module,
-    combine_features,
-    encode_options,
-)
 from ..emma_core.encoders.weights import weights_path
 from ..emma_core.errors import EncoderFileError
 from ..emma_core.files.tensor_file import fingerprint_of_weights
+from ..emma_core.model.reference_features import ReferenceFeatures, combine_features
 from ..emma_core.playground import PLAYGROUND_DIR
 from .images import object_masks, rgb_pictures
 from .loaded import LoadedEncoder, LoadedModule, patcher_for

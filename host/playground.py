@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..emma_core.base.spec import PLAYGROUND_SPEC
 from ..emma_core.errors import FileError
 from ..emma_core.playground import PLAYGROUND_DIR, load_autoencoder, unet_tensors_and_config
 from ..emma_core.playground.autoencoder import Autoencoder
@@ -105,7 +106,8 @@ def load_vae() -> comfy.sd.VAE:
     """The autoencoder as the host's VAE; it has SD's latent layout (4 channels, 8 pixels a cell)."""
     # The host sets itself up for its own small 4-channel, 8x autoencoder; ours takes that one's place.
     vae = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD().state_dict(), dtype=torch.float32)
-    vae.first_stage_model = _HostAutoencoder(load_autoencoder(operations=comfy.ops.manual_cast)).eval()
+    autoencoder = load_autoencoder(PLAYGROUND_SPEC.latent_scale, operations=comfy.ops.manual_cast)
+    vae.first_stage_model = _HostAutoencoder(autoencoder).eval()
     vae.patcher = comfy.model_patcher.ModelPatcher(
         vae.first_stage_model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
     )

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..emma_core.encoders.reference_features import ReferenceFeatures
-from ..emma_core.encoders.reference_file import load_reference, save_reference
+from ..emma_core.files.reference_file import load_reference, save_reference
+from ..emma_core.model.reference_features import ReferenceFeatures
 from .naming import free_file
 from .paths import REFERENCE
 

@@ -16,6 +16,7 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ..emma_core.base.schedule import TIMESTEPS
 from ..emma_core.encoders.base import encode_pictures
 from ..emma_core.errors import ConnectorMismatchError, TrainingConfigError, TrainingDataError, TrainingError
 from ..emma_core.files.module_file import module_tensors, save_module
@@ -24,7 +25,7 @@ from ..emma_core.model.connector import Connector
 from ..emma_core.training.config import TrainConfig
 from ..emma_core.training.identity import run_identity
 from ..emma_core.training.log import Log
-from ..emma_core.training.losses import BUCKETS, TIMESTEPS
+from ..emma_core.training.losses import BUCKETS
 from ..emma_core.training.parts import encoder_metadata, options_of
 from ..emma_core.training.reports import Reporter
 from ..emma_core.training.runs import model_spec

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from emma_core.drawing.contact_sheet import SheetRow, draw_contact_sheet
+from emma_core.files.picture_file import open_picture, picture_tensor
 from emma_core.playground import PLAYGROUND_DIR
 
 WORKFLOW = PLAYGROUND_DIR.parent / "workflows" / "playground.json"
@@ -40,21 +41,22 @@ ROWS = (
 )
 
 
-def reference_path(name: str) -> Path:
-    """File of a shipped reference picture."""
-    return PLAYGROUND_DIR / "references" / f"{name}.png"
+def shown(name: str) -> torch.Tensor:
+    """A shipped reference picture (1, H, W, 3) in [0, 1]."""
+    return picture_tensor(open_picture(PLAYGROUND_DIR / "references" / f"{name}.png"))
 
 
 def bare_pictures(rows=ROWS) -> list[list[torch.Tensor]]:
     """Pictures (H, W, 3) of each row's variants, without ComfyUI."""
     from emma_core.base.pipeline import Request, generate
     from emma_core.model.assembly import Assembly
-    from emma_core.playground.world import load_world, read_picture
+
+    from .playground.world import load_world
 
     world = load_world()
     requests = []
     for row in rows:
-        references = {kind: world.encode_reference(kind, read_picture(reference_path(getattr(row, kind))))
+        references = {kind: world.encode_reference(kind, shown(getattr(row, kind)))
                       for kind in ("style", "face")}
         requests += [Request(row.prompt, Assembly([references[kind] for kind in kinds]), seed=row.seed)
                      for kinds in VARIANTS.values()]
@@ -64,7 +66,6 @@ def bare_pictures(rows=ROWS) -> list[list[torch.Tensor]]:
 
 def server_pictures(url: str, rows=ROWS) -> list[list[torch.Tensor]]:
     """The same by a ComfyUI server from the shipped workflow."""
-    from emma_core.playground.world import read_picture
     from harness.server_client import ComfyClient, api_prompt, node_titled
 
     client = ComfyClient(url)
@@ -78,8 +79,8 @@ def server_pictures(url: str, rows=ROWS) -> list[list[torch.Tensor]]:
             if node["class_type"] == "KSampler":
                 node["inputs"]["seed"] = row.seed
         outputs = client.run(prompt)
-        pictures.append([read_picture(io.BytesIO(client.picture(outputs[node_titled(prompt, variant)]["images"][0])))[0]
-                         for variant in VARIANTS])
+        files = [client.picture(outputs[node_titled(prompt, variant)]["images"][0]) for variant in VARIANTS]
+        pictures.append([picture_tensor(open_picture(io.BytesIO(file)))[0] for file in files])
     return pictures
 
 
@@ -97,11 +98,8 @@ def main() -> None:
 
 def demo_sheet(pictures: list[list[torch.Tensor]], made_by: str, rows=ROWS):
     """The labelled sheet (a PIL image)."""
-    from emma_core.playground.world import read_picture
-
     sheet_rows = [
-        SheetRow(f'"{row.prompt}"', [read_picture(reference_path(row.style))[0], read_picture(reference_path(row.face))[0],
-                                     *variants])
+        SheetRow(f'"{row.prompt}"', [shown(row.style)[0], shown(row.face)[0], *variants])
         for row, variants in zip(rows, pictures, strict=True)
     ]
     return draw_contact_sheet(COLUMNS, sheet_rows, references=2, footer=f"EMMA playground, made by {made_by}")

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..emma_core.encoders.face_alignment import parse_keypoints
 from ..emma_core.encoders.options import BACKGROUNDS, FACES, FRAMES, FaceChoice, Framing
-from ..emma_core.encoders.reference_features import COMBINATIONS
+from ..emma_core.model.reference_features import COMBINATIONS
 from ..host import encoders
 from .types import Encoder, Module, Reference, advanced, schema
 

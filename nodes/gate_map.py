@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..emma_core.model.strength_keyframes import LAST_TIMESTEP
 from ..host import gate_maps
 from .types import Assembly, Ella, schema
 
@@ -22,7 +23,7 @@ class EMMAGateMap(io.ComfyNode):
                 Assembly.Input("assembly", tooltip="The assembly to look into."),
                 io.Conditioning.Input("conditioning", tooltip="The prompt, encoded with Load ELLA Text Encoder. The first "
                                                               "entry is drawn."),
-                io.Int.Input("timestep", default=700, min=0, max=999,
+                io.Int.Input("timestep", default=700, min=0, max=LAST_TIMESTEP,
                              tooltip="Timestep to look at: 999 is pure noise, 0 the finished picture."),
             ],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="The gate map, for Preview Image.")],

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..emma_core.encoders.reference_features import blend_references
+from ..emma_core.encoders.matching import blend_references
 from ..emma_core.model.frame_values import INTERPOLATIONS, parse_keyframes, values_between, values_over_frames
 from .types import Reference, schema
 

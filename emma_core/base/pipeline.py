@@ -6,10 +6,8 @@ pictures 3 x H x W.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,14 +15,12 @@ from ..errors import ImageInputError
 from ..model.addition import TokenTerms, joined
 from ..model.assembly import Assembly, terms_over_schedule
 from ..model.connector import Connector
+from .backbones import Backbone
+from .config import PICTURES_AT_ONCE
+from .schedule import scheduler_for
+from .spec import PLAYGROUND_SPEC, SD15, BaseSpec
 
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
-
-LATENT_CHANNELS = 4
-PIXELS_PER_LATENT = 8
-SD15_LATENT_SCALE = 0.18215
-PICTURES_AT_ONCE = 16
+PIXELS_PER_LATENT = SD15.pixels_per_latent
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,8 @@ class Sampling:
 
     steps: int = 20
     guidance: float = 4.0
-    width_px: int = 128
-    height_px: int = 128
+    width_px: int = PLAYGROUND_SPEC.side_px
+    height_px: int = PLAYGROUND_SPEC.side_px
 
     def __post_init__(self):
         if self.steps < 1 or self.width_px % PIXELS_PER_LATENT or self.height_px % PIXELS_PER_LATENT:
@@ -63,8 +59,8 @@ class Pipeline:
         encode_text: prompts -> T5 features (1, N, D) each.
         connector: ELLA.
         predict_noise: (noised latent (B, 4, h, w), timestep (B,), context (B, K, W)) -> predicted noise.
-        decode: latents of unit deviation times 1/0.18215 -> pictures (B, 3, H, W) in [-1, 1].
-        scheduler: as `sd15_scheduler` makes it.
+        decode: latents of unit deviation -> pictures (B, 3, H, W) in [-1, 1].
+        spec: of the base: its latents, its noise schedule, what it predicts.
         assemble: (connector, text, timesteps, assembly) -> what each timestep predicts with, as `terms_over_schedule`.
     """
 
@@ -72,23 +68,21 @@ class Pipeline:
     connector: Connector
     predict_noise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
-    scheduler: DDIMScheduler
+    spec: BaseSpec
     assemble: Callable[[Connector, torch.Tensor, torch.Tensor, Assembly], list[TokenTerms]] = terms_over_schedule
 
 
-def sd15_scheduler() -> DDIMScheduler:
-    """DDIM on SD1.5's noise schedule, at the timesteps of ComfyUI's `ddim_uniform`, down to no noise at all."""
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1,
-        set_alpha_to_one=True, clip_sample=False,
-    )
+def pipeline_for(
+    backbone: Backbone, connector: Connector, encode_text: Callable[[Sequence[str]], list[torch.Tensor]]
+) -> Pipeline:
+    """The pipeline of a base and its ELLA, whoever draws: commands, sample sheets, thumbnails, evaluations."""
+    return Pipeline(encode_text, connector, backbone.predict_noise, backbone.decode, backbone.spec)
 
 
-def initial_noise(seed: int, sampling: Sampling) -> torch.Tensor:
+def initial_noise(seed: int, sampling: Sampling, spec: BaseSpec) -> torch.Tensor:
     """The noise (1, 4, h, w) that ComfyUI makes for a seed and one picture."""
-    size = (1, LATENT_CHANNELS, sampling.height_px // PIXELS_PER_LATENT, sampling.width_px // PIXELS_PER_LATENT)
+    cell_px = spec.pixels_per_latent
+    size = (1, spec.latent_channels, sampling.height_px // cell_px, sampling.width_px // cell_px)
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -107,19 +101,19 @@ def generate(
     parts = []
     for start in range(0, len(requests), at_once):
         for latent_14hw in _sample(pipeline, requests[start:start + at_once], sampling).split(1):
-            image_13HW = pipeline.decode(latent_14hw / SD15_LATENT_SCALE)
+            image_13HW = pipeline.decode(latent_14hw)
             parts.append(((image_13HW + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).cpu())
     return torch.cat(parts)
 
 
 def _sample(pipeline: Pipeline, requests: Sequence[Request], sampling: Sampling) -> torch.Tensor:
-    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler = scheduler_for(pipeline.spec.alphas_cumprod_T, pipeline.spec.prediction)
     scheduler.set_timesteps(sampling.steps)
     positive_T = _terms(pipeline, [(request.prompt, request.assembly) for request in requests], scheduler.timesteps)
     negative_T = _terms(pipeline, [(request.negative, Assembly()) for request in requests], scheduler.timesteps)
     # in float32, whatever the tokens are: half precision would round at every step
-    device = positive_T[0].tokens_BKW.device
-    noise_B4hw = torch.cat([initial_noise(request.seed, sampling) for request in requests]).to(device)
+    noises = [initial_noise(request.seed, sampling, pipeline.spec) for request in requests]
+    noise_B4hw = torch.cat(noises).to(positive_T[0].tokens_BKW.device)
     latent_B4hw = scheduler.add_noise(torch.zeros_like(noise_B4hw), noise_B4hw, scheduler.timesteps[:1])
     for timestep, positive, negative in zip(scheduler.timesteps, positive_T, negative_T, strict=True):
         with_text_B4hw, without_B4hw = _predict(pipeline, latent_B4hw, timestep, joined([positive, negative])).chunk(2)

@@ -7,8 +7,8 @@ import sys
 
 from ..errors import EmmaError
 from ..evaluation.config import EvalConfig, resolve_evaluation
-from ..training.config import read_toml
-from .train import add_keys, changes_of, end_as_interrupt
+from ..settings import read_toml
+from .flags import add_keys, changes_of, end_as_interrupt
 
 _EPILOG = """examples:
   python -m emma_core eval my.toml
@@ -34,18 +34,18 @@ def config_of(options: argparse.Namespace) -> EvalConfig:
     """The configuration that the arguments name.
 
     Raises:
-        TrainingConfigError: see `resolve_evaluation`.
+        SettingsError: see `resolve_evaluation`.
     """
     return resolve_evaluation(read_toml(options.config) if options.config else {}, changes_of(options))
 
 
-def evaluate(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run it; mistakes are told in one line, and Ctrl-C leaves an evaluation that can go on."""
-    from ..evaluation.runs import run
+    from ..evaluation import runs
 
     end_as_interrupt()
     try:
-        print(f"results: {run(config_of(options), print, bars=sys.stderr.isatty(), device=options.device)}")
+        print(f"results: {runs.run(config_of(options), print, bars=sys.stderr.isatty(), device=options.device)}")
         return 0
     except EmmaError as found:
         print(f"error: {found}", file=sys.stderr)

@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..base.config import BaseConfig, EllaConfig, EncodersConfig, SamplingConfig, encoder_files, size_px
 from ..base.pipeline import Request, Sampling
-from ..base.text_to_image import TextToImage, picture_tensor, save_picture
+from ..base.text_to_image import TextToImage, save_picture
 from ..errors import EmmaError, ImageInputError
-from ..evaluation.config import EncodersConfig, SamplingConfig, encoder_files, size_px
 from ..evaluation.references import reference_of
+from ..files.picture_file import picture_tensor
 from ..model.assembly import Assembly, Reference
-from ..training.config import BaseConfig, EllaConfig, resolve_sections
-from .train import add_keys, changes_of
+from ..settings import resolve_sections
+from .flags import add_keys, changes_of
 
 _EPILOG = """examples:
   python -m emma_core generate "man cook" --module playground/emma-style.safetensors playground/references/style-noto.png
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_keys(parser, PictureConfig)
 
 
-def generate(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Draw and save; mistakes are told in one line."""
     try:
         for path in draw(options):

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timestep", type=float, default=_TIMESTEP, help="0 to 999")
 
 
-def inspect(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print, and draw if asked to."""
     try:
         module = load_module(options.file)

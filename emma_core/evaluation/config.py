@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..base.pipeline import PICTURES_AT_ONCE, PIXELS_PER_LATENT, Sampling
+from ..base.config import BaseConfig, EllaConfig, EncodersConfig, SamplingConfig, size_px
+from ..base.pipeline import PIXELS_PER_LATENT
 from ..errors import EmmaError
-from ..playground import PLAYGROUND_DIR
-from ..training.config import PLAYGROUND, PRECISIONS, BaseConfig, EllaConfig, key, resolve_sections
+from ..playground import PLAYGROUND
+from ..settings import key, resolve_sections
 
 PROTOCOLS = ("style", "portrait", "object")
 AS_TRAINED, MASK_ALWAYS, MASK_NEVER = MASKS = "as trained", "always", "never"
 SUBJECT = "{subject}"
 TEXT_ONLY = "text only"
-_SIDE_PX = 512
 
 
 class EvaluationError(EmmaError):
@@ -52,14 +52,6 @@ class ModulesConfig:
 
 
 @dataclass(frozen=True)
-class EncodersConfig:
-    """The reference encoders: each module takes the one that its metadata name."""
-
-    files: tuple[str, ...] = key((), "files or folders: CLIP, open_clip, AdaFace; the playground has its own")
-    open_clip_model: str = key("", "open_clip's name of the model, where a file does not tell")
-
-
-@dataclass(frozen=True)
 class ReferencesConfig:
     """The reference pictures: a folder, or annotated pictures in COCO's format."""
 
@@ -80,19 +72,6 @@ class PromptsConfig:
     file: str = key("", "text file, a prompt a line")
     captions: str = key("", "captions JSON in COCO's format: the first caption of each picture is a prompt")
     most: int = key(0, "this many prompts, chosen at random, but the same ones every time; 0: all", least=0)
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How pictures are sampled: DDIM, as training's sample pictures are."""
-
-    steps: int = key(20, "sampling steps", least=1)
-    guidance: float = key(7.0, "classifier-free guidance", least=0)
-    width_px: int = key(0, f"width of the pictures; 0: {_SIDE_PX}, of the playground {Sampling.width_px}", least=0)
-    height_px: int = key(0, f"height of the pictures; 0: {_SIDE_PX}, of the playground {Sampling.height_px}", least=0)
-    negative: str = key("", "negative prompt")
-    precision: str = key("fp16", "of the diffusion model; fp16 is fp32 on CPUs", choices=PRECISIONS)
-    batch: int = key(4, "pictures at once", least=1, most=PICTURES_AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -131,19 +110,6 @@ class EvalConfig:
         return size_px(self.base, self.sampling)
 
 
-def size_px(base: BaseConfig, sampling: SamplingConfig) -> tuple[int, int]:
-    """Width and height of the pictures; 0 is what the base knows."""
-    usual = (Sampling.width_px, Sampling.height_px) if base.checkpoint == PLAYGROUND else (_SIDE_PX, _SIDE_PX)
-    return sampling.width_px or usual[0], sampling.height_px or usual[1]
-
-
-def encoder_files(encoder: EncodersConfig, has_modules: bool) -> tuple[str, ...]:
-    """Those named, else the playground's own where a module needs one."""
-    if encoder.files or not has_modules:
-        return encoder.files
-    return (str(PLAYGROUND_DIR / "encoder.safetensors"),)
-
-
 @dataclass(frozen=True)
 class ResultRow:
     """A row of results: a strength for each module file; text only has none.
@@ -163,7 +129,7 @@ def resolve_evaluation(given: Mapping[str, Any], changes: Mapping[str, Any] | No
     """Defaults, then a file's tables, then `section.key` changes.
 
     Raises:
-        TrainingConfigError: an unknown section or key, a value of the wrong kind or out of range.
+        SettingsError: an unknown section or key, a value of the wrong kind or out of range.
     """
     return EvalConfig(**resolve_sections(EvalConfig, given, changes))
 

@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..base.config import encoder_files
 from ..base.pipeline import Request, Sampling
-from ..base.text_to_image import TextToImage, picture_tensor
+from ..base.text_to_image import TextToImage
 from ..errors import EmmaError
+from ..files.picture_file import picture_tensor
 from ..model.assembly import Assembly, Reference
 from ..model.gated_resampler import GatedResampler
 from ..playground import PLAYGROUND_DIR
-from .config import MASK_ALWAYS, MASK_NEVER, EvalConfig, EvaluationError, ResultRow, encoder_files
+from .config import MASK_ALWAYS, MASK_NEVER, EvalConfig, EvaluationError, ResultRow
 from .plan import DrawingJob, Files, sha256_of
 from .references import ReferencePicture
 

@@ -12,9 +12,8 @@ from typing import Protocol, TypeVar
 
 from PIL import Image
 
+from ..files.picture_file import MASK_SUFFIX, PICTURE_SUFFIXES, mask_beside, open_mask, open_picture, picture_size
 from ..files.tensor_file import sha256_of_file
-from ..training.buckets import open_mask, open_picture, picture_size
-from ..training.examples import MASK_SUFFIX, PICTURE_SUFFIXES
 from .config import SUBJECT, EvaluationError, PlanConfig, PromptsConfig, ReferencesConfig
 
 Thing = TypeVar("Thing")
@@ -130,8 +129,8 @@ def references_in(config: ReferencesConfig) -> list[ReferencePicture]:
 
 def reference_of(path: Path, name: str = "", group: str = "", subject: str = "") -> ReferencePicture:
     """The picture of a file, with its mask if there is one beside it."""
-    mask = path.with_name(path.stem + MASK_SUFFIX)
-    return ReferencePicture(name or path.name, group, subject, path, mask=MaskFile(mask) if mask.is_file() else None)
+    mask = mask_beside(path)
+    return ReferencePicture(name or path.name, group, subject, path, mask=MaskFile(mask) if mask else None)
 
 
 def prompts_in(config: PromptsConfig) -> list[str]:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..base.text_to_image import precision_on, save_picture
+from ..base.precision import precision_on
+from ..base.text_to_image import save_picture
 from ..files.tensor_file import write_atomically
-from ..training.config import toml_of
+from ..settings import toml_of
 from .coco import coco_captions, coco_references
 from .config import EvalConfig, ResultRow, ScoresConfig, check, resolve_evaluation, rows_of
 from .generation import Drawer, files_of
@@ -46,7 +47,7 @@ def run(config: EvalConfig, say: Callable[[str], None], bars: bool = True, devic
     models = [Model(*named) for named in scorer_names(config.scores)]
     files = files_of(config)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    precision = precision_on(config.sampling.precision, place)
+    precision = precision_on(config.sampling.precision, place).name
     compared = list(comparisons(config, files, precision, rows, references, prompts))
     jobs = {one.job.key: one.job for one in compared}
     folder = Path(config.output.folder)

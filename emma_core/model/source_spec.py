@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ModuleFileError
+from .strength_keyframes import LAST_TIMESTEP
 
 ELLA, TOKENS = "ella", "tokens"
 # the last timestep of each way of counting time: DDPM's 0 to 999, and sigma x 1000 of flow models
-LAST_OF_TIME = {"ddpm": 999, "flow": 1000}
+LAST_OF_TIME = {"ddpm": LAST_TIMESTEP, "flow": 1000}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 
 from ..errors import ReferenceMismatchError
 
-LAST_TIMESTEP = 999
+TIMESTEPS = 1000  # that Stable Diffusion and ELLA count
+LAST_TIMESTEP = TIMESTEPS - 1
 # percents of whole timesteps are not exact in float32
 SLACK_TIMESTEPS = 0.5
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .files import load_autoencoder, load_unet, unet_tensors_and_config
 
+PLAYGROUND = "playground"  # what settings call it in place of a file
 PLAYGROUND_DIR = Path(__file__).resolve().parents[2] / "playground"
-__all__ = ["PLAYGROUND_DIR", "load_autoencoder", "load_unet", "unet_tensors_and_config"]
+__all__ = ["PLAYGROUND", "PLAYGROUND_DIR", "load_autoencoder", "load_unet", "unet_tensors_and_config"]
 
 
 def __getattr__(name: str):

@@ -12,7 +12,6 @@ from torch import nn
 
 LATENT_CHANNELS = 4
 DOWNSCALE = 8
-LATENT_SCALE = 0.18215  # Stable Diffusion 1.5's latent format: the UNet sees latent * 0.18215, of unit deviation
 _FOLD = 2  # pixel unshuffle at the entrance, shuffle at the exit: the layers work at half resolution
 _WIDTHS = (32, 64, 128)  # at 1/2, 1/4 and 1/8 of the picture
 
@@ -28,10 +27,16 @@ class ResidualBlock(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """About 1.3 M parameters. `encode` and `decode` speak Stable Diffusion's VAE latents (unscaled)."""
+    """About 1.3 M parameters. `encode` and `decode` speak the latents of a VAE such as Stable Diffusion's.
 
-    def __init__(self, operations: ModuleType | type = nn, dtype=None, device=None):
+    Args:
+        latent_scale: factor that gives such latents unit deviation.
+        operations: namespace that the convolutions come from.
+    """
+
+    def __init__(self, latent_scale: float, operations: ModuleType | type = nn, dtype=None, device=None):
         super().__init__()
+        self.latent_scale = latent_scale
         placement = {"dtype": dtype, "device": device}
         half, quarter, eighth = _WIDTHS
         pixels = 3 * _FOLD**2
@@ -73,12 +78,12 @@ class Autoencoder(nn.Module):
         self.register_buffer("latent_deviation", torch.ones(LATENT_CHANNELS, **placement))
 
     def encode(self, image_B3HW: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1], sides divisible by 8 -> latents (B, 4, h, w); times 0.18215 of deviation 1."""
+        """(B, 3, H, W) in [-1, 1], sides divisible by 8 -> latents (B, 4, h, w); times ``latent_scale`` of deviation 1."""
         raw_B4hw = self.encoder(image_B3HW)
         mean = self.latent_mean.to(raw_B4hw)[:, None, None]
         deviation = self.latent_deviation.to(raw_B4hw)[:, None, None]
-        return (raw_B4hw - mean) / deviation / LATENT_SCALE
+        return (raw_B4hw - mean) / deviation / self.latent_scale
 
     def decode(self, latent_B4hw: torch.Tensor) -> torch.Tensor:
         """(B, 4, h, w) -> picture (B, 3, H, W) in [-1, 1]."""
-        return self.decoder(latent_B4hw * LATENT_SCALE).clamp(-1, 1)
+        return self.decoder(latent_B4hw * self.latent_scale).clamp(-1, 1)

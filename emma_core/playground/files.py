@@ -24,12 +24,13 @@ _AUTOENCODER, _UNET = "the playground's autoencoder", "the playground's UNet"
 
 
 def load_autoencoder(
-    path: str | Path | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-    operations: ModuleType | type = nn,
+    latent_scale: float, path: str | Path | None = None, dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None, operations: ModuleType | type = nn,
 ) -> Autoencoder:
     """The shipped autoencoder, or another file of its kind, strictly.
 
     Args:
+        latent_scale: of the latents it is to speak, see `Autoencoder`.
         path: None means the shipped file.
         dtype, device: None means float32 on the CPU.
         operations: namespace that the convolutions come from.
@@ -39,10 +40,10 @@ def load_autoencoder(
     path = Path(path or PLAYGROUND_DIR / "autoencoder.safetensors")
     tensors, _ = read_tensors(path, _AUTOENCODER)
     with torch.device("meta"):
-        shapes = {key: tuple(value.shape) for key, value in Autoencoder().state_dict().items()}
+        shapes = {key: tuple(value.shape) for key, value in Autoencoder(latent_scale).state_dict().items()}
     check_shapes(tensors, shapes, path.name, _AUTOENCODER)
     check_finite(tensors, path.name)
-    autoencoder = Autoencoder(operations, dtype or torch.float32, device)
+    autoencoder = Autoencoder(latent_scale, operations, dtype or torch.float32, device)
     autoencoder.load_state_dict(tensors)
     return autoencoder.eval().requires_grad_(False)
 

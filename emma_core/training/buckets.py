@@ -1,4 +1,4 @@
-"""Pictures of any kind and shape: read as plain RGB, then resized to one of a few sizes of about equal area."""
+"""Pictures of any shape: looked at, then resized to one of a few sizes of about equal area."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import TrainingConfigError
+from ..files.picture_file import open_mask, open_picture, picture_size
 from .config import DataConfig
 from .shards import Source
 
-WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
 _LEAST_AREA = 0.75  # of the square's; a shape that only fits with less, or its inverse, is left out
-_ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_LEVELS_16_PER_8 = 257
 _MOST_SHAPE_ERROR = 0.02  # of log(width / height): what rounding to whole pixels explains
 _CROP_AREA, _CROP_SHAPE, _CROP_TRIES, _LEAST_OBJECT = (0.5, 1.0), (3 / 4, 4 / 3), 10, 0.5
 
@@ -59,28 +56,6 @@ def content_of(source: Source) -> Look:
         return Look(picture_size(io.BytesIO(content)), hashlib.sha256(content).hexdigest())
     except Exception as found:  # as above
         return Look(fault=f"cannot be read any more ({found}); check the file")
-
-
-def open_picture(source: Source | io.BytesIO) -> Image.Image:
-    """RGB in 8 bits, turned as EXIF says; white behind what is transparent.
-
-    Raises:
-        OSError, SyntaxError, ValueError: whatever Pillow raises for a file that it cannot decode.
-    """
-    return _plain(source, WHITE).convert("RGB")
-
-
-def open_mask(source: Source | io.BytesIO) -> Image.Image:
-    """Grey in 8 bits, turned as EXIF says; black behind what is transparent. Raises as `open_picture`."""
-    return _plain(source, BLACK).convert("L")
-
-
-def picture_size(source: Source | io.BytesIO) -> tuple[int, int]:
-    """Width and height as shown, from the file's header."""
-    with Image.open(_stream(source)) as opened:
-        width_px, height_px = opened.size
-        turned = opened.getexif().get(_ORIENTATION) in _TURNED
-    return (height_px, width_px) if turned else (width_px, height_px)
 
 
 def buckets(data: DataConfig) -> tuple[tuple[int, int], ...]:
@@ -145,21 +120,3 @@ def random_crop(
         if mask_HW is None or mask_HW[top:top + high, left:left + wide].sum() >= _LEAST_OBJECT * mask_HW.sum():
             return left, top, left + wide, top + high
     return 0, 0, width_px, height_px
-
-
-def _stream(source: Source | io.BytesIO) -> io.BytesIO:
-    return source if isinstance(source, io.BytesIO) else io.BytesIO(source.read_bytes())
-
-
-def _plain(source: Source | io.BytesIO, behind: tuple[int, int, int, int]) -> Image.Image:
-    with Image.open(_stream(source)) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        picture.load()
-    if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion cuts them off at 255
-        levels = np.asarray(picture).astype(np.float64) / _LEVELS_16_PER_8
-        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
-    if "transparency" not in picture.info and not {"A", "a"} & set(picture.mode):
-        return picture
-    shown = Image.new("RGBA", picture.size, behind)
-    shown.alpha_composite(picture.convert("RGBA"))
-    return shown

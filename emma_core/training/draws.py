@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..base.schedule import TIMESTEPS
 from .config import TrainConfig
-from .losses import TIMESTEPS
 
 
 class TrainingSet(Protocol):

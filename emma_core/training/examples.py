@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TrainingConfigError, TrainingDataError
+from ..files.picture_file import MASK_SUFFIX, PICTURE_SUFFIXES, mask_beside
 from .buckets import Look, bucket_of, content_of, enlargement, look_at, same_shape
 from .config import DataConfig
 from .shards import SAMPLE_PICTURES, Processes, Sample, ShardMember, Source, find_shards, in_workers, index_shard
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MASK_SUFFIX = ".mask.png"
 SMALLEST_PX = 64
 _KEYS = ("image", "caption", "captions", "group", "reference", "references", "mask")
 _MOST_LISTED = 50
@@ -220,11 +219,6 @@ def _listed(mark: str, problems: Sequence[Problem]) -> list[str]:
     return lines + [f"  {mark}  and {len(problems) - _MOST_LISTED} more"] * (len(problems) > _MOST_LISTED)
 
 
-def _mask_beside(picture: Path) -> Path | None:
-    mask = picture.with_name(picture.stem + MASK_SUFFIX)
-    return mask if mask.is_file() else None
-
-
 def _from_folder(data: DataConfig) -> tuple[list[Example], list[Problem]]:
     folder, ending = Path(data.folder), "." + data.caption_extension.lstrip(".")
     if not folder.is_dir():
@@ -242,7 +236,7 @@ def _from_folder(data: DataConfig) -> tuple[list[Example], list[Problem]]:
         name, group = path.relative_to(folder).as_posix(), path.parent.relative_to(folder).as_posix()
         captions, fault = _captions_in(path.with_suffix(ending))
         problems += [Problem(name, fault, True)] if fault else []
-        examples.append(Example(name, path, captions, "" if group == "." else group, (), _mask_beside(path)))
+        examples.append(Example(name, path, captions, "" if group == "." else group, (), mask_beside(path)))
     return examples, problems
 
 
@@ -300,7 +294,7 @@ def _example(entry: dict[str, Any], home: Path) -> Example:
     references = [home / name for name in entry.get("references", [entry["reference"]] if "reference" in entry else [])]
     return Example(
         entry["image"], home / entry["image"], tuple(text.strip() for text in captions if text.strip()) or ("",),
-        entry.get("group", ""), tuple(references), mask, tuple(map(_mask_beside, references)))
+        entry.get("group", ""), tuple(references), mask, tuple(map(mask_beside, references)))
 
 
 def _from_shards(data: DataConfig, processes: Processes) -> tuple[list[Example], list[Problem]]:

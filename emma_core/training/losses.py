@@ -8,16 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..base.schedule import TIMESTEPS
 from .config import ObjectiveConfig
 
-TIMESTEPS = 1000
 BUCKETS = 5
-
-
-def add_noise(latent_B4hw: torch.Tensor, noise_B4hw: torch.Tensor, kept_B: torch.Tensor) -> torch.Tensor:
-    """DDPM's forward process (arXiv 2006.11239, eq. 4); ``kept_B`` is alpha-bar of each row's timestep."""
-    kept_B111 = kept_B[:, None, None, None]
-    return kept_B111.sqrt() * latent_B4hw + (1 - kept_B111).sqrt() * noise_B4hw
 
 
 def target_of(prediction: str, latent_B4hw: torch.Tensor, noise_B4hw: torch.Tensor, kept_B: torch.Tensor) -> torch.Tensor:

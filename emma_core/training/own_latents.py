@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from ..base.backbones import Backbone
-from ..base.pipeline import PIXELS_PER_LATENT
 from ..errors import TrainingConfigError
 from ..model.assembly import Assembly
 from ..model.connector import Connector
@@ -143,7 +142,7 @@ def own_latents(
 
 def _sample(config: TrainConfig, backbone: Backbone, connector: Connector, texts, prompt: str, number: int) -> torch.Tensor:
     """One guided sample (4, h, w) from the text alone, the same for the same prompt and number."""
-    guidance, cells = config.report.guidance, config.data.resolution_px // PIXELS_PER_LATENT
+    guidance, spec = config.report.guidance, backbone.spec
     with_text_1ND, without_1ND = (texts[text].to(backbone.device) for text in (prompt, ""))
 
     def context(timestep_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,6 +154,7 @@ def _sample(config: TrainConfig, backbone: Backbone, connector: Connector, texts
 
     seed = int.from_bytes(hashlib.sha256(f"{config.train.seed} {number} {prompt}".encode()).digest()[:8], "big") >> 1
     generator = torch.Generator().manual_seed(seed)
-    size = (1, 4, cells, cells)
+    cells = config.data.resolution_px // spec.pixels_per_latent
+    size = (1, spec.latent_channels, cells, cells)
     return sample_latents(predict, backbone.alphas_cumprod_T, context, generator, config.report.sample_steps, size,
-                          backbone.prediction)[0].float().cpu()
+                          spec.prediction)[0].float().cpu()

@@ -1,93 +1,54 @@
-"""The frozen models of a run, loaded as its configuration says; the playground brings its own.
+"""What a run does with the frozen models: loads them as its configuration says, encodes its data with them.
 
 Shapes: N text tokens of width D.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..base.backbones import Backbone, load_backbone
+from ..base.parts import Parts, load_base_parts
+from ..base.precision import precision_on
 from ..encoders.base import ReferenceEncoder
+from ..encoders.loading import load_encoder
 from ..encoders.options import AS_TRAINED, EncodeOptions, Framing
 from ..errors import TrainingConfigError
-from ..files.connector_file import load_connector
-from ..model.connector import Connector
-from ..playground import PLAYGROUND_DIR
-from ..text.encoder import TextEncoder, load_text_encoder, usual_dtype
-from .config import PLAYGROUND, TrainConfig
-from .prepare import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Encoders
+from ..playground import PLAYGROUND, PLAYGROUND_DIR
+from .config import TrainConfig
+from .prepare import Encoders
 from .starts import wanted_features
 
 
-@dataclass(eq=False)
-class Parts:
-    """Everything frozen: diffusion model, connector, text encoder, reference encoder (None where ELLA itself learns).
-
-    The encoders are None as soon as everything they give is cached.
-    """
-
-    backbone: Backbone
-    connector: Connector
-    text_encoder: TextEncoder | None
-    reference_encoder: ReferenceEncoder | None
-    device: torch.device
-
-    def place(self, *names: str) -> None:
-        """Put these models (UNET, AUTOENCODER, TEXT_ENCODER, REFERENCE_ENCODER) on the device, and the others off it.
-
-        With flan-t5-xl and CLIP ViT-H/14 all of them would take 7 GB.
-        """
-        models = {UNET: self.backbone.unet, AUTOENCODER: self.backbone.autoencoder,
-                  TEXT_ENCODER: self.text_encoder and self.text_encoder.model,
-                  REFERENCE_ENCODER: self.reference_encoder and self.reference_encoder.model}
-        for here in (False, True):  # room is made first
-            for name, model in models.items():
-                if model is not None and (name in names) == here:
-                    torch.nn.Module.to(model, self.device if here else "cpu")
-
-    def encoders(self, config: TrainConfig) -> Encoders:
-        """What the training data are encoded with, and what the caches depend on."""
-        text = config.ella.text_encoder or PLAYGROUND
-        return Encoders(
-            encode_latents=lambda pixels_B3HW: self.backbone.encode(pixels_B3HW).float().cpu(),
-            encode_texts=lambda captions: [features.float().cpu() for features in self.text_encoder.encode(captions)],
-            reference_encoder=self.reference_encoder,
-            latents_settings=f"{config.base.vae or config.base.checkpoint} {self.backbone.sha256}",
-            texts_settings=f"{text} {weights_mark(self.text_encoder.model)}",
-            place=self.place,
-        )
-
-
 def load_parts(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> Parts:
-    """All frozen models, still on the CPU: the UNet in ``dtype``, the connector in float32. `Parts.place` puts them in place.
+    """All frozen models, still on the CPU; without a reference encoder where ELLA itself learns.
 
     Raises:
-        TrainingConfigError: a part is not named.
+        SettingsError: a part is not named.
         EmmaError: a file that cannot be used, see the loaders.
     """
-    playground = config.base.checkpoint == PLAYGROUND
-    ella = config.ella.file or (PLAYGROUND_DIR / "ella.safetensors" if playground else "")
-    text = config.ella.text_encoder or (PLAYGROUND_DIR / "t5.safetensors" if playground else "")
-    if not ella and config.what == "module":
-        raise TrainingConfigError("ella.file is not set: a module is trained on an ELLA connector. Name the file, for instance "
-                                  "models/ella/ella-sd1.5-tsc-t5xl.safetensors.")
-    if not text:
-        raise TrainingConfigError("ella.text_encoder is not set; wanted flan-t5-xl, a file or a folder. Name it.")
-    backbone = load_backbone(config.base, dtype)
-    backbone.alphas_cumprod_T = backbone.alphas_cumprod_T.to(device)
+    parts = load_base_parts(config.base, config.ella, dtype, device, new_ella=config.what == "ella")
     if config.train.gradient_checkpointing:
-        backbone.enable_gradient_checkpointing()
-    text_encoder = load_text_encoder(text, usual_dtype(device))
-    connector = load_connector(ella) if ella else _new_connector(backbone, text_encoder)
-    if connector.width != backbone.context_width:
-        raise TrainingConfigError(f"the ELLA has tokens of width {connector.width}, {backbone.name} reads width "
-                                  f"{backbone.context_width}. Choose an ELLA made for this kind of checkpoint.")
-    encoder = None if config.what == "ella" else _load_reference_encoder(config, playground)
-    return Parts(backbone, connector, text_encoder, encoder, device)
+        parts.backbone.enable_gradient_checkpointing()
+    if config.what == "module":
+        name, features = config.encoder.open_clip_model or None, wanted_features(config)
+        parts.reference_encoder = load_encoder(_encoder_file(config), name, features)
+    return parts
+
+
+def encoders_of(parts: Parts, config: TrainConfig) -> Encoders:
+    """What the training data are encoded with, and what the caches depend on."""
+    text = config.ella.text_encoder or PLAYGROUND
+    return Encoders(
+        encode_latents=lambda pixels_B3HW: parts.backbone.encode(pixels_B3HW).float().cpu(),
+        encode_texts=lambda captions: [features.float().cpu() for features in parts.text_encoder.encode(captions)],
+        reference_encoder=parts.reference_encoder,
+        latents_settings=f"{config.base.vae or config.base.checkpoint} {parts.backbone.sha256}",
+        texts_settings=f"{text} {weights_mark(parts.text_encoder.model)}",
+        place=parts.place,
+    )
 
 
 def options_of(config: TrainConfig) -> EncodeOptions:
@@ -112,33 +73,17 @@ def weights_mark(model: torch.nn.Module) -> str:
 
 
 def prepare_precision(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, torch.dtype]:
-    """The precision that the device can train in, and that of the frozen weights.
-
-    A CPU has no fp16 arithmetic to gain, so fp16 becomes fp32 there; and bf16 is for its products alone, as other
-    operations are slower in it.
-    """
-    precision = config.train.precision
-    if precision == "fp16" and device.type == "cpu":
-        precision = "fp32"
-    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    weights = torch.float32 if device.type == "cpu" else kinds[precision]
-    return replace(config, train=replace(config.train, precision=precision)), weights
+    """The configuration with the precision that the device has, and the type of frozen weights."""
+    precision = precision_on(config.train.precision, device)
+    return replace(config, train=replace(config.train, precision=precision.name)), precision.weights
 
 
-def _new_connector(backbone: Backbone, text_encoder: TextEncoder) -> Connector:
-    """A connector of the released size at random, for training ELLA from nothing."""
-    from ..model.connector import ConnectorConfig
-
-    return Connector(ConnectorConfig(width=backbone.context_width, text_dim=text_encoder.width))
-
-
-def _load_reference_encoder(config: TrainConfig, playground: bool) -> ReferenceEncoder:
-    from ..encoders.loading import load_encoder
-
-    path = config.encoder.file or (PLAYGROUND_DIR / "encoder.safetensors" if playground else "")
+def _encoder_file(config: TrainConfig) -> Path:
+    own = PLAYGROUND_DIR / "encoder.safetensors" if config.base.checkpoint == PLAYGROUND else ""
+    path = config.encoder.file or own
     if not path:
         raise TrainingConfigError("encoder.file is not set; wanted the reference encoder, for instance CLIP ViT-H/14 "
                                   "(models/clip_vision) or AdaFace. Name the file or folder.")
     if not Path(path).exists():
         raise TrainingConfigError(f"encoder.file = {str(path)!r} does not exist. Check the path.")
-    return load_encoder(path, config.encoder.open_clip_model or None)
+    return Path(path)

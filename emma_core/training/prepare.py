@@ -18,18 +18,19 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..base.parts import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER
 from ..encoders.base import Encoded, PictureEncoder, ReferenceEncoder, check_features
 from ..encoders.options import EncodeOptions, Framing
 from ..encoders.pictures import Preparation, prepare_pictures
 from ..errors import ImageInputError, TrainingDataError, TrainingError
-from .buckets import bucket_of, fit, open_mask, open_picture, random_crop
+from ..files.picture_file import open_mask, open_picture
+from .buckets import bucket_of, fit, random_crop
 from .config import DataConfig, EncoderConfig
 from .examples import Example, PictureSet, Problem, contents_of, listing, require
 from .shards import Processes, Source, fill, in_workers
 from .store import FeatureStore, Filling
 
 BATCH = 8
-UNET, AUTOENCODER, TEXT_ENCODER, REFERENCE_ENCODER = "UNet", "autoencoder", "text encoder", "reference encoder"
 MEMORY_BYTES = 2 << 30
 _VERSION = 1  # of how pictures are resized and cropped here
 

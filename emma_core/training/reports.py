@@ -9,10 +9,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..base.schedule import TIMESTEPS
 from ..errors import TrainingConfigError
 from .config import TrainConfig
 from .log import Log
-from .losses import BUCKETS, TIMESTEPS
+from .losses import BUCKETS
 from .samples import Sampler
 from .trainer import Trainer, UpdateReport
 

@@ -6,25 +6,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ..base.backbones import Backbone
+from ..base.parts import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Parts
 from ..drawing import thumbnails
 from ..encoders.base import encode_pictures
 from ..errors import TrainingConfigError
-from .buckets import open_picture
+from ..files.picture_file import open_picture, picture_tensor
 from .config import TrainConfig
 from .draws import BatchRow
 from .examples import Example, describe, read_examples, require
 from .identity import check_folder
 from .own_latents import OwnLatents, check_own_latents, own_latents
-from .parts import Parts, encoder_metadata, load_parts, options_of, prepare_precision
+from .parts import encoder_metadata, encoders_of, load_parts, options_of, prepare_precision
 from .places import place_weights
-from .prepare import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Prepared, prepare
+from .prepare import Prepared, prepare
 from .reports import Reporter, bucket_name
 from .samples import Sampler
-from .shards import Processes, Source
+from .shards import Processes
 from .starts import begin_module
 from .student import Student, TeacherTarget
 from .teachers import IpAdapterTeacher, LoraTeacher, load_teacher
@@ -140,8 +140,8 @@ def teacher_target(config: TrainConfig, backbone: Backbone, data: Prepared) -> T
 
     def vectors(reference: int) -> torch.Tensor:
         if reference not in known:
-            picture_HW3 = picture_tensor(data.pictures.pictures[reference])
-            known[reference] = teacher.encode_reference(picture_HW3[None])["ip_adapter"].cpu()
+            picture_1HW3 = picture_tensor(open_picture(data.pictures.pictures[reference]))
+            known[reference] = teacher.encode_reference(picture_1HW3)["ip_adapter"].cpu()
         return known[reference]
 
     def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
@@ -174,11 +174,6 @@ def _loras_of_references(groups: Sequence[str], data: Prepared) -> dict[int, int
                                   f"{', '.join(lacking)}; wanted <group>.safetensors for each group of references. Add them or "
                                   "leave these pictures out.")
     return {reference: groups.index(group_of[reference]) for reference in data.variant_keys}
-
-
-def picture_tensor(source: Source) -> torch.Tensor:
-    """A picture file as (H, W, 3) in [0, 1]."""
-    return torch.from_numpy(np.array(open_picture(source), dtype=np.float32) / 255)
 
 
 def recipe(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents) -> dict[str, Any]:
@@ -214,7 +209,7 @@ def encoded(
         check_own_latents(config)
     options = options_of(config) if config.what == "module" else None
     cache = Path(config.data.cache) if config.data.cache else folder / "cache"
-    encoders = parts.encoders(config)
+    encoders = encoders_of(parts, config)
     prepared = prepare(examples, config.data, config.encoder, encoders, options, cache, _progress(bars), processes)
     data: Prepared | OwnLatents = prepared
     if config.teacher.own_latents:
@@ -236,7 +231,7 @@ def encoded(
     references = []
     parts.place(REFERENCE_ENCODER)
     for path in config.report.sample_references:
-        features, _ = encode_pictures(parts.reference_encoder, picture_tensor(Path(path))[None], None, options)
+        features, _ = encode_pictures(parts.reference_encoder, picture_tensor(open_picture(Path(path))), None, options)
         references.append({name: tensor[0] for name, tensor in features.items()})
     return data, texts, references
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ..base.backbones import Backbone
-from ..base.pipeline import SD15_LATENT_SCALE, Pipeline, Request, Sampling, generate, sd15_scheduler
+from ..base.pipeline import Pipeline, Request, Sampling, generate, pipeline_for
 from ..drawing.contact_sheet import SheetRow, draw_contact_sheet
 from ..model.assembly import Assembly, Reference
 from ..model.connector import Connector
@@ -68,15 +68,10 @@ class Sampler:
         return Sampling(self.settings.sample_steps, self.settings.guidance, *self.size_px)
 
     def _pipeline(self, connector: Connector, device: torch.device) -> Pipeline:
-        scheduler = sd15_scheduler()
-        if self.backbone.prediction == "v":
-            scheduler = type(scheduler).from_config(scheduler.config, prediction_type="v_prediction")
-
         def texts(prompts: Sequence[str]) -> list[torch.Tensor]:
             return [self.texts[prompt].float().to(device) for prompt in prompts]
 
-        return Pipeline(texts, connector, self.backbone.predict_noise,
-                        lambda latent_B4hw: self.backbone.decode(latent_B4hw * SD15_LATENT_SCALE), scheduler)
+        return pipeline_for(self.backbone, connector, texts)
 
 
 def _assembly(module: GatedResampler, features: Mapping[str, torch.Tensor]) -> Assembly:

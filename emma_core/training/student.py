@@ -7,29 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
 
+from ..base.denoiser import Denoiser
+from ..base.schedule import add_noise
 from ..model.assembly import Assembly, Reference
 from ..model.connector import Connector
 from ..model.gated_resampler import GatedResampler
 from .config import ObjectiveConfig
 from .draws import Batch, BatchRow, TrainingSet
-from .losses import add_noise, row_weights, squared_errors, target_of
-
-
-class Denoiser(Protocol):
-    """The frozen diffusion model; all that training knows of it."""
-
-    prediction: str
-    alphas_cumprod_T: torch.Tensor
-
-    def predict_noise(
-        self, noised_B4hw: torch.Tensor, timestep_B: torch.Tensor, context_BKW: torch.Tensor
-    ) -> torch.Tensor: ...
-
+from .losses import row_weights, squared_errors, target_of
 
 # (noised latent, timestep, context without reference, rows) -> the target in place of the noise
 TeacherTarget = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[BatchRow]], torch.Tensor]

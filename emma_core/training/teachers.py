@@ -16,13 +16,15 @@ from pathlib import Path
 
 import torch
 
-from ..base.backbones import Backbone, add_lora, load_backbone
+from ..base.backbones import Backbone, load_backbone
+from ..base.config import BaseConfig
+from ..base.lora import add_lora
 from ..encoders.clip_vision import ClipVisionEncoder, load_clip_vision
 from ..encoders.options import EncodeOptions
 from ..encoders.weights import weights_path
 from ..errors import FileError, ReferenceMismatchError, TrainingConfigError
 from ..files.tensor_file import check_finite, check_shapes, read_tensors
-from .config import BaseConfig, TeacherConfig
+from .config import TeacherConfig
 
 _IP_ADAPTER = "an IP-Adapter for SD1.5"
 _ADAPTER = "teacher"
@@ -145,7 +147,7 @@ class IpAdapterTeacher(Teacher):
                 embeds_GVD = reference["ip_adapter"].to(self._backbone.device, self._backbone.dtype)[rows_G]
                 # diffusers wants (B, pictures, D), or of hidden states (B, pictures, V, D)
                 embeds = [embeds_GVD[:, None] if self._plus else embeds_GVD]
-                target_B4hw[rows_G] = self._backbone.predict_noise(*seen, image_embeds=embeds)
+                target_B4hw[rows_G] = self._backbone.predict_noise(*seen, {"image_embeds": embeds})
             else:
                 target_B4hw[rows_G] = self._base.predict_noise(*seen)
         return target_B4hw
@@ -271,7 +273,7 @@ def _read_ip_adapter(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, tor
 def _check_ip_adapter(
     projection: Mapping[str, torch.Tensor], attention: Mapping[str, torch.Tensor], backbone: Backbone, name: str
 ) -> None:
-    width = backbone.context_width
+    width = backbone.spec.context_width
     found = projection["proj_out.weight"].shape[0] if "latents" in projection else projection["proj.weight"].shape[0] / _TOKENS
     if found != width:
         raise FileError(f"{name} makes tokens of width {found:g}, and {backbone.name} has {width}; wanted {_IP_ADAPTER}. "

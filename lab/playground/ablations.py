@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from emma_core.commands.train import add_arguments, config_of, end_as_interrupt
+from emma_core.base.parts import Parts
+from emma_core.commands.flags import end_as_interrupt
+from emma_core.commands.train import add_arguments, config_of
 from emma_core.files.connector_file import save_connector
 from emma_core.files.module_file import save_module
 from emma_core.model.assembly import Assembly, Reference
@@ -29,7 +31,7 @@ from emma_core.model.gated_resampler import GatedResampler
 from emma_core.training.config import TrainConfig
 from emma_core.training.draws import BatchRow, TrainingSet
 from emma_core.training.examples import read_examples
-from emma_core.training.parts import Parts, encoder_metadata
+from emma_core.training.parts import encoder_metadata
 from emma_core.training.prepare import Prepared
 from emma_core.training.runs import begin, encoded, model_spec, run
 from emma_core.training.shards import Processes

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from emma_core.base.pipeline import Request, Sampling, generate
+from emma_core.base.spec import PLAYGROUND_SPEC
 from emma_core.files.connector_file import load_connector
 from emma_core.files.module_file import load_module
 from emma_core.model.addition import TokenTerms
@@ -32,7 +33,6 @@ from emma_core.model.assembly import Assembly, Reference, terms_over_schedule
 from emma_core.model.gated_resampler import GatedResampler
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder
 from emma_core.playground.autoencoder import Autoencoder
-from emma_core.playground.world import World, load_world
 
 from ..emoji.dataset import UNSEEN_SPLIT, EmojiPeople, EmojiPicture, load
 from .assembling import averaged, sequential, strongest
@@ -41,6 +41,7 @@ from .pairs import GROUPS, ReferencePicker
 from .text import CATEGORY
 from .train_encoder import LABELS, labels_of
 from .training import to_float
+from .world import World, load_world
 
 ALL = "all three"
 RESAMPLES, CONFIDENCE = 2000, 0.95
@@ -287,7 +288,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, dict[str, Score]]:
     data, judge = load(options.data), load_judge(options.judge)
     numbers, classes = labels_of(data)
     generation = Generation(load_world(options.playground), data, Sampling(steps=options.steps, guidance=options.guidance))
-    lines = lines_of(data, generation, load_autoencoder(options.playground / "autoencoder.safetensors"), options)
+    autoencoder = load_autoencoder(PLAYGROUND_SPEC.latent_scale, options.playground / "autoencoder.safetensors")
+    lines = lines_of(data, generation, autoencoder, options)
     report = {"pictures": options.pictures, "guidance": options.guidance, "steps": options.steps, "seed": options.seed,
               "split": options.split,
               "chance": {label: 1 / count for label, count in classes.items()}}

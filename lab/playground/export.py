@@ -15,13 +15,13 @@ from emma_core.errors import ImageInputError
 from emma_core.files.connector_file import save_connector
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.playground.files import save_tensors
-from emma_core.playground.unet import UNET_CONFIG
 
 from ..emoji.dataset import EmojiPeople, load
 from .text import t5_metadata
 from .timed_run import averaged
 from .train_base import Base
 from .training import load_state
+from .unet import UNET_CONFIG
 
 # All of the train split. None of them is a caption of the demo, so what the pictures show cannot come from here.
 STYLE_PICTURES = {"noto": ("man guard", "medium"), "twemoji": ("man guard", "medium"),

@@ -20,13 +20,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from emma_core.commands.train import add_arguments, config_of, end_as_interrupt
+from emma_core.base.parts import Parts
+from emma_core.base.spec import PLAYGROUND_SPEC
+from emma_core.commands.flags import end_as_interrupt
+from emma_core.commands.train import add_arguments, config_of
 from emma_core.files.connector_file import load_connector
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder, load_unet
 from emma_core.text.encoder import load_text_encoder
 from emma_core.training.config import TrainConfig
 from emma_core.training.draws import BatchRow, captions_of_few_lengths
-from emma_core.training.parts import Parts
 from emma_core.training.prepare import Prepared
 from emma_core.training.runs import begin, run
 from emma_core.training.student import TeacherTarget, tokens_of_texts
@@ -75,7 +77,7 @@ def train(options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     folder, data = options.playground, load(options.data)
     seen = data.positions("train")
-    latents = unit_latents(load_autoencoder(folder / "autoencoder.safetensors"), data)
+    latents = unit_latents(load_autoencoder(PLAYGROUND_SPEC.latent_scale, folder / "autoencoder.safetensors"), data)
     connector, text_encoder = load_connector(folder / "ella.safetensors"), load_text_encoder(folder / "t5.safetensors")
     texts: dict[str, torch.Tensor] = {}
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from emma_core.playground.unet import TIMESTEPS, add_noise, alphas_cumprod
+from emma_core.base.schedule import TIMESTEPS, add_noise
+from emma_core.base.spec import PLAYGROUND_SPEC
 from emma_core.training.losses import TimestepBuckets, squared_errors
 
 from .training import AveragedWeights, TimedLog, cosine_rate, load_state, save_state, set_rate
@@ -39,7 +40,7 @@ def noised(unit_B4hw: torch.Tensor, generator: torch.Generator) -> tuple[torch.T
     """Noised latents, their noise, their timesteps."""
     timestep_B = draw_timesteps(len(unit_B4hw), generator)
     noise_B4hw = torch.randn(unit_B4hw.shape, generator=generator)
-    return add_noise(unit_B4hw, noise_B4hw, timestep_B), noise_B4hw, timestep_B
+    return add_noise(unit_B4hw, noise_B4hw, PLAYGROUND_SPEC.alphas_cumprod_T[timestep_B]), noise_B4hw, timestep_B
 
 
 def draw_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -49,7 +50,7 @@ def draw_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
 
 def weights_of_timesteps() -> torch.Tensor:
     """(T,) weights of the squared error: 1/SNR within bounds, 1 on average over what `draw_timesteps` gives."""
-    kept_T = alphas_cumprod()
+    kept_T = PLAYGROUND_SPEC.alphas_cumprod_T
     weight_T = ((1 - kept_T) / kept_T).clamp(LEAST_WEIGHT, MOST_WEIGHT)
     edge_T1 = (torch.arange(TIMESTEPS + 1) / TIMESTEPS) ** (1 / TIMESTEP_POWER)
     return weight_T / (weight_T * edge_T1.diff()).sum()

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from emma_core.base.spec import PLAYGROUND_SPEC
 from emma_core.files.tensor_file import read_tensors
-from emma_core.playground.autoencoder import DOWNSCALE, LATENT_CHANNELS, LATENT_SCALE, Autoencoder
+from emma_core.playground.autoencoder import DOWNSCALE, LATENT_CHANNELS, Autoencoder
 
 from ..emoji.dataset import load
 from .training import TimedLog, cosine_rate, random_shift, set_rate, to_float
@@ -48,7 +49,7 @@ def _training_step(model: Autoencoder, image: torch.Tensor, noise: torch.Tensor,
     with torch.autocast("cpu", torch.bfloat16):
         if decoder_only:
             with torch.no_grad():
-                unit = model.encode(image).float() * LATENT_SCALE
+                unit = model.encode(image).float() * model.latent_scale
         else:
             unit = _unit_latent(model.encoder(image).float())
         found = model.decoder(unit + noise)
@@ -98,7 +99,7 @@ def train(options: argparse.Namespace) -> None:
     data = load(options.data)
     images = data.images_NHWC[data.positions("train")]
     heldout = to_float(data.images_NHWC[data.positions("heldout-pair")])
-    model = Autoencoder()
+    model = Autoencoder(PLAYGROUND_SPEC.latent_scale)
     if options.decoder_only:
         model.load_state_dict(read_tensors(options.decoder_only, "an autoencoder")[0])
     model = model.to(memory_format=torch.channels_last)

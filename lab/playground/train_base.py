@@ -17,17 +17,18 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
 
+from emma_core.base.spec import PLAYGROUND_SPEC
 from emma_core.files.connector_file import load_connector
 from emma_core.model.connector import Connector, ConnectorConfig
 from emma_core.playground import load_unet
-from emma_core.playground.autoencoder import LATENT_SCALE, Autoencoder
-from emma_core.playground.unet import make_unet
+from emma_core.playground.autoencoder import Autoencoder
 from emma_core.training.draws import captions_of_few_lengths
 
 from ..emoji.dataset import EmojiPeople, load
 from .text import by_length, captions_of, make_t5, train_tokenizer, wordings, wordings_of_category
 from .timed_run import BATCH, Predicted, TimedRun, noised
 from .training import to_float
+from .unet import make_unet
 
 CONNECTOR = ConnectorConfig(
     width=128, latents=16, layers=4, heads=4, text_dim=128, time_channels=128, time_width=128
@@ -61,7 +62,7 @@ class Base(nn.Module):
 def unit_latents(autoencoder: Autoencoder, data: EmojiPeople) -> torch.Tensor:
     """Latents (pictures, 4, h, w) of deviation 1."""
     parts = [autoencoder.encode(to_float(data.images_NHWC[start:start + 64])) for start in range(0, len(data.rows), 64)]
-    return torch.cat(parts) * LATENT_SCALE
+    return torch.cat(parts) * autoencoder.latent_scale
 
 
 def saved_or_new_tokenizer(path: Path, data: EmojiPeople, start: Path | None) -> Tokenizer:
@@ -90,7 +91,7 @@ def train(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     data = load(options.data)
     seen = data.positions("train")
-    autoencoder = Autoencoder()
+    autoencoder = Autoencoder(PLAYGROUND_SPEC.latent_scale)
     autoencoder.load_state_dict(load_file(options.autoencoder))
     latents = unit_latents(autoencoder.eval(), data)
     tokenizer = saved_or_new_tokenizer(options.out / "tokenizer.json", data, options.start)

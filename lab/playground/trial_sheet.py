@@ -15,10 +15,10 @@ from PIL import Image
 from emma_core.base.pipeline import Sampling
 from emma_core.drawing.contact_sheet import SheetRow, draw_contact_sheet
 from emma_core.playground import PLAYGROUND_DIR
-from emma_core.playground.world import load_world
 
 from ..emoji.dataset import EmojiPeople, load
 from .evaluate import BOTH, SEED, TRIPLES, Generation, Line, Trial, choose_trials
+from .world import load_world
 
 LINES = (Line("text only", {}), Line("+ style", {"style": 1.0}), Line("+ face", {"face": 1.0}), Line("+ style + face", BOTH),
          Line("both at 1.5", {"style": 1.5, "face": 1.5}))

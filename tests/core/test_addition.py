@@ -6,7 +6,9 @@ from reference_answers import relative_error
 from small_models import OBJECT, small_connector, small_features, small_module, small_text
 
 from emma_core import Assembly, Reference
-from emma_core.base.pipeline import Pipeline, Request, Sampling, generate, sd15_scheduler
+from emma_core.base.pipeline import Pipeline, Request, Sampling, generate
+from emma_core.base.schedule import scheduler_for
+from emma_core.base.spec import SD15
 from emma_core.errors import ModuleFileError, ReferenceMismatchError
 from emma_core.model.addition import BLOCKS, PREDICTIONS, TOKENS, WAYS, Addition, joined
 from emma_core.model.assembly import terms_over_schedule, token_terms
@@ -236,7 +238,7 @@ class Model:
 def drawn(connector, assembly, at_once=16, prompts=("one",)):
     model = Model()
     pipeline = Pipeline(lambda prompts: [small_text(seed=len(prompt)) for prompt in prompts], connector, model.predict_noise,
-                        lambda latent_B4hw: torch.tanh(latent_B4hw[:, :3]), sd15_scheduler())
+                        lambda latent_B4hw: torch.tanh(latent_B4hw[:, :3]), SD15)
     requests = [Request(prompt, assembly, seed=number) for number, prompt in enumerate(prompts)]
     return generate(pipeline, requests, Sampling(steps=4, width_px=32, height_px=32), at_once), model.rows
 
@@ -258,7 +260,8 @@ def test_pictures_with_one_reference_are_the_same_in_every_way_bit_for_bit(conne
 
 def test_a_picture_added_up_in_predictions_follows_their_sum_at_every_step(connector, style, face):
     """The sampler's loop written down with e = e_T + sum_m (e_Tm - e_T)."""
-    references, model, scheduler = [reference(style), reference(face, strength=0.6)], Model(), sd15_scheduler()
+    references, model = [reference(style), reference(face, strength=0.6)], Model()
+    scheduler = scheduler_for(SD15.alphas_cumprod_T, SD15.prediction)
     scheduler.set_timesteps(4)
     noise = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
     latent = scheduler.add_noise(torch.zeros_like(noise), noise, scheduler.timesteps[:1])
@@ -270,7 +273,7 @@ def test_a_picture_added_up_in_predictions_follows_their_sum_at_every_step(conne
         text, without = predict("one"), predict("")
         added = text + sum(predict("one", one) - text for one in references)
         latent = scheduler.step(without + 4.0 * (added - without), timestep, latent).prev_sample
-    wanted = ((torch.tanh(latent[:, :3] / 0.18215) + 1) / 2).permute(0, 2, 3, 1)
+    wanted = ((torch.tanh(latent[:, :3]) + 1) / 2).permute(0, 2, 3, 1)
     found, _ = drawn(connector, assembly(PREDICTIONS, *references))
     assert relative_error(found, wanted) <= 1e-4
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,20 @@ from test_training_backbones import save_folder, single_file
 
 from emma_core.__main__ import main
 from emma_core.base.backbones import load_backbone
-from emma_core.base.pipeline import Pipeline, Request, Sampling, generate, sd15_scheduler
+from emma_core.base.config import BaseConfig
+from emma_core.base.pipeline import Pipeline, Request, Sampling, generate
+from emma_core.base.spec import SD15
 from emma_core.evaluation.generation import Drawer
 from emma_core.evaluation.plan import sha256_of
 from emma_core.evaluation.scorers import ClipScorer, DinoScorer
 from emma_core.files.connector_file import load_connector
+from emma_core.files.picture_file import open_picture, picture_tensor
 from emma_core.model.assembly import Assembly, Reference
 from emma_core.model.connector import Connector
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.playground.autoencoder import Autoencoder
-from emma_core.playground.world import load_world, read_picture
 from emma_core.text.encoder import TextEncoder
-from emma_core.training.config import BaseConfig
+from lab.playground.world import load_world
 
 FACE = PLAYGROUND_DIR / "emma-face.safetensors"
 
@@ -119,7 +122,7 @@ def test_pictures_are_those_of_the_modules_assembled(world):
     playground = load_world()
     of_row = {(line["row"], line["reference"], line["prompt"]): line for line in lines_of(world / "results")}
     for (row, reference, prompt), line in of_row.items():
-        image_1HW3 = read_picture(world / "references" / reference)
+        image_1HW3 = picture_tensor(open_picture(world / "references" / reference))
         assembly = playground.assembly({"style": image_1HW3, "face": image_1HW3} if row != "text only" else {})
         [wanted] = generate(playground.pipeline, [Request(prompt, assembly, seed=line["seed"])], Sampling(2, 4.0))
         found = np.asarray(picture_of(world / "results", line), dtype=np.float32) / 255
@@ -166,7 +169,7 @@ def test_another_strength_is_drawn_and_the_rest_is_kept(world, tmp_path, drawn, 
     assert list(rows) == ["text only", "emma-style 1 + emma-face 1", "emma-face 0.5"]
     playground = load_world()
     line = next(line for line in lines_of(tmp_path / "results") if line["row"] == "emma-face 0.5")
-    face = playground.encode_reference("face", read_picture(world / "references" / line["reference"]))
+    face = playground.encode_reference("face", picture_tensor(open_picture(world / "references" / line["reference"])))
     assembly = Assembly([Reference(face.module, face.features, 0.5)])
     [wanted] = generate(playground.pipeline, [Request(line["prompt"], assembly, seed=line["seed"])], Sampling(2, 4.0))
     found = np.asarray(picture_of(tmp_path / "results", line), dtype=np.float32) / 255
@@ -287,14 +290,14 @@ def test_other_checkpoints_draw_with_the_files_that_are_named(world, tmp_path, l
             "steps": 2, "guidance": 4.0, "width_px": 64, "height_px": 32}, "encoder": {"files": [str(own["encoder"])]},
         "ella": {"file": str(own["ella"]), "text_encoder": str(own["t5"])}, "modules": {"files": [str(own["emma-style"])]}}
     assert main(["eval", str(write_config(tmp_path / "eval.toml", tables)), "--device", "cpu"]) == 0
-    backbone, playground, scheduler = load_backbone(BaseConfig(checkpoint=str(path))), load_world(), sd15_scheduler()
+    backbone, playground = load_backbone(BaseConfig(checkpoint=str(path))), load_world()
     assert backbone.prediction == prediction
-    scheduler.register_to_config(prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction])
     pipeline = Pipeline(playground.pipeline.encode_text, connector, backbone.predict_noise,
-                        lambda latent_B4hw: backbone.autoencoder.decode(latent_B4hw), scheduler)
+                        lambda latent_B4hw: backbone.autoencoder.decode(latent_B4hw / SD15.latent_scale),
+                        replace(SD15, prediction=prediction))
     lines = [line for line in lines_of(tmp_path / "results") if line["row"] == "emma-style 1"]
     for line in lines[:2]:
-        style = playground.encode_reference("style", read_picture(world / "references" / line["reference"]))
+        style = playground.encode_reference("style", picture_tensor(open_picture(world / "references" / line["reference"])))
         request = Request(line["prompt"], Assembly([style]), seed=line["seed"])
         [wanted] = generate(pipeline, [request], Sampling(2, 4.0, 64, 32))
         found = np.asarray(picture_of(tmp_path / "results", line), dtype=np.float32) / 255

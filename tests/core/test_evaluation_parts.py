@@ -8,13 +8,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from evaluation_world import tables_for, two_boxes
 from PIL import Image
 
-from emma_core.base.pipeline import Request, Sampling, generate, sd15_scheduler
-from emma_core.base.text_to_image import encoder_for, scheduler_for
+from emma_core.base.pipeline import Request, Sampling, generate
+from emma_core.base.schedule import scheduler_for
+from emma_core.base.spec import SD15
 from emma_core.commands import evaluate as command
-from emma_core.errors import ReferenceMismatchError, TrainingConfigError
+from emma_core.encoders.matching import encoder_for
+from emma_core.errors import ReferenceMismatchError, SettingsError
 from emma_core.evaluation.coco import Segmentation, coco_captions, coco_references
 from emma_core.evaluation.config import (
     EvalConfig,
@@ -30,11 +33,12 @@ from emma_core.evaluation.plan import DrawingJob, Files, comparisons, sha256_of
 from emma_core.evaluation.references import chosen, prompts_in, references_in
 from emma_core.evaluation.report import RESAMPLES, crossed_interval
 from emma_core.files.module_file import load_module, save_module
+from emma_core.files.picture_file import open_picture, picture_tensor
 from emma_core.model.assembly import Assembly
 from emma_core.playground import PLAYGROUND_DIR
-from emma_core.playground.world import load_world, read_picture
-from emma_core.training.config import read_toml, sections, toml_of
+from emma_core.settings import read_toml, sections, toml_of
 from lab.playground.evaluate import bootstrapped
+from lab.playground.world import load_world
 
 STYLE = PLAYGROUND_DIR / "emma-style.safetensors"
 TONE = PLAYGROUND_DIR / "references" / "face-light.png"
@@ -302,7 +306,7 @@ def test_masks_reach_the_encoder_of_modules_trained_so(masked, module, choice, i
     [_, row] = rows_of(config.modules)
     [found] = Drawer(config, torch.device("cpu")).draw([DrawingJob(row, "man cook", reference, 5, "key")])
     world = load_world()
-    image_1HW3 = read_picture(masked / "pictures" / "1.png")
+    image_1HW3 = picture_tensor(open_picture(masked / "pictures" / "1.png"))
     mask_1HW = torch.zeros(image_1HW3.shape[:3])
     mask_1HW[:, :image_1HW3.shape[1] // 2] = 1
     seen = [dataclasses.replace(world.encode_reference("style", image_1HW3, mask), strength=2.0) for mask in (mask_1HW, None)]
@@ -327,9 +331,12 @@ def test_each_module_gets_the_encoder_it_was_trained_with():
 
 
 def test_a_checkpoint_keeps_its_own_schedule_and_prediction():
-    usual = sd15_scheduler()
-    same = scheduler_for(usual.alphas_cumprod.clone(), "eps")
-    assert dict(same.config) == dict(usual.config) and torch.equal(same.alphas_cumprod, usual.alphas_cumprod)
+    usual = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
+                          steps_offset=1, set_alpha_to_one=True, clip_sample=False, prediction_type="epsilon")
+    same = scheduler_for(SD15.alphas_cumprod_T, "eps")
+    assert {name: value for name, value in same.config.items() if name[0] != "_"} == {
+        name: value for name, value in usual.config.items() if name[0] != "_"}
+    assert torch.equal(same.alphas_cumprod, usual.alphas_cumprod)
     kept_T = torch.linspace(0.999, 0.0, 1000)
     other = scheduler_for(kept_T, "v")
     torch.testing.assert_close(other.alphas_cumprod, kept_T, rtol=0, atol=1e-4)
@@ -350,5 +357,5 @@ def test_every_key_is_a_flag_and_flags_win_over_the_file(tmp_path, capsys):
     assert (config.plan.seed, config.plan.protocol, config.modules.strengths) == (6, "object", ("1", "0,1"))
     (tmp_path / "b.toml").write_text(toml_of(config), encoding="utf-8")
     assert resolve_evaluation(read_toml(tmp_path / "b.toml")) == config
-    with pytest.raises(TrainingConfigError, match=r"\[plan\] has the unknown key 'seeds'"):
+    with pytest.raises(SettingsError, match=r"\[plan\] has the unknown key 'seeds'"):
         resolve_evaluation({"plan": {"seeds": 5}})

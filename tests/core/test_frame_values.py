@@ -6,9 +6,10 @@ import pytest
 import torch
 from small_models import random_tensor
 
-from emma_core.encoders.reference_features import ReferenceFeatures, blend_references
+from emma_core.encoders.matching import blend_references
 from emma_core.errors import ReferenceMismatchError, TextInputError
 from emma_core.model.frame_values import INTERPOLATIONS, parse_keyframes, values_between, values_over_frames
+from emma_core.model.reference_features import ReferenceFeatures
 
 CLIP = {"family": "clip-vit-h-14", "fingerprint": "aaaa1111bbbb2222", "layer": "last"}
 

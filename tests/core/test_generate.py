@@ -6,7 +6,8 @@ import pytest
 import torch
 from small_models import small_connector
 
-from emma_core.base.pipeline import Pipeline, Request, Sampling, generate, initial_noise, sd15_scheduler
+from emma_core.base.pipeline import Pipeline, Request, Sampling, generate, initial_noise
+from emma_core.base.spec import PLAYGROUND_SPEC
 from emma_core.errors import ImageInputError
 
 TEXT_DIM = 40
@@ -33,7 +34,7 @@ def pipeline(calls):
     return Pipeline(
         encode_text=lambda prompts: [text_features(prompt) for prompt in prompts], connector=connector,
         predict_noise=predict_noise, decode=lambda latent: latent[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3),
-        scheduler=sd15_scheduler(),
+        spec=PLAYGROUND_SPEC,
     )
 
 
@@ -76,7 +77,7 @@ def test_more_requests_than_one_batch(pipeline):
 
 def test_noise_is_that_of_torch_manual_seed():
     torch.manual_seed(5)
-    assert torch.equal(initial_noise(5, Sampling()), torch.randn(1, 4, 16, 16))
+    assert torch.equal(initial_noise(5, Sampling(), PLAYGROUND_SPEC), torch.randn(1, 4, 16, 16))
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"width_px": 100}, {"height_px": 7}])

@@ -1,4 +1,4 @@
-"""Imports point one way: nodes -> host -> emma_core. Proved by reading them."""
+"""Imports point one way: nodes -> host -> emma_core, and inside emma_core from room to room downwards."""
 
 import ast
 import subprocess
@@ -14,6 +14,10 @@ MAY_IMPORT = {
     "emma_core": {"emma_core"}, "host": {"host", "emma_core"}, "nodes": {"nodes", "host", "emma_core"}, "harness": {"harness"},
     "lab": {"lab", "emma_core", "harness"},
 }
+# of emma_core, from the ground up: a room imports rooms of lower floors, and none of its own floor but itself
+FLOORS = (("errors",), ("model", "settings"), ("files", "drawing"), ("text", "encoders", "playground"), ("base",),
+          ("training", "evaluation"), ("commands",), ("__main__",))
+MOST_FILES_AT_THE_TOP = 8
 
 
 def imported(path: Path) -> set[str]:
@@ -40,6 +44,70 @@ def test_imports_stay_in_their_layer(part):
     for path in files(part):
         tops = {name.split(".")[0] for name in imported(path)}
         assert tops & PARTS <= MAY_IMPORT[part], path
+
+
+def rooms_that_a_room_imports(room: str) -> set[str]:
+    paths = files(f"emma_core/{room}") or [ROOT / "emma_core" / f"{room}.py"]
+    names = [name.split(".") for path in paths for name in imported(path)]
+    return {name[1] for name in names if name[0] == "emma_core" and len(name) > 1} - {room}
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_rooms_of_the_library_import_downwards_only(floor):
+    below = {room for rooms in FLOORS[:floor] for room in rooms}
+    for room in FLOORS[floor]:
+        assert rooms_that_a_room_imports(room) <= below, room
+
+
+def test_every_part_of_the_library_is_a_room():
+    found = {path.stem for path in (ROOT / "emma_core").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert found - {"__init__"} == {room for rooms in FLOORS for room in rooms}
+    assert len(list((ROOT / "emma_core").glob("*.py"))) <= MOST_FILES_AT_THE_TOP
+
+
+def test_generate_reaches_no_file_of_the_trainer():
+    """By reading: what `generate` imports, and what that imports, and so on, inside functions too."""
+    reached, todo = set(), {"emma_core.commands.generate"}
+    while todo:
+        name = todo.pop()
+        path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+        reached.add(name)
+        todo |= {one for one in imported(path) if one.startswith("emma_core")} - reached if path.is_file() else set()
+    assert "emma_core.base.sd15_files" in reached
+    assert not [name for name in reached if name.startswith("emma_core.training")]
+
+
+def test_drawing_a_picture_imports_nothing_of_the_trainer(tmp_path):
+    code = """
+import sys
+from emma_core.__main__ import main
+status = main(["generate", "man cook", "--device", "cpu", "--sampling.steps", "1", "--out", sys.argv[1], "--module",
+               "playground/emma-style.safetensors", "playground/references/style-noto.png"])
+print([name for name in sys.modules if name.startswith("emma_core.training")])
+sys.exit(status)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("number", [0.18215, 0.00085, 0.012])
+def test_the_numbers_of_stable_diffusion_stand_once(number):
+    """Everything that needs a latent scale or a noise schedule reads the base's own."""
+    found = [path for part in PARTS for path in files(part) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+             if isinstance(node, ast.Constant) and node.value == number]
+    assert len(found) == 1, found
+
+
+def test_the_count_of_timesteps_stands_once():
+    """999 and 1000 have other meanings only where they are no timesteps: flow models' time, settings, limits of a widget."""
+    other = {"emma_core/model/source_spec.py", "emma_core/training/config.py", "nodes/encode.py", "nodes/train.py",
+             "lab/playground/judge.py", "lab/playground/timed_run.py"}
+    found = [path.relative_to(ROOT).as_posix() for part in PARTS for path in files(part)
+             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+             if isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value in (999, 1000)]
+    assert set(found) - other == {"emma_core/model/strength_keyframes.py"}
+    assert found.count("emma_core/model/strength_keyframes.py") == 1
 
 
 @pytest.mark.parametrize("part", ["emma_core", "harness"])

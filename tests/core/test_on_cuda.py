@@ -7,14 +7,16 @@ from PIL import Image
 
 from emma_core.base import text_to_image
 from emma_core.base.backbones import Backbone
+from emma_core.base.config import BaseConfig, EllaConfig
 from emma_core.base.pipeline import Request, Sampling
 from emma_core.base.text_to_image import TextToImage
+from emma_core.encoders import matching
 from emma_core.encoders.playground import PlaygroundReferenceEncoder
 from emma_core.model.assembly import Assembly, Reference
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.text.encoder import TextEncoder
 from emma_core.training import runs
-from emma_core.training.config import BaseConfig, EllaConfig, resolve
+from emma_core.training.config import resolve
 from emma_core.training.student import Student
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -82,8 +84,8 @@ def test_a_small_card_holds_only_what_is_at_work(tmp_path, monkeypatch, pictures
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_pictures_from_text_and_a_reference(monkeypatch, precision):
-    for check in ("check_encoder", "check_for_module"):  # fingerprints are of values
-        monkeypatch.setattr(text_to_image, check, lambda *parts, **options: None)
+    for where, check in ((matching, "check_encoder"), (text_to_image, "check_for_module")):  # fingerprints are of values
+        monkeypatch.setattr(where, check, lambda *parts, **options: None)
     seen: dict[str, set[str]] = {}
     with fake_cuda(monkeypatch):
         base = TextToImage(BaseConfig(), EllaConfig(), [str(PLAYGROUND_DIR / "encoder.safetensors")], "", precision, CUDA)

@@ -12,8 +12,9 @@ from PIL import Image
 from emma_core import Assembly
 from emma_core.__main__ import main
 from emma_core.base.pipeline import Request, Sampling, generate
+from emma_core.files.picture_file import open_picture, picture_tensor
 from emma_core.playground import PLAYGROUND_DIR
-from emma_core.playground.world import load_world, read_picture
+from lab.playground.world import load_world
 
 STYLE, FACE = (str(PLAYGROUND_DIR / f"emma-{condition}.safetensors") for condition in ("style", "face"))
 NOTO, DARK = (PLAYGROUND_DIR / "references" / f"{name}.png" for name in ("style-noto", "face-dark"))
@@ -34,8 +35,8 @@ def test_pictures_are_those_of_the_library(world, tmp_path, capsys):
     """Two modules, each with its own reference and strength; a picture of each prompt for each seed."""
     paths = written(capsys, "man cook", "woman judge", "--count", "2", "--seed", "7", "--out", str(tmp_path),
                     "--module", STYLE, str(NOTO), "--module", FACE, str(DARK), "0.5")
-    wanted = Assembly([world.encode_reference("style", read_picture(NOTO)),
-                       replace(world.encode_reference("face", read_picture(DARK)), strength=0.5)])
+    wanted = Assembly([world.encode_reference("style", picture_tensor(open_picture(NOTO))),
+                       replace(world.encode_reference("face", picture_tensor(open_picture(DARK))), strength=0.5)])
     requests = [Request(prompt, wanted, seed=seed) for prompt in ("man cook", "woman judge") for seed in (7, 8)]
     assert [path.rpartition("/")[2] for path in paths] == [
         "man-cook-7.png", "man-cook-8.png", "woman-judge-7.png", "woman-judge-8.png"]

@@ -7,16 +7,17 @@ import torch
 from PIL import Image
 
 from emma_core import load_connector, load_module
+from emma_core.base.spec import PLAYGROUND_SPEC
 from emma_core.encoders.playground import load_playground_encoder
 from emma_core.files.tensor_file import read_tensors
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder, load_unet
-from emma_core.playground.unet import UNET_CONFIG
 from emma_core.text.encoder import load_text_encoder
 from lab.emoji.dataset import split_of
 from lab.emoji.icons import VENDORS
 from lab.emoji.people import TONES, Person
 from lab.playground.export import FACE_PICTURES, OBJECT_PICTURES, STYLE_PICTURES
 from lab.playground.pairs import CONDITIONS
+from lab.playground.unet import UNET_CONFIG
 
 MOST_BYTES = 30_000_000
 
@@ -42,7 +43,7 @@ def test_every_part_loads_strictly_and_fits_the_others():
     text_1ND = text_encoder.encode(["woman astronaut"])[0]
     tokens_1KW = connector.tokens(text_1ND, torch.tensor([500]))
     assert unet(torch.zeros(1, 4, 16, 16), torch.tensor([500]), tokens_1KW).sample.shape == (1, 4, 16, 16)
-    assert load_autoencoder().decode(torch.zeros(1, 4, 16, 16)).shape == (1, 3, 128, 128)
+    assert load_autoencoder(PLAYGROUND_SPEC.latent_scale).decode(torch.zeros(1, 4, 16, 16)).shape == (1, 3, 128, 128)
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

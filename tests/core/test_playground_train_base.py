@@ -8,6 +8,7 @@ import torch
 from emoji_people import small_data
 from safetensors.torch import save_file
 
+from emma_core.base.spec import PLAYGROUND_SPEC
 from emma_core.encoders.playground import PlaygroundEncoder
 from emma_core.errors import ImageInputError
 from emma_core.files.connector_file import load_connector
@@ -27,7 +28,7 @@ def trained(tmp_path, monkeypatch):
     monkeypatch.setattr(train_base, "load", lambda folder: data)
     monkeypatch.setattr(train_base, "BATCH", 4)
     torch.manual_seed(0)
-    save_file(Autoencoder().state_dict(), tmp_path / "autoencoder.safetensors")
+    save_file(Autoencoder(PLAYGROUND_SPEC.latent_scale).state_dict(), tmp_path / "autoencoder.safetensors")
     save_file({name: value.contiguous() for name, value in PlaygroundEncoder().state_dict().items()},
               tmp_path / "encoder.safetensors")
     options = argparse.Namespace(data=tmp_path, autoencoder=tmp_path / "autoencoder.safetensors", out=tmp_path / "base",

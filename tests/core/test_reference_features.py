@@ -6,16 +6,10 @@ from small_models import OBJECT, random_tensor, small_config, small_connector, s
 
 from emma_core import Assembly, FeatureSpec, Reference
 from emma_core.encoders.families import encoder_title
+from emma_core.encoders.matching import check_encoder, check_for_module, encode_options
 from emma_core.encoders.options import Framing
-from emma_core.encoders.reference_features import (
-    COMBINATIONS,
-    ReferenceFeatures,
-    check_encoder,
-    check_for_module,
-    combine_features,
-    encode_options,
-)
 from emma_core.errors import ImageInputError, ReferenceMismatchError
+from emma_core.model.reference_features import COMBINATIONS, ReferenceFeatures, combine_features
 
 CLIP = {"family": "clip-vit-h-14", "fingerprint": "aaaa1111bbbb2222", "input_size": 224, "layer": "penultimate", "masked": True}
 

@@ -8,9 +8,10 @@ from bad_files import NOT_SAFETENSORS
 from safetensors.torch import load_file, save_file
 
 from emma_core import FeatureSpec, ModuleConfig
-from emma_core.encoders.reference_features import ReferenceFeatures, check_for_module
-from emma_core.encoders.reference_file import load_reference, save_reference
+from emma_core.encoders.matching import check_for_module
 from emma_core.errors import FileError, ReferenceFileError, ReferenceMismatchError
+from emma_core.files.reference_file import load_reference, save_reference
+from emma_core.model.reference_features import ReferenceFeatures
 
 ENCODER = {"family": "clip-vit-h-14", "fingerprint": "ab" * 32, "input_size": 224, "layer": "penultimate"}
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from emma_core.playground import PLAYGROUND_DIR
 from harness.server_client import ServerError, api_prompt, node_titled
-from lab.demo import ROWS, VARIANTS, WORKFLOW, reference_path
+from lab.demo import ROWS, VARIANTS, WORKFLOW
 
 OBJECT_INFO = {
     "Load": {"input": {"required": {"name": [["a", "b"]]}}},
@@ -55,7 +56,8 @@ def test_the_shipped_workflow_has_what_the_demo_changes():
         assert titles.count(title) == 1
     assert len(ROWS) >= 4
     for row in ROWS:
-        assert reference_path(row.style).is_file() and reference_path(row.face).is_file()
+        for name in (row.style, row.face):
+            assert (PLAYGROUND_DIR / "references" / f"{name}.png").is_file()
 
 
 def test_links_of_the_shipped_workflow_agree_with_its_sockets():

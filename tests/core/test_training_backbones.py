@@ -9,11 +9,13 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from emma_core.base.autoencoder_files import vae_config_of
 from emma_core.base.backbones import load_backbone
-from emma_core.base.sd15_files import unet_config_of, vae_config_of
-from emma_core.errors import FileError, TrainingConfigError
+from emma_core.base.config import BaseConfig
+from emma_core.base.sd15_files import unet_config_of
+from emma_core.base.spec import PLAYGROUND_SPEC, SD15
+from emma_core.errors import FileError, SettingsError
 from emma_core.playground import load_autoencoder, load_unet
-from emma_core.training.config import BaseConfig
 
 SMALL_UNET = {
     "sample_size": 8, "block_out_channels": [32, 64], "layers_per_block": 2, "cross_attention_dim": 48,
@@ -158,7 +160,7 @@ def test_single_file_and_folder_give_the_same_model(checkpoint, backbone):
     latents = single.encode(pictures())
     assert (latents - backbone.encode(pictures())).abs().max() <= 1e-6
     assert (single.decode(latents) - backbone.decode(latents)).abs().max() <= 1e-6
-    assert single.context_width == 48 and single.prediction == "eps" and single.name == "small.safetensors"
+    assert single.spec.context_width == 48 and single.prediction == "eps" and single.name == "small.safetensors"
     assert len(single.sha256) == 64 and single.sha256 != backbone.sha256
 
 
@@ -181,7 +183,7 @@ def test_full_size_shapes_tell_sd15s_configuration():
     shapes = {ldm_unet_name(key): tuple(value.shape) for key, value in unet.items()}
     assert shapes["output_blocks.11.1.transformer_blocks.0.attn2.to_k.weight"] == (320, 768) and len(shapes) == 686
     assert unet_config_of(shapes, "sd15") == SD15_UNET
-    found = vae_config_of({ldm_vae_name(key): tuple(value.shape) for key, value in vae.items()}, "vae")
+    found = vae_config_of({ldm_vae_name(key): tuple(value.shape) for key, value in vae.items()}, "vae", SD15)
     assert found["block_out_channels"] == [128, 256, 512, 512] and found["layers_per_block"] == 2
 
 
@@ -239,18 +241,19 @@ def test_gradient_checkpointing_computes_activations_again(folder):
 
 def test_the_playground_predicts_and_encodes_as_shipped():
     backbone = load_backbone(BaseConfig())
-    assert (backbone.prediction, backbone.context_width, backbone.name) == ("eps", 128, "playground")
+    assert (backbone.prediction, backbone.spec.context_width, backbone.name) == ("eps", 128, "playground")
     with torch.no_grad():
         wanted = load_unet()(*inputs(128), return_dict=False)[0]
-        latents = load_autoencoder().encode(pictures()) * 0.18215
+        latents = load_autoencoder(PLAYGROUND_SPEC.latent_scale).encode(pictures()) * 0.18215
     torch.testing.assert_close(backbone.predict_noise(*inputs(128)), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(backbone.encode(pictures()), latents, rtol=0, atol=0)
-    torch.testing.assert_close(backbone.decode(latents), load_autoencoder().decode(latents / 0.18215), rtol=0, atol=0)
+    wanted = load_autoencoder(PLAYGROUND_SPEC.latent_scale).decode(latents / 0.18215)
+    torch.testing.assert_close(backbone.decode(latents), wanted, rtol=0, atol=0)
     assert not any(value.requires_grad for value in backbone.parameters())
 
 
 def test_the_playground_refuses_v():
-    with pytest.raises(TrainingConfigError, match="playground predicts eps"):
+    with pytest.raises(SettingsError, match="playground predicts eps"):
         load_backbone(BaseConfig(prediction="v"))
 
 

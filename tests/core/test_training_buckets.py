@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from emma_core.errors import TrainingConfigError
-from emma_core.training.buckets import bucket_of, buckets, enlargement, fit, open_mask, open_picture, picture_size, random_crop
+from emma_core.files.picture_file import open_mask, open_picture, picture_size
+from emma_core.training.buckets import bucket_of, buckets, enlargement, fit, random_crop
 from emma_core.training.config import DataConfig
 
 

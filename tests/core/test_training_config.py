@@ -6,8 +6,10 @@ import dataclasses
 import pytest
 
 from emma_core.commands import train as command
-from emma_core.errors import TrainingConfigError
-from emma_core.training.config import PRESETS, TrainConfig, read_toml, resolve, sections
+from emma_core.errors import SettingsError, TrainingConfigError
+from emma_core.settings import read_toml, sections
+from emma_core.training.config import TrainConfig, resolve
+from emma_core.training.presets import PRESETS
 
 
 def parsed(*arguments: str) -> TrainConfig:
@@ -55,7 +57,7 @@ def test_every_key_is_a_flag_with_an_explanation(capsys):
     command.add_arguments(parser)
     parser.print_help()
     text = capsys.readouterr().out
-    for section, kind in sections().items():
+    for section, kind in sections(TrainConfig).items():
         for entry in dataclasses.fields(kind):
             assert f"--{section}.{entry.name}" in text and len(entry.metadata["help"]) > 10, entry.name
 
@@ -70,7 +72,7 @@ def test_every_key_is_a_flag_with_an_explanation(capsys):
     ({"report": {"sample_prompts": "a cat"}}, "wanted a list of texts"), ({"what": "lora"}, "wanted module or ella"),
 ])
 def test_what_is_not_known_is_refused(given, found):
-    with pytest.raises(TrainingConfigError, match=found):
+    with pytest.raises(SettingsError, match=found):
         resolve(given)
 
 
@@ -78,7 +80,7 @@ def test_unknown_presets_and_broken_files_are_refused(tmp_path):
     with pytest.raises(TrainingConfigError, match="no preset 'large'; choose one of paper, small-card"):
         resolve({}, "large")
     (tmp_path / "broken.toml").write_text("[train\n")
-    with pytest.raises(TrainingConfigError, match="broken.toml is not TOML"):
+    with pytest.raises(SettingsError, match="broken.toml is not TOML"):
         read_toml(tmp_path / "broken.toml")
-    with pytest.raises(TrainingConfigError, match="none.toml cannot be read"):
+    with pytest.raises(SettingsError, match="none.toml cannot be read"):
         read_toml(tmp_path / "none.toml")

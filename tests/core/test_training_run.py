@@ -17,9 +17,9 @@ from training_world import fresh_accelerate
 from emma_core import load_connector, load_module
 from emma_core.__main__ import main
 from emma_core.base.backbones import load_backbone
+from emma_core.base.config import BaseConfig
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.training.checkpoints import checkpoints
-from emma_core.training.config import BaseConfig
 from emma_core.training.reports import draw_loss_curve
 
 SMALL = ["--preset", "small-card", "--data.resolution_px", "128", "--data.reference_crops", "0", "--data.workers", "0",
@@ -233,7 +233,7 @@ def test_frozen_parts_have_no_gradient_after_a_run(pictures, tmp_path):
     from emma_core.training.config import resolve
     from emma_core.training.examples import read_examples
     from emma_core.training.losses import TimestepBuckets
-    from emma_core.training.parts import load_parts, options_of
+    from emma_core.training.parts import encoders_of, load_parts, options_of
     from emma_core.training.prepare import prepare
     from emma_core.training.runs import begin
 
@@ -242,7 +242,7 @@ def test_frozen_parts_have_no_gradient_after_a_run(pictures, tmp_path):
     parts = load_parts(config, torch.float32, torch.device("cpu"))
     frozen = [*parts.backbone.parameters(), *parts.connector.parameters(), *parts.text_encoder.model.parameters()]
     examples, _ = read_examples(config.data)
-    data = prepare(examples, config.data, config.encoder, parts.encoders(config), options_of(config), tmp_path)
+    data = prepare(examples, config.data, config.encoder, encoders_of(parts, config), options_of(config), tmp_path)
     trainer = begin(config, parts, data, Accelerator(cpu=True), tmp_path)
     trainer.optimizer.zero_grad = lambda *rest, **more: None  # the gradients of the update stay to be looked at
     trainer.update(TimestepBuckets())

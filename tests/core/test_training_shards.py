@@ -19,7 +19,7 @@ from training_world import in_processes, write_shard
 
 from emma_core.encoders.options import EncodeOptions
 from emma_core.errors import EmmaWarning, TrainingConfigError, TrainingDataError, TrainingError
-from emma_core.training.buckets import open_mask, open_picture
+from emma_core.files.picture_file import open_mask, open_picture
 from emma_core.training.config import DataConfig, EncoderConfig
 from emma_core.training.examples import PictureSet, describe, read_examples, require
 from emma_core.training.prepare import prepare

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from test_training_backbones import diffusers_lora, inputs, kohya_lora, lora_layers, spoil
 
 from emma_core.base.backbones import load_backbone
+from emma_core.base.config import BaseConfig
+from emma_core.base.schedule import alphas_cumprod
 from emma_core.encoders.families import CLIP_TOWERS
-from emma_core.errors import EmmaWarning, FileError, ReferenceMismatchError, TrainingConfigError
-from emma_core.playground.unet import alphas_cumprod
-from emma_core.training.config import BaseConfig, TeacherConfig
+from emma_core.errors import EmmaWarning, FileError, ReferenceMismatchError, SettingsError, TrainingConfigError
+from emma_core.training.config import TeacherConfig
 from emma_core.training.teachers import load_teacher, sample_latents
 
 WIDTH = 128
@@ -152,7 +153,7 @@ def test_a_lora_with_nan_is_refused(tmp_path, backbone):
 
 def test_a_lora_without_peft_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(TrainingConfigError, match="pip install peft"):
+    with pytest.raises(SettingsError, match="pip install peft"):
         load_backbone(BaseConfig(lora=str(tmp_path / "any.safetensors")))
 
 

@@ -24,8 +24,19 @@ def psnr_db(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def world(pack_import):
-    return pack_import("emma_core.playground.world").load_world()
+def machine(pack_import):
+    """The playground as `python -m emma_core generate` loads it."""
+    config, folder = pack_import("emma_core.base.config"), pack_import("emma_core.playground").PLAYGROUND_DIR
+    return pack_import("emma_core.base.text_to_image").TextToImage(
+        config.BaseConfig(), config.EllaConfig(), [str(folder / "encoder.safetensors")], "", "fp32", torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def bare_assembly(pack_import, machine, pictures):
+    assembly, folder = pack_import("emma_core.model.assembly"), pack_import("emma_core.playground").PLAYGROUND_DIR
+    modules = {condition: machine.load_module(str(folder / f"emma-{condition}.safetensors")) for condition in pictures}
+    return assembly.Assembly([assembly.Reference(modules[condition], machine.features(modules[condition], picture))
+                              for condition, picture in pictures.items()])
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +62,27 @@ def host_assembly(pack_import, playground, pictures):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_host_and_bare_machine_give_the_same_tokens(
-    pack_import, world, playground, pictures, host_assembly, host_nodes, prompt
+    pack_import, playground, bare_assembly, host_assembly, host_nodes, prompt
 ):
     conditioning, = host_nodes.CLIPTextEncode().encode(playground.clip, prompt)
     payload = pack_import("host.payload").EmmaPayload(playground.ella, conditioning[0][0], host_assembly)
-    text_1ND, = world.pipeline.encode_text([prompt])
+    folder = pack_import("emma_core.playground").PLAYGROUND_DIR
+    text_1ND, = pack_import("emma_core.text.encoder").load_text_encoder(folder / "t5.safetensors").encode([prompt])
+    connector = pack_import("emma_core.files.connector_file").load_connector(folder / "ella.safetensors")
     for timestep in (981, 500, 1):
-        wanted_1KW = world.pipeline.connector.tokens(text_1ND, torch.tensor([timestep]), world.assembly(pictures))
+        wanted_1KW = connector.tokens(text_1ND, torch.tensor([timestep]), bare_assembly)
         [found_1KW] = payload.tokens(torch.tensor([timestep]), [], None)
         assert ((found_1KW - wanted_1KW).abs().max() / wanted_1KW.std()).item() <= MOST_TOKEN_ERROR
 
 
 @pytest.mark.parametrize("with_references", [False, True])
 def test_host_and_bare_machine_give_the_same_picture(
-    pack_import, world, playground, pictures, host_assembly, host_nodes, with_references
+    pack_import, machine, playground, bare_assembly, host_assembly, host_nodes, with_references
 ):
-    generate = pack_import("emma_core.base.pipeline")
-    assembly = world.assembly(pictures if with_references else {})
-    wanted_1HW3 = generate.generate(world.pipeline, [generate.Request(PROMPTS[0], assembly, seed=3)])
+    pipeline, empty = pack_import("emma_core.base.pipeline"), pack_import("emma_core.model.assembly").Assembly()
+    request = pipeline.Request(PROMPTS[0], bare_assembly if with_references else empty, seed=3)
+    [wanted] = machine.draw([request], pipeline.Sampling())
+    wanted_1HW3 = torch.from_numpy(np.array(wanted, dtype=np.float32) / 255)[None]
     encode = host_nodes.CLIPTextEncode().encode
     model, positive, negative = pack_import("host.connecting").connect(
         playground.model, playground.ella, encode(playground.clip, PROMPTS[0])[0], encode(playground.clip, "")[0],

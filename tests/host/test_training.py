@@ -487,7 +487,7 @@ REFUSALS = {
     "width of the model": ("ConnectorMismatchError", {"model": "wide"},
                            r"cross-attention of width 32; the ELLA makes tokens of width 64"),
     "inpainting": ("TrainingConfigError", {"model": "inpainting"}, r"reads 9 channels; wanted 4"),
-    "settings": ("TrainingConfigError", {"steps": 0}, r"train\.steps = 0; wanted 1 to any"),
+    "settings": ("SettingsError", {"steps": 0}, r"train\.steps = 0; wanted 1 to any"),
 }
 
 

@@ -65,7 +65,7 @@ class TinyWorld:
         self._config = pack_import("emma_core.model.module_config")
         self._connector_file = pack_import("emma_core.files.connector_file")
         self._module_file = pack_import("emma_core.files.module_file")
-        self._features = pack_import("emma_core.encoders.reference_features")
+        self._features = pack_import("emma_core.model.reference_features")
         self._loaded = pack_import("host.loaded")
         self.connecting = pack_import("host.connecting")
         self.assembly_class = pack_import("emma_core.model.assembly").Assembly

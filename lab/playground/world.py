@@ -1,26 +1,26 @@
-"""The shipped playground as one object, on a bare machine."""
+"""The playground as one object, from any folder of its files: what the laboratory measures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import torch
-from PIL import Image
+from diffusers.models.attention_processor import AttnProcessor2_0
 
-from ..base.pipeline import Pipeline, sd15_scheduler
-from ..encoders.base import encode_pictures
-from ..encoders.options import EncodeOptions
-from ..encoders.playground import PlaygroundReferenceEncoder, load_playground_encoder
-from ..encoders.reference_features import check_for_module, combine_features
-from ..files.connector_file import load_connector
-from ..files.module_file import load_module
-from ..model.assembly import Assembly, Reference
-from ..model.gated_resampler import GatedResampler
-from ..text.encoder import load_text_encoder
-from . import PLAYGROUND_DIR, load_autoencoder, load_unet
+from emma_core.base.backbones import Backbone, load_playground
+from emma_core.base.pipeline import Pipeline, pipeline_for
+from emma_core.encoders.base import encode_pictures
+from emma_core.encoders.matching import check_for_module
+from emma_core.encoders.options import EncodeOptions
+from emma_core.encoders.playground import PlaygroundReferenceEncoder, load_playground_encoder
+from emma_core.files.connector_file import load_connector
+from emma_core.files.module_file import load_module
+from emma_core.model.assembly import Assembly, Reference
+from emma_core.model.gated_resampler import GatedResampler
+from emma_core.model.reference_features import combine_features
+from emma_core.playground import PLAYGROUND, PLAYGROUND_DIR
+from emma_core.text.encoder import load_text_encoder
 
 CONDITIONS = ("style", "face", "object")
 
@@ -61,21 +61,11 @@ def load_world(folder: str | Path = PLAYGROUND_DIR) -> World:
         FileError: a part is missing or damaged.
     """
     folder = Path(folder)
-    unet = load_unet(folder / "unet.safetensors")
-    pipeline = Pipeline(
-        encode_text=load_text_encoder(folder / "t5.safetensors").encode,
-        connector=load_connector(folder / "ella.safetensors"),
-        predict_noise=lambda latent, timestep, context: unet(latent, timestep, context, return_dict=False)[0],
-        decode=load_autoencoder(folder / "autoencoder.safetensors").decode,
-        scheduler=sd15_scheduler(),
-    )
+    model = load_playground(folder)
+    # the published scores and the demo's pictures were made with diffusers' own attention, and stay bit for bit
+    model.unet.set_attn_processor(AttnProcessor2_0())
+    backbone = Backbone(model.unet, model.autoencoder, model.spec, PLAYGROUND, model.sha256)
+    pipeline = pipeline_for(backbone, load_connector(folder / "ella.safetensors"),
+                            load_text_encoder(folder / "t5.safetensors").encode)
     modules = {condition: load_module(folder / f"emma-{condition}.safetensors") for condition in CONDITIONS}
     return World(pipeline, modules, load_playground_encoder(folder / "encoder.safetensors"))
-
-
-def read_picture(path: str | Path | BinaryIO) -> torch.Tensor:
-    """A picture file as (1, H, W, 3) in [0, 1]; transparency becomes white."""
-    picture = Image.open(path).convert("RGBA")
-    sheet = Image.new("RGBA", picture.size, "white")
-    sheet.alpha_composite(picture)
-    return torch.from_numpy(np.asarray(sheet.convert("RGB"), dtype=np.float32) / 255)[None]

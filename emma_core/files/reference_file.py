@@ -10,8 +10,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ..errors import ReferenceFileError, ReferenceMismatchError
-from ..files.tensor_file import check_finite, read_tensors, write_atomically
-from .reference_features import ReferenceFeatures
+from ..model.reference_features import ReferenceFeatures
+from .tensor_file import check_finite, read_tensors, write_atomically
 
 FORMAT_VERSION = 1
 _KEY = "emma_reference"
