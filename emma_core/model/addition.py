@@ -59,8 +59,10 @@ class Addition:
             timestep_B: of the rows.
         """
         every_B = torch.arange(weight_MB.shape[1], device=weight_MB.device)
+        if self.way == BLOCKS:
+            return [Part(every_B, weight_MB)]
         apart_MB = (weight_MB != 0) & ~is_base_M[:, None]
-        apart_MB &= self._runs_alone(timestep_B) & (apart_MB.sum(0) > 1)
+        apart_MB &= acts_between(timestep_B, 0.0, self.until_percent) & (apart_MB.sum(0) > 1)
         if not bool(apart_MB.any()):
             return [Part(every_B, weight_MB)]
         parts, number_MB = [Part(every_B, weight_MB * ~apart_MB)], apart_MB.cumsum(0)
@@ -69,11 +71,6 @@ class Addition:
             row_A = mine_MB.any(0).nonzero().flatten()
             parts.append(Part(row_A, (weight_MB * (mine_MB | ~apart_MB))[:, row_A]))
         return parts
-
-    def _runs_alone(self, timestep_B: torch.Tensor) -> torch.Tensor:
-        if self.way == BLOCKS:
-            return torch.zeros_like(timestep_B, dtype=torch.bool)
-        return acts_between(timestep_B, 0.0, self.until_percent)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,6 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -104,7 +103,6 @@ def _replace_files_and_copies(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "safe_open", RealFile)
     patch.setattr(store, "save", save_ones)
     patch.setattr(nn.Module, "_apply", applied)
-    patch.setattr(diffusers.DDIMScheduler, "__deepcopy__", lambda scheduler, memo: scheduler, raising=False)
     patch.setattr(trainer, "copy", types.SimpleNamespace(deepcopy=lambda module: module))
     patch.setattr(trainer, "save_checkpoint", lambda *state: None)
     patch.setattr(trainer.Trainer, "save_result", lambda run: None)
@@ -116,6 +114,6 @@ def _train_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "is_bf16_supported", lambda *options, **more: True)
     patch.setattr(Accelerator, "device", CUDA)
     patch.setattr(Accelerator, "backward", lambda accelerator, loss: None)
-    patch.setattr(Accelerator, "clip_grad_norm_", lambda accelerator, parameters, norm: None)
+    patch.setattr(trainer.Trainer, "_clip", lambda run: None)
     patch.setattr(AcceleratedOptimizer, "step", lambda optimizer: None)
-    patch.setattr(trainer.Trainer, "_check_finite", lambda run, error_B, batch, draws: error_B.isfinite().all().item())
+    patch.setattr(trainer.Trainer, "_check_loss", lambda run, loss, error_B, weight_B, batch: loss.isfinite().item())
