@@ -1,5 +1,5 @@
-"""Runs the tests: core in `.venv`, then each ComfyUI in a process of its own, then each in a browser; adds up what pytest
-reports.
+"""Runs the tests: core and lab in `.venv`, then each ComfyUI in a process of its own, then each in a browser; adds up what
+pytest reports.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .hosts import Host, find_hosts, host_python
 from .server import SERVER_NEEDS, host_environment
 
 CORE_TESTS = ROOT / "tests" / "core"
+LAB_TESTS = ROOT / "tests" / "lab"
 HOST_TESTS = ROOT / "tests" / "host"
 BROWSER_TESTS = ROOT / "tests" / "browser"
 HOST_TEST_NEEDS = (*SERVER_NEEDS, "pytest", "pytest_timeout")
@@ -60,6 +61,8 @@ def run_tests(named_hosts: Sequence[str], pytest_arguments: Sequence[str], slow:
     results = []
     if choice.wants(choice.core_paths):
         results.append(run_core(python, choice))
+    if choice.wants(choice.lab_paths):
+        results.append(run_bare("lab", python, [*(choice.lab_paths or (str(LAB_TESTS),)), *choice.options]))
     for host in hosts if choice.wants(choice.host_paths) else ():
         results.append(run_host(host, choice))
     results += [run_browser(host, choice) for host in browser_hosts]
@@ -81,18 +84,19 @@ class Choice:
     """pytest's arguments, the paths among them sorted by suite."""
 
     core_paths: tuple[str, ...]
+    lab_paths: tuple[str, ...]
     host_paths: tuple[str, ...]
     browser_paths: tuple[str, ...]
     options: tuple[str, ...]
 
     def wants(self, paths: tuple[str, ...]) -> bool:
         """Whether the suite with these paths is to run: one that paths name, or all of them where none does."""
-        return bool(paths) or not (self.core_paths or self.host_paths or self.browser_paths)
+        return bool(paths) or not (self.core_paths or self.lab_paths or self.host_paths or self.browser_paths)
 
 
 def split_arguments(arguments: Sequence[str]) -> Choice:
     """Sort out the arguments that name tests of one suite; `path::test` counts as its path, made absolute."""
-    suites, options = {folder: [] for folder in (CORE_TESTS, HOST_TESTS, BROWSER_TESTS)}, []
+    suites, options = {folder: [] for folder in (CORE_TESTS, LAB_TESTS, HOST_TESTS, BROWSER_TESTS)}, []
     for argument in arguments:
         path, separator, test = argument.partition("::")
         absolute = Path(os.path.abspath(path))
@@ -118,8 +122,12 @@ def run_core(python: Path, choice: Choice, slow: bool = False) -> SuiteResult:
     """The tests that need no ComfyUI: those that pyproject.toml does not leave out, or the slow ones alone."""
     # Last, as the last -m counts.
     arguments = [*(choice.core_paths or (str(CORE_TESTS),)), *choice.options, *(("-m", "slow") if slow else ())]
-    environment = {"OMP_WAIT_POLICY": "passive", "PYTHONUTF8": "1", **os.environ}
-    return run_pytest("core, slow" if slow else "core", python, arguments, ROOT, environment)
+    return run_bare("core, slow" if slow else "core", python, arguments)
+
+
+def run_bare(label: str, python: Path, arguments: Sequence[str]) -> SuiteResult:
+    """Tests that need no ComfyUI, from the repository's root."""
+    return run_pytest(label, python, arguments, ROOT, {"OMP_WAIT_POLICY": "passive", "PYTHONUTF8": "1", **os.environ})
 
 
 def run_host(host: Host, choice: Choice) -> SuiteResult:

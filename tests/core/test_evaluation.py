@@ -24,6 +24,7 @@ from evaluation_world import (
     write_config,
 )
 from PIL import Image
+from playground_world import load_world
 from safetensors.torch import load_file, save_file
 from test_training_backbones import save_folder, single_file
 
@@ -42,7 +43,6 @@ from emma_core.model.connector import Connector
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.playground.autoencoder import Autoencoder
 from emma_core.text.encoder import TextEncoder
-from lab.playground.world import load_world
 
 FACE = PLAYGROUND_DIR / "emma-face.safetensors"
 

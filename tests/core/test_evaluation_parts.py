@@ -8,13 +8,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from evaluation_world import tables_for, two_boxes
 from PIL import Image
+from playground_world import load_world
 
 from emma_core.base.pipeline import Request, Sampling, generate
-from emma_core.base.schedule import scheduler_for
-from emma_core.base.spec import SD15
 from emma_core.commands import evaluate as command
 from emma_core.encoders.matching import encoder_for
 from emma_core.errors import ReferenceMismatchError, SettingsError
@@ -37,8 +35,6 @@ from emma_core.files.picture_file import open_picture, picture_tensor
 from emma_core.model.assembly import Assembly
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.settings import read_toml, sections, toml_of
-from lab.playground.evaluate import bootstrapped
-from lab.playground.world import load_world
 
 STYLE = PLAYGROUND_DIR / "emma-style.safetensors"
 TONE = PLAYGROUND_DIR / "references" / "face-light.png"
@@ -250,12 +246,6 @@ def test_intervals_resample_groups_of_references_and_prompts():
     assert found.mean == pytest.approx(score_RPK.mean())
 
 
-def test_with_one_prompt_an_interval_is_that_of_one_way():
-    score_R, groups = np.random.default_rng(4).normal(size=9), [*"aabbccdde"]
-    one_way, crossed = bootstrapped(score_R, groups), crossed_interval(score_R[:, None, None], groups)
-    assert (crossed.mean, crossed.low, crossed.high) == pytest.approx((one_way.mean, one_way.low, one_way.high))
-
-
 @pytest.mark.parametrize("by", ["prompt", "reference"])
 def test_many_pictures_of_few_prompts_or_references_are_few(by):
     """Scores that one side decides: a hundred of the other side make the interval no narrower."""
@@ -328,19 +318,6 @@ def test_each_module_gets_the_encoder_it_was_trained_with():
     narrow.feature_names = ("local",)
     with pytest.raises(ReferenceMismatchError, match="it gives local, not global"):
         encoder_for(module, [narrow])
-
-
-def test_a_checkpoint_keeps_its_own_schedule_and_prediction():
-    usual = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
-                          steps_offset=1, set_alpha_to_one=True, clip_sample=False, prediction_type="epsilon")
-    same = scheduler_for(SD15.alphas_cumprod_T, "eps")
-    assert {name: value for name, value in same.config.items() if name[0] != "_"} == {
-        name: value for name, value in usual.config.items() if name[0] != "_"}
-    assert torch.equal(same.alphas_cumprod, usual.alphas_cumprod)
-    kept_T = torch.linspace(0.999, 0.0, 1000)
-    other = scheduler_for(kept_T, "v")
-    torch.testing.assert_close(other.alphas_cumprod, kept_T, rtol=0, atol=1e-4)
-    assert other.config.prediction_type == "v_prediction" and other.config.timestep_spacing == usual.config.timestep_spacing
 
 
 def test_every_key_is_a_flag_and_flags_win_over_the_file(tmp_path, capsys):

@@ -110,6 +110,11 @@ def test_the_count_of_timesteps_stands_once():
     assert found.count("emma_core/model/strength_keyframes.py") == 1
 
 
+def test_the_librarys_tests_do_without_the_laboratory():
+    for path in files("tests/core"):
+        assert "lab" not in {name.split(".")[0] for name in imported(path)}, path
+
+
 @pytest.mark.parametrize("part", ["emma_core", "harness"])
 def test_only_host_and_nodes_import_comfyui(part):
     for path in files(part):

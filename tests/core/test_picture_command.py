@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from playground_world import load_world
 
 from emma_core import Assembly
 from emma_core.__main__ import main
 from emma_core.base.pipeline import Request, Sampling, generate
 from emma_core.files.picture_file import open_picture, picture_tensor
 from emma_core.playground import PLAYGROUND_DIR
-from lab.playground.world import load_world
 
 STYLE, FACE = (str(PLAYGROUND_DIR / f"emma-{condition}.safetensors") for condition in ("style", "face"))
 NOTO, DARK = (PLAYGROUND_DIR / "references" / f"{name}.png" for name in ("style-noto", "face-dark"))

@@ -9,6 +9,7 @@ import torch
 from emoji_people import small_data
 
 from emma_core.base.pipeline import Sampling
+from emma_core.evaluation.report import crossed_interval
 from emma_core.files.connector_file import save_connector
 from emma_core.files.module_file import save_module
 from emma_core.model.assembly import Assembly, Reference, tokens_over_schedule
@@ -248,3 +249,9 @@ def test_the_table_shows_mean_and_interval():
 def test_the_judge_sees_pictures_of_any_size(size):
     found = verdicts(Judge(CLASSES).eval(), torch.zeros(2, 3, size, size))
     assert {label: tuple(value.shape) for label, value in found.items()} == dict.fromkeys(CLASSES, (2,))
+
+
+def test_with_one_prompt_an_interval_is_that_of_one_way():
+    score_R, groups = np.random.default_rng(4).normal(size=9), [*"aabbccdde"]
+    one_way, crossed = bootstrapped(score_R, groups), crossed_interval(score_R[:, None, None], groups)
+    assert (crossed.mean, crossed.low, crossed.high) == pytest.approx((one_way.mean, one_way.low, one_way.high))
