@@ -1,7 +1,6 @@
 """ELLA connectors on disk: the released file's key names, any size."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -10,13 +9,22 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import ConnectorFileError
+from ..errors import ConnectorFileError, short
 from ..model.connector import Connector, ConnectorConfig
+from .json_file import parse_json
 from .state_names import to_file_names, to_layer_names
-from .tensor_file import check_finite, check_shapes, read_tensors, sha256_of_file, write_atomically
+from .tensor_file import (
+    check_finite,
+    check_shapes,
+    count_blocks,
+    read_tensors,
+    sha256_of_file,
+    write_atomically,
+)
 
 _WHAT = "an ELLA connector (for instance ella-sd1.5-tsc-t5xl.safetensors)"
-_BLOCK = re.compile(r"connector\.perceiver_blocks\.(\d+)\.")
+_BLOCKS = "connector.perceiver_blocks."
+_SIZES = ("connector.latents", "connector.proj_in.weight", "time_embedding.linear_1.weight")  # which tell them
 DEFAULT_HEADS = 8
 
 
@@ -67,10 +75,9 @@ def save_connector(connector: Connector, path: str | Path, dtype: torch.dtype | 
 
 
 def _config_from(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], name: str) -> ConnectorConfig:
-    needed = ("connector.latents", "connector.proj_in.weight", "time_embedding.linear_1.weight")
-    blocks = {int(match.group(1)) for key in tensors if (match := _BLOCK.match(key))}
-    if not blocks or any(key not in tensors or tensors[key].ndim != 2 for key in needed):
-        keys = ", ".join(sorted(tensors)[:3])
+    layers = count_blocks(tensors, _BLOCKS, name, ConnectorFileError)
+    if not layers or any(key not in tensors or tensors[key].ndim != 2 or not tensors[key].numel() for key in _SIZES):
+        keys = ", ".join(map(short, sorted(tensors)[:3]))
         raise ConnectorFileError(
             f"{name} holds {len(tensors)} tensors ({keys}, ...), none of {_WHAT}: no connector.latents or "
             "connector.perceiver_blocks.*. Choose the ELLA file; checkpoints, LoRAs and EMMA modules have their own loaders."
@@ -82,7 +89,7 @@ def _config_from(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         raise ConnectorFileError(f"{name} has width {width}, which {heads} heads do not divide. "
                                  'Its `ella` metadata must name the heads, as {"heads": 4}.')
     return ConnectorConfig(
-        width=width, latents=latents, layers=max(blocks) + 1, heads=heads,
+        width=width, latents=latents, layers=layers, heads=heads,
         text_dim=tensors["connector.proj_in.weight"].shape[1], time_channels=time_channels, time_width=time_width,
     )
 
@@ -90,11 +97,11 @@ def _config_from(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
 def _heads_from(metadata: Mapping[str, str], name: str) -> int:
     if "ella" not in metadata:
         return DEFAULT_HEADS
-    try:
-        heads = int(json.loads(metadata["ella"])["heads"])
-    except (KeyError, TypeError, ValueError) as found:
-        raise ConnectorFileError(f"{name}: its `ella` metadata {metadata['ella']!r} does not name the heads; "
-                                 'wanted JSON such as {"heads": 8}. Save the file again.') from found
+    entry = parse_json(metadata["ella"], f"{name}: its `ella` metadata", ConnectorFileError, advice="Save the file again.")
+    heads = entry.get("heads")
+    if type(heads) is not int:
+        raise ConnectorFileError(f"{name}: its `ella` metadata {short(metadata['ella'])} does not name the heads; "
+                                 'wanted JSON such as {"heads": 8}. Save the file again.')
     if heads < 1:
         raise ConnectorFileError(f"{name}: its `ella` metadata names {heads} heads; wanted 1 or more.")
     return heads

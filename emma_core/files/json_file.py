@@ -65,7 +65,7 @@ def parse_json(text: str, where: str, error: type[EmmaError], kind: type[Kind] =
     except JsonFault as found:
         raise error(f"{where} {found}. {advice}") from None
     if not isinstance(value, kind):
-        raise error(f"{where} is {json_kind(value)}; wanted {_NAMES[kind]}. {advice}")
+        raise error(f"{where} is {json_kind(value)}, wanted {_NAMES[kind]}. {advice}")
     return value
 
 
@@ -97,7 +97,7 @@ def entry_of(entries: Any, key: str, kind: type[Kind], where: str, error: type[E
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
         found = "is missing" if value is ... else f"is {json_kind(value)} ({short(value, 60)})"
-        raise error(f"{where}: {key} {found}; wanted {_NAMES[kind]}.")
+        raise error(f"{where}: {key} {found}, wanted {_NAMES[kind]}.")
     return value
 
 

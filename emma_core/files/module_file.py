@@ -8,15 +8,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import ModuleFileError
+from ..errors import ModuleFileError, short
 from ..model.gated_resampler import GatedResampler
 from ..model.module_config import ModuleConfig
 from ..model.token_resampler import resampler_for
+from .json_file import parse_json
 from .state_names import to_file_names, to_layer_names
 from .tensor_file import check_finite, check_shapes, read_tensors, write_atomically
 
 _WHAT = "an EMMA module"
 _TIME_KEY = "blocks.0.ln_1.linear.weight"
+_MOST_LISTED = 5
 
 
 def load_module(
@@ -35,7 +37,7 @@ def load_module(
     """
     name = Path(path).name
     tensors, metadata = read_tensors(path, _WHAT, ModuleFileError)
-    config = ModuleConfig.from_metadata(metadata, name)
+    config = _config_from(metadata, name)
     if _TIME_KEY in tensors and tensors[_TIME_KEY].ndim == 2:
         config = config.replace(time_width=tensors[_TIME_KEY].shape[1])
     return module_from_tensors(tensors, config, name, dtype, device, operations)
@@ -46,6 +48,9 @@ def module_from_tensors(
     device: torch.device | str | None = None, operations: ModuleType | type = nn,
 ) -> GatedResampler:
     """Build a module from weights under their names in the file; as strict as `load_module`."""
+    if config.layers + len(config.features) > len(tensors):
+        raise ModuleFileError(f"{name} declares {config.layers} layers and {len(config.features)} features, and holds "
+                              f"{len(tensors)} tensors; wanted {_WHAT}. Get the file again.")
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in module_tensors(resampler_for(config)).items()}
     if not config.separable_gates:
@@ -54,10 +59,9 @@ def module_from_tensors(
     check_shapes(tensors, shapes, name, _WHAT, ModuleFileError)
     check_finite(tensors, name, ModuleFileError)
     module = resampler_for(config, operations, dtype=dtype or torch.float32, device=device)
-    weights = dict(module.state_dict())
+    weights = module.state_dict()
     for key, tensor in to_layer_names(tensors).items():
-        weights[key] = tensor.to(weights[key].device, weights[key].dtype)
-    module.load_state_dict(weights)
+        weights[key].copy_(tensor)  # in place, as a second copy of a large module may not fit
     module.name = f"{name} ({config.condition})"
     return module.eval().requires_grad_(False)
 
@@ -65,6 +69,15 @@ def module_from_tensors(
 def module_tensors(module: GatedResampler) -> dict[str, torch.Tensor]:
     """The module's weights under their names in the file."""
     return to_file_names(module.state_dict())
+
+
+def _config_from(metadata: Mapping[str, str], name: str) -> ModuleConfig:
+    if "emma" not in metadata:
+        raise ModuleFileError(f"{name} has no `emma` metadata, so it is not an EMMA module (found "
+                              f"{', '.join(map(short, sorted(metadata)[:_MOST_LISTED])) or 'none'}). Choose a file from "
+                              "models/emma that EMMA's trainer saved.")
+    entry = parse_json(metadata["emma"], f"{name}: its `emma` metadata", ModuleFileError)
+    return ModuleConfig.from_entry(entry, {key: value for key, value in metadata.items() if key != "emma"}, name)
 
 
 def save_module(

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from ..errors import EmmaError, FileError
 
+_LONGEST_NAME = 200
 _KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name that a file gives can be that of another file beside it, and nowhere else."""
+    return (isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
+            and len(name) <= _LONGEST_NAME)
 
 
 def check_plain_file(path: str | Path, what: str, error: type[EmmaError] = FileError) -> Path:

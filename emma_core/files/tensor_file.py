@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
            "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _CHECKED_AT_ONCE = 1 << 22  # numbers
+_MOST_BLOCKS, _DIGITS = 256, 4  # of a model; flan-t5-xxl has 24, CLIP ViT-bigG/14 48
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,20 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Whether floating point numbers are all finite, in float32; in parts, so that it takes no memory."""
     parts = tensor.reshape(-1).split(_CHECKED_AT_ONCE)
     return all(bool(torch.isfinite(part.float()).all()) for part in parts)
+
+
+def count_blocks(names: Iterable[str], before: str, name: str, error: type[FileError] = FileError) -> int:
+    """How many blocks a model has by the names of its tensors, such as `<before>3.weight`: the highest number and one.
+
+    Raises:
+        error: a number that no model reaches.
+    """
+    numbers = {match[1] for key in names if (match := re.match(re.escape(before) + "([0-9]+)[.]", key))}
+    odd = next((number for number in numbers if len(number) > _DIGITS or int(number) >= _MOST_BLOCKS), None)
+    if odd is not None:
+        raise error(f"{name} has tensors of block {short(odd)} ({before}*); {_MOST_BLOCKS} blocks are the most. Get the file "
+                    "again.")
+    return max(map(int, numbers), default=-1) + 1
 
 
 def check_shapes(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ModuleFileError, ReferenceMismatchError
+from ..errors import ModuleFileError, ReferenceMismatchError, short
 from .conditions import CONDITIONS
 from .source_spec import SourceSpec, TimeSpec
 
@@ -20,6 +20,13 @@ _REQUIRED_OF_2 = ("source", "time")
 _OPTIONAL = ("encoder", "ella", "training", "draws")
 SUBJECT, MANNER = "subject", "manner"
 _FEATURE_NAME = re.compile(r"[A-Za-z0-9_]+")
+# what metadata can be believed to declare before a tensor is looked at
+_MOST_LAYERS, _MOST_FEATURES, _LARGEST_SIZE, _LONGEST_NAME = 256, 64, 1 << 20, 100
+_KINDS = {"condition": str, "gate_scale": float, "separable_gates": bool, "width": int, "heads": int, "layers": int,
+          "features": dict, "encoder": dict, "ella": dict, "training": dict, "draws": str, "source": dict, "time": dict}
+_KINDS_OF_ENCODER = {"family": str, "fingerprint": str, "input_size": int, "layer": str, "masked": bool, "frame": str,
+                     "background": str}
+_KINDS_OF_ELLA = {"sha256": str, "latents": int}
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,8 @@ class FeatureSpec:
     def from_entry(cls, entry: Mapping[str, Any]) -> "FeatureSpec":
         """The inverse of `to_entry`."""
         unknown = {key: value for key, value in entry.items() if key not in ("dim", "tokens_per_vector")}
-        return cls(int(entry["dim"]), int(entry.get("tokens_per_vector", 1)), unknown)
+        check_kinds(entry, {"dim": int, "tokens_per_vector": int})
+        return cls(entry["dim"], entry.get("tokens_per_vector", 1), unknown)
 
 
 @dataclass(frozen=True)
@@ -81,20 +89,24 @@ class ModuleConfig:
         if self.draws not in ("", SUBJECT, MANNER):
             raise ModuleFileError(f"an EMMA module that draws {self.draws!r}; wanted {SUBJECT!r} (what is drawn) or {MANNER!r} "
                                   "(how it is drawn). Correct the metadata.")
+        if len(self.condition) > _LONGEST_NAME or len(self.features) > _MOST_FEATURES or self.layers > _MOST_LAYERS:
+            raise ModuleFileError(f"a condition of {len(self.condition)} letters, {len(self.features)} features and "
+                                  f"{self.layers} layers; {_LONGEST_NAME}, {_MOST_FEATURES} and {_MOST_LAYERS} are the most. "
+                                  "Correct the metadata.")
         if not self.features:
             raise ModuleFileError("an EMMA module must declare at least one feature, found none. Name what it reads, "
                                   'for instance {"global": {"dim": 1024, "tokens_per_vector": 4}}.')
         for name, spec in self.features.items():
             # a name that torch.nn.ModuleDict uses itself ("keys", "type") could not hold the feature's projection
-            if not _FEATURE_NAME.fullmatch(name) or hasattr(torch.nn.ModuleDict(), name):
+            if not _FEATURE_NAME.fullmatch(name) or len(name) > _LONGEST_NAME or hasattr(torch.nn.ModuleDict(), name):
                 raise ModuleFileError(f"the feature name {name!r} is not made of letters, digits and underscores, or is "
                                       "a reserved word. Rename it.")
-            if spec.dim < 1 or spec.tokens_per_vector < 1:
+            if not (1 <= spec.dim <= _LARGEST_SIZE and 1 <= spec.tokens_per_vector <= _LARGEST_SIZE):
                 raise ModuleFileError(f"the feature {name!r} has dim {spec.dim} and {spec.tokens_per_vector} tokens per "
-                                      "vector; wanted 1 or more of both. Correct the metadata.")
+                                      f"vector; wanted 1 to {_LARGEST_SIZE} of both. Correct the metadata.")
         sizes = {"width": self.width, "heads": self.heads, "layers": self.layers, "time width": self.time_width}
-        if min(sizes.values()) < 1:
-            raise ModuleFileError(f"sizes below 1 ({sizes}). Correct the metadata.")
+        if min(sizes.values()) < 1 or max(sizes.values()) > _LARGEST_SIZE:
+            raise ModuleFileError(f"sizes below 1 or above {_LARGEST_SIZE} ({sizes}). Correct the metadata.")
         if (self.source is None) != (self.time is None):
             raise ModuleFileError("a module on a checkpoint's own tokens needs both source and time. Correct the metadata.")
         if not math.isfinite(self.gate_scale):
@@ -151,32 +163,34 @@ class ModuleConfig:
         return json.dumps(entry)
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str], name: str) -> "ModuleConfig":
-        """Parse a file's metadata.
+    def from_entry(cls, entry: Mapping[str, Any], file_metadata: Mapping[str, str], name: str) -> "ModuleConfig":
+        """The inverse of `to_json`.
 
+        Args:
+            entry: the `emma` metadata as the object that their JSON describes.
+            file_metadata: the file's other metadata.
+            name: of the file, for the messages.
         Raises:
-            ModuleFileError: no `emma` entry, broken JSON, missing keys, unknown format version, wrong types,
-                impossible sizes.
+            ModuleFileError: missing keys, unknown format version, wrong types, impossible sizes.
         """
-        entry = _emma_entry(metadata, name)
+        _check_version(entry, name)
         names = (*_required(entry), *_OPTIONAL)
         known: dict[str, Any] = {key: entry[key] for key in names if key in entry}
         known.pop("format_version")
         unknown = {key: value for key, value in entry.items() if key not in names}
         try:
-            _check_kinds(known)
-            known |= {key: int(known[key]) for key in ("width", "heads", "layers")}
+            check_kinds(known, _KINDS)
+            check_encoder_kinds(known.get("encoder", {}))
+            check_kinds(known.get("ella", {}), _KINDS_OF_ELLA)
             known |= _stream_of(known)
-            known["gate_scale"] = float(known["gate_scale"])
             known["features"] = {key: FeatureSpec.from_entry(value) for key, value in known["features"].items()}
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as found:
-            raise ModuleFileError(f"{name}: its `emma` metadata has a value of the wrong kind ({found!r}). "
+        except (AttributeError, KeyError, TypeError) as found:
+            raise ModuleFileError(f"{name}: its `emma` metadata has a value of the wrong kind ({short(repr(found))}). "
                                   "Save the module again with a current version of its trainer.") from found
         except ModuleFileError as found:
             raise ModuleFileError(f"{name}: {found}") from None
         try:
-            return cls(**known, unknown=unknown,
-                       file_metadata={key: value for key, value in metadata.items() if key != "emma"})
+            return cls(**known, unknown=unknown, file_metadata=file_metadata)
         except ModuleFileError as found:
             raise ModuleFileError(f"{name}: {found}") from None
 
@@ -197,32 +211,29 @@ def _stream_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"source": source, "time": None if source is None else TimeSpec.from_entry(entry["time"])}
 
 
-def _check_kinds(entry: Mapping[str, Any]) -> None:
-    kinds = {"condition": str, "separable_gates": bool, **dict.fromkeys((*_OPTIONAL, *_REQUIRED_OF_2), dict), "draws": str}
+def check_encoder_kinds(encoder: Mapping[str, Any]) -> None:
+    """Raise TypeError unless what describes an encoder ({family, fingerprint, ...}) has values of the right kinds."""
+    check_kinds(encoder, _KINDS_OF_ENCODER)
+
+
+def check_kinds(entry: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Raise TypeError unless each known key has a value of its kind, or null; whole numbers are numbers, truths are not."""
     for key, kind in kinds.items():
-        if key in entry and not isinstance(entry[key], kind):
-            raise TypeError(f"{key} is a {type(entry[key]).__name__}, wanted a {kind.__name__}")
+        value = entry.get(key)
+        fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+        if value is not None and not fits:
+            raise TypeError(f"{key} is a {type(value).__name__}, wanted a {kind.__name__}")
 
 
-def _emma_entry(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
-    if "emma" not in metadata:
-        raise ModuleFileError(f"{name} has no `emma` metadata, so it is not an EMMA module (found "
-                              f"{_listed(metadata)}). Choose a file from models/emma that EMMA's trainer saved.")
-    try:
-        entry = json.loads(metadata["emma"])
-    except json.JSONDecodeError as found:
-        raise ModuleFileError(f"{name}: its `emma` metadata is not JSON ({found}). Get the file again.") from found
-    if not isinstance(entry, dict):
-        raise ModuleFileError(f"{name}: its `emma` metadata is a {type(entry).__name__}, wanted a JSON object. "
-                              "Get the file again.")
-    if entry.get("format_version") not in FORMAT_VERSIONS:
-        raise ModuleFileError(f"{name} has format version {entry.get('format_version')!r}, this version of "
+def _check_version(entry: Mapping[str, Any], name: str) -> None:
+    version = entry.get("format_version")
+    if type(version) is not int or version not in FORMAT_VERSIONS:
+        raise ModuleFileError(f"{name} has format version {short(repr(version))}, this version of "
                               f"ComfyUI-EMMA reads {' and '.join(map(str, FORMAT_VERSIONS))}. Update ComfyUI-EMMA.")
-    missing = [key for key in _required(entry) if key not in entry]
+    missing = [key for key in _required(entry) if entry.get(key) is None]
     if missing:
         raise ModuleFileError(f"{name}: its `emma` metadata lacks {_listed(missing)}. Save the module again with a "
                               "current version of its trainer.")
-    return entry
 
 
 def _listed(names) -> str:

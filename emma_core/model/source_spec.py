@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ModuleFileError
+from ..errors import ModuleFileError, short
 from .strength_keyframes import LAST_TIMESTEP
 
 ELLA, TOKENS = "ella", "tokens"
+_LARGEST_WIDTH = 1 << 20
 # the last timestep of each way of counting time: DDPM's 0 to 999, and sigma x 1000 of flow models
 LAST_OF_TIME = {"ddpm": LAST_TIMESTEP, "flow": 1000}
 
@@ -25,9 +26,9 @@ class SourceSpec:
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.family or self.width < 1:
-            raise ModuleFileError(f"the source is of family {self.family!r} and width {self.width}; wanted a name, and 1 or "
-                                  "more. Correct the metadata.")
+        if not self.family or not 1 <= self.width <= _LARGEST_WIDTH:
+            raise ModuleFileError(f"the source is of family {self.family!r} and width {self.width}; wanted a name, and 1 to "
+                                  f"{_LARGEST_WIDTH}. Correct the metadata.")
 
     def to_entry(self, inner: int) -> dict[str, Any]:
         """As it stands in the metadata; ``inner`` is the width inside the blocks."""
@@ -46,10 +47,12 @@ class SourceSpec:
         if kind != TOKENS:
             raise ModuleFileError(f"its source is {kind!r}; this version of ComfyUI-EMMA knows {ELLA} and {TOKENS}. Update "
                                   "ComfyUI-EMMA.")
-        if int(entry["inner"]) != inner:
+        if type(entry["width"]) is not int or type(entry["inner"]) is not int or not isinstance(entry["family"], str):
+            raise TypeError("width and inner are whole numbers, family is text")
+        if entry["inner"] != inner:
             raise ModuleFileError(f"its source has the inner width {entry['inner']}, its blocks {inner}. Correct the metadata.")
         unknown = {key: value for key, value in entry.items() if key not in ("kind", "width", "inner", "family")}
-        return cls(str(entry["family"]), int(entry["width"]), unknown)
+        return cls(entry["family"], entry["width"], unknown)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class TimeSpec:
         Raises:
             ModuleFileError: a kind that is not known, or a range that is not this kind's.
         """
-        time = cls(str(entry["kind"]))
+        time = cls(short(entry["kind"]))
         if entry["last"] != time.last:
             raise ModuleFileError(f"its time is {time.kind} up to {entry['last']}; this version of ComfyUI-EMMA knows it up to "
                                   f"{time.last}. Update ComfyUI-EMMA.")

@@ -4,7 +4,6 @@ Only headers are read on opening. `T5File.parts` then yields one layer at a time
 the model and of one layer, not of the file twice.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import TextEncoderFileError
+from ..errors import TextEncoderFileError, short
+from ..files.json_file import entry_of, parse_json, read_json
+from ..files.plain_file import is_plain_name
 from ..files.tensor_file import check_finite, check_shapes, open_tensors
 from .t5_layout import T5EncoderConfig, check_declared, config_from_shapes, encoder_parts, refuse_other_models
 
@@ -22,6 +23,7 @@ _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _FLOATS = {"F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_MOST_LISTED = 5
 _SCALES = (".scale_weight", ".weight_scale")
 # The decoder, and what other tools add to a file without changing the encoder.
 _IGNORED = re.compile(
@@ -154,11 +156,17 @@ def _files_of(path: Path) -> list[Path]:
 
 def _files_in_folder(folder: Path) -> list[Path]:
     if (folder / _INDEX).exists():
-        names = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
+        weight_map = entry_of(read_json(folder / _INDEX, _WHAT, TextEncoderFileError), "weight_map", dict, f"{folder}/{_INDEX}",
+                              TextEncoderFileError, {})
+        odd = next((value for value in weight_map.values() if not is_plain_name(value)), None)
+        if odd is not None:
+            raise TextEncoderFileError(f"{folder}/{_INDEX} names the part {short(odd)}; wanted names of files beside it. "
+                                       "Download it again.")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing or not names:
             raise TextEncoderFileError(
-                f"{folder} lacks {', '.join(missing) or 'the parts'}, which its {_INDEX} names. Download them."
+                f"{folder} lacks {', '.join(missing[:_MOST_LISTED]) or 'the parts'}, which its {_INDEX} names. Download them."
             )
         return [folder / name for name in names]
     if (folder / "model.safetensors").exists():
@@ -218,8 +226,7 @@ def _check_weights(weights, scales, config: T5EncoderConfig, name: str) -> None:
     wanted = {
         f"{part}.{key}": shape for part, shapes in encoder_parts(config).items() for key, shape in shapes.items()
     }
-    found = {key: torch.empty(entry.shape, device="meta") for key, entry in weights.items()}
-    check_shapes(found, wanted, name, _WHAT, TextEncoderFileError)
+    check_shapes(weights, wanted, name, _WHAT, TextEncoderFileError)
     for key, entry in weights.items():
         if entry.dtype not in _FLOATS:
             raise TextEncoderFileError(
@@ -237,20 +244,14 @@ def _check_weights(weights, scales, config: T5EncoderConfig, name: str) -> None:
 def _declared_in_metadata(metadata: Mapping[str, str], name: str) -> dict[str, object]:
     if "t5" not in metadata:
         return {}
-    try:
-        declared = json.loads(metadata["t5"])
-    except json.JSONDecodeError as found:
-        raise TextEncoderFileError(f"{name}: its metadata `t5` is not JSON ({found}). Save the file again.") from found
-    if not isinstance(declared, dict):
-        raise TextEncoderFileError(f"{name}: its metadata `t5` is not a JSON object. Save the file again.")
-    return declared
+    return parse_json(metadata["t5"], f"{name}: its metadata `t5`", TextEncoderFileError, advice="Save the file again.")
 
 
 def _folder_config(path: Path, file: Path) -> dict:
     """The config.json of a folder made for one model; of a folder of many models, nothing."""
     config_path = file.parent / "config.json"
     alone = path.is_dir() or file.name == "model.safetensors" or len(list(file.parent.glob("*.safetensors"))) == 1
-    return _read_json(config_path) if alone and config_path.exists() else {}
+    return read_json(config_path, _WHAT, TextEncoderFileError) if alone and config_path.exists() else {}
 
 
 def _tokenizer_of(path: Path, file: Path, declared: Mapping[str, object], own_folder: bool) -> Path | None:
@@ -259,10 +260,10 @@ def _tokenizer_of(path: Path, file: Path, declared: Mapping[str, object], own_fo
         return beside
     named = declared.get("tokenizer")
     if named is not None:
-        if not isinstance(named, str) or Path(named).name != named:
+        if not is_plain_name(named):
             raise TextEncoderFileError(
-                f"{file.name}: its metadata `t5` names the tokenizer {named!r}; wanted the plain name of a file beside "
-                "it. Save the file again."
+                f"{file.name}: its metadata `t5` names the tokenizer {short(repr(named))}; wanted the plain name of a file "
+                "beside it. Save the file again."
             )
         if not (file.parent / named).exists():
             raise TextEncoderFileError(f"{file.name} needs its own tokenizer {named}, which is not in {file.parent}. "
@@ -271,13 +272,3 @@ def _tokenizer_of(path: Path, file: Path, declared: Mapping[str, object], own_fo
     # A loose tokenizer.json in a folder of many models may belong to any of them.
     in_folder = file.parent / "tokenizer.json"
     return in_folder if in_folder.exists() and (path.is_dir() or own_folder) else None
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as found:
-        raise TextEncoderFileError(f"{path} is not JSON ({found}). Download it again.") from found
-    if not isinstance(content, dict):
-        raise TextEncoderFileError(f"{path} is not a JSON object. Download it again.")
-    return content

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..errors import TextEncoderFileError
+from ..errors import TextEncoderFileError, short
+from ..files.tensor_file import count_blocks
 
 ATTENTION_BUCKETS = 32
 _WANTED = "a T5 v1.1 encoder (flan-t5; ELLA was trained with flan-t5-xl)"
@@ -72,9 +73,11 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], name: str) -> T5En
     """
 
     def size(key: str, axis: int) -> int:
-        if key not in shapes:
-            raise TextEncoderFileError(f"{name} lacks {key}, which {_WANTED} has. Download the file again.")
-        return shapes[key][axis]
+        shape = shapes.get(key, ())
+        if len(shape) <= axis or not shape[axis]:
+            found = f"has {key} of shape {shape}, and a weight" if key in shapes else f"lacks {key}, which"
+            raise TextEncoderFileError(f"{name} {found} {_WANTED} has. Download the file again.")
+        return shape[axis]
 
     first = "encoder.block.0."
     inner, heads = size(first + "layer.0.SelfAttention.q.weight", 0), size(first + _BIAS_KEY, 1)
@@ -83,14 +86,13 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], name: str) -> T5En
             f"{name}: {heads} attention heads do not divide the attention width {inner}; wanted {_WANTED}. "
             "Get the file again from its author."
         )
-    blocks = [int(match[1]) for key in shapes if (match := re.match(r"encoder\.block\.(\d+)\.", key))]
     return T5EncoderConfig(
         vocab_size=size("shared.weight", 0),
         d_model=size("shared.weight", 1),
         d_ff=size(first + "layer.1.DenseReluDense.wi_0.weight", 0),
         d_kv=inner // heads,
         num_heads=heads,
-        num_layers=max(blocks) + 1,
+        num_layers=count_blocks(shapes, "encoder.block.", name, TextEncoderFileError),
     )
 
 
@@ -110,7 +112,7 @@ def refuse_other_models(keys: Iterable[str], name: str) -> None:
                 f"{name} holds only the decoder of a T5; wanted {_WANTED}. Choose the file with the encoder "
                 "(of a sharded model, the folder with all parts)."
             )
-        some = ", ".join(keys[:4]) or "none"
+        some = ", ".join(map(short, keys[:4])) or "none"
         raise TextEncoderFileError(f"{name} is not a T5: its keys are {some}, ...; wanted {_WANTED} with keys like "
                                    "encoder.block.0.layer.0.SelfAttention.q.weight. Choose the flan-t5-xl encoder.")
     if holding(r"encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wi\.weight$"):
@@ -131,7 +133,7 @@ def check_declared(config: T5EncoderConfig, declared: Mapping[str, object], name
     for key, value in wanted.items():
         if key in declared and declared[key] != value:
             raise TextEncoderFileError(
-                f"{name}: {where} says {key} = {declared[key]}, the tensors need {value} for {_WANTED}. "
+                f"{name}: {where} says {key} = {short(declared[key])}, the tensors need {value} for {_WANTED}. "
                 f"Use the {where} that came with these weights."
             )
 

@@ -1,12 +1,17 @@
 """Prompt -> token ids of a T5, from a tokenizer.json."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import TextEncoderFileError
+from ..errors import TextEncoderFileError, TextInputError, short
+from ..files.plain_file import check_plain_file
 from .t5_file import T5File
 
 # The published tokenizer has 32,100 entries; the published weights round that up to 32,128.
 _STANDARD_VOCAB_SIZES = (32100, 32128)
+_WHAT = "the tokenizer.json of a T5"
+_LARGEST = 64 << 20  # bytes; flan-t5's has 2.4 MB
 
 
 class PromptTokenizer:
@@ -15,13 +20,11 @@ class PromptTokenizer:
     def __init__(self, path: str | Path):
         from tokenizers import Tokenizer
 
-        path = Path(path)
-        try:
+        path = check_plain_file(path, _WHAT, TextEncoderFileError)
+        if path.stat().st_size > _LARGEST:
+            raise TextEncoderFileError(f"{path} holds {path.stat().st_size:,} bytes, too many for {_WHAT}. Download it again.")
+        with _explained(f"{path} cannot be read as a tokenizer.json"):
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as found:  # the library raises plain Exception
-            raise TextEncoderFileError(
-                f"{path} cannot be read as a tokenizer.json ({found}). Download it again."
-            ) from found
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.name = path.name
@@ -36,11 +39,33 @@ class PromptTokenizer:
         return token_id
 
     def ids(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, then `</s>`; an empty prompt is `</s>` alone."""
-        return [*self._tokenizer.encode(prompt, add_special_tokens=False).ids, self.eos_id]
+        """Token ids of a prompt, then `</s>`; an empty prompt is `</s>` alone.
+
+        Raises:
+            TextInputError: the prompt holds half of a character.
+            TextEncoderFileError: the tokenizer cannot encode it.
+        """
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as found:
+            raise TextInputError(f"the prompt {short(prompt)} holds half of a character at position {found.start}. Write it "
+                                 "again.") from None
+        with _explained(f"{self.name} cannot encode the prompt {short(prompt)}"):
+            return [*self._tokenizer.encode(prompt, add_special_tokens=False).ids, self.eos_id]
 
     def vocab(self) -> dict[str, int]:
         return self._tokenizer.get_vocab(with_added_tokens=True)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """The faults of the tokenizers library in words: it raises plain Exception, and Rust's panics are not even that."""
+    try:
+        yield
+    except BaseException as found:
+        if not isinstance(found, Exception) and type(found).__name__ != "PanicException":
+            raise
+        raise TextEncoderFileError(f"{what} ({short(str(found), 200)}). Download the tokenizer.json again.") from found
 
 
 def find_tokenizer(t5_file: T5File, standard_path: str | Path | None = None) -> Path:

@@ -165,7 +165,10 @@ def test_weights_that_are_not_numbers_are_refused(saved):
     ({"ella": json.dumps({"heads": 7})}, "has width 64, which 7 heads do not divide"),
     ({"ella": json.dumps({"heads": 0})}, "names 0 heads; wanted 1 or more"),
     ({"ella": json.dumps({"layers": 3})}, "does not name the heads; wanted JSON"),
-    ({"ella": "{broken"}, "does not name the heads; wanted JSON"),
+    ({"ella": '{"heads": 4.5}'}, "does not name the heads; wanted JSON"),
+    ({"ella": '{"heads": true}'}, "does not name the heads; wanted JSON"),
+    ({"ella": "{broken"}, "its `ella` metadata is not JSON"),
+    ({"ella": "[" * 100_000}, "its `ella` metadata has lists or objects nested more than 64 deep"),
 ])
 def test_an_impossible_number_of_heads_is_refused(saved, metadata, message):
     with pytest.raises(ConnectorFileError, match=rf"changed.safetensors.*{message}"):

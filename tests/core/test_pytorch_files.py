@@ -110,9 +110,10 @@ def test_functions_that_only_fill_the_memory_are_not_called_either(tmp_path):
 
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
     torch.save({"w": torch.zeros(64 << 20)}, tmp_path / "a.ckpt")
-    with zipfile.ZipFile(tmp_path / "a.ckpt") as plain, zipfile.ZipFile(tmp_path / "b.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (zipfile.ZipFile(tmp_path / "a.ckpt") as plain,
+          zipfile.ZipFile(tmp_path / "b.ckpt", "w", zipfile.ZIP_DEFLATED) as small):
         for name in plain.namelist():
-            packed.writestr(name, plain.read(name))
+            small.writestr(name, plain.read(name))
     assert (tmp_path / "b.ckpt").stat().st_size < 1 << 20
     resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

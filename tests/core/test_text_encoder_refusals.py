@@ -108,7 +108,7 @@ def test_contradicting_config_is_refused(tmp_path, state, config, message):
     [
         (json.dumps({"num_heads": 8}), "metadata `t5` says num_heads = 8, the tensors need 4"),
         ("{", "metadata `t5` is not JSON"),
-        ("[]", "metadata `t5` is not a JSON object"),
+        ("[]", "metadata `t5` is a list, wanted a JSON object"),
     ],
 )
 def test_contradicting_metadata_is_refused(tmp_path, state, metadata, message):
