@@ -1,4 +1,4 @@
-"""`python -m emma_core`: draw pictures; train modules, judge them, inspect them."""
+"""`python -m emma_core`, or `emma` where it is installed: draw pictures; train modules, judge them, inspect them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 _COMMANDS = {
     "generate": "draw pictures from prompts and references", "train": "train an EMMA module, or an ELLA connector",
@@ -18,7 +19,7 @@ _HOME = {"eval": "evaluate"}  # where the module has another name than the comma
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Only what the command needs is imported: drawing does without the trainer."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m emma_core", description="EMMA modules without ComfyUI.")
+    parser = argparse.ArgumentParser(prog=_called_as(), description="EMMA modules without ComfyUI.")
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {name: commands.add_parser(name, help=explained) for name, explained in _COMMANDS.items()}
     chosen = next(iter(arguments), "")
@@ -28,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = import_module(f".commands.{_HOME.get(chosen, chosen)}", __package__)
     command.add_arguments(parsers[chosen])
     return command.run(parser.parse_args(arguments))
+
+
+def _called_as() -> str:
+    called = Path(sys.argv[0]).stem
+    return called if called == "emma" else "python -m emma_core"
 
 
 if __name__ == "__main__":

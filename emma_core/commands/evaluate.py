@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `eval`; each key of the configuration is a flag."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.usage = "python -m emma_core eval [CONFIG.toml] [--section.key VALUE ...]"
+    parser.usage = "%(prog)s [CONFIG.toml] [--section.key VALUE ...]"
     parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help="a configuration file; flags win over it")
     parser.add_argument("--device", default="", choices=["", "cpu"], help="cpu: leave GPUs alone")
     add_keys(parser, EvalConfig)

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `generate`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.usage = "python -m emma_core generate PROMPT ... [--module FILE PICTURE [STRENGTH]] ... [--section.key VALUE ...]"
+    parser.usage = "%(prog)s PROMPT ... [--module FILE PICTURE [STRENGTH]] ... [--section.key VALUE ...]"
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a picture, or --count of them, for each")
     parser.add_argument("--module", nargs="+", action="append", default=[], dest="shown", metavar=("FILE", "PICTURE"),
                         help="an EMMA module, its reference picture, and its strength (default: 1); may be given again")

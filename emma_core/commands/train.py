@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `train`; each key of the configuration is a flag."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.usage = "python -m emma_core train [ella] [CONFIG.toml] [--preset NAME] [--dry-run] [--section.key VALUE ...]"
+    parser.usage = "%(prog)s [ella] [CONFIG.toml] [--preset NAME] [--dry-run] [--section.key VALUE ...]"
     parser.add_argument("words", nargs="*", metavar="[ella] [CONFIG.toml]",
                         help="`ella` to train the connector itself; a configuration file")
     parser.add_argument("--preset", choices=list(PRESETS),

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from .files import load_autoencoder, load_unet, unet_tensors_and_config
 
 PLAYGROUND = "playground"  # what settings call it in place of a file
-PLAYGROUND_DIR = Path(__file__).resolve().parents[2] / "playground"
+_INSTALLED_DIR = Path(__file__).resolve().with_name("weights")  # in a wheel; in the repository they lie at the top
+PLAYGROUND_DIR = _INSTALLED_DIR if _INSTALLED_DIR.is_dir() else Path(__file__).resolve().parents[2] / "playground"
 __all__ = ["PLAYGROUND", "PLAYGROUND_DIR", "load_autoencoder", "load_unet", "unet_tensors_and_config"]
 
 
