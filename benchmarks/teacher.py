@@ -27,7 +27,7 @@ from peft.utils import get_peft_model_state_dict  # noqa: E402
 from emma_core.__main__ import main as emma  # noqa: E402
 from emma_core.base.backbones import load_backbone  # noqa: E402
 from emma_core.base.config import BaseConfig  # noqa: E402
-from emma_core.base.lora import add_lora  # noqa: E402
+from emma_core.base.lora import merge_lora  # noqa: E402
 from emma_core.base.pipeline import Sampling  # noqa: E402
 from emma_core.base.schedule import TIMESTEPS, add_noise  # noqa: E402
 from emma_core.base.spec import PLAYGROUND_SPEC  # noqa: E402
@@ -107,7 +107,7 @@ def score(options: argparse.Namespace, lora: Path, module: Path, data: EmojiPeop
     """Share of pictures in which the judge sees the vendor, and the caption."""
     world, judge, chance = load_world(), load_judge(options.judge), random.Random(5)
     teacher = load_backbone(BaseConfig())
-    add_lora(teacher.unet, lora, "teacher")
+    merge_lora(teacher.unet, lora)
     heldout = [p for p in range(len(data.rows)) if data.rows[p].split != "train" and data.rows[p].vendor != options.vendor]
     references = [p for p in data.positions("train") if data.rows[p].vendor == options.vendor]
     targets = chance.sample(heldout, options.judged)

@@ -21,7 +21,7 @@ from .autoencoder_files import load_autoencoder
 from .checkpoint_files import LoadedBase
 from .config import BaseConfig
 from .denoiser import NO_EXTRA
-from .lora import add_lora
+from .lora import merge_lora
 from .sd15_files import load_folder, load_single_file
 from .spec import PLAYGROUND_SPEC, BaseSpec
 
@@ -123,7 +123,7 @@ def load_backbone(config: BaseConfig, dtype: torch.dtype = torch.float32) -> Bac
         dtype: of the UNet's weights.
     Raises:
         FileError: not such a model (SDXL, SD2 and inpainting models are named), a pickle, damaged or incomplete weights.
-        SettingsError: a prediction that the playground has not; a LoRA without the package peft.
+        SettingsError: a prediction that the playground has not.
     """
     if config.checkpoint == PLAYGROUND:
         if config.prediction == "v":
@@ -134,10 +134,7 @@ def load_backbone(config: BaseConfig, dtype: torch.dtype = torch.float32) -> Bac
         load = load_folder if path.is_dir() else load_single_file
         backbone = _backbone(load(path, with_autoencoder=not config.vae), config, path.name)
     if config.lora:
-        add_lora(backbone.unet, Path(config.lora), "base")
-        backbone.unet.fuse_lora()
-        backbone.unet.unload_lora()
-        backbone.unet.requires_grad_(False)
+        merge_lora(backbone.unet, Path(config.lora))
         backbone.name += f" + {Path(config.lora).name}"
     return backbone.to("cpu", dtype)
 

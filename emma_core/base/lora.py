@@ -1,71 +1,94 @@
-"""LoRAs on the UNet of a base."""
+"""LoRAs on the UNet of a base: merged into its weights, or beside them, several of which one acts at a time.
+
+Shapes: x what a layer takes and gives; r the rank of a LoRA.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from ..errors import EmmaWarning, FileError, SettingsError
-from ..files.tensor_file import check_finite, read_tensors
-
-_LORA = "a LoRA for an SD1.5-family UNet"
-# LyCORIS's other kinds, and DoRA: the weight is changed in another way than by a product of two matrices
-_OTHER_KINDS = ("hada_", "lokr_", "lora_mid", "dora_scale", "lora_magnitude_vector")
+from .ldm_names import ldm_unet_names
+from .lora_file import LowRank, read_lora
 
 
-def add_lora(unet: Any, path: Path, adapter: str) -> None:
-    """Put a LoRA (kohya's or diffusers' layout) beside the UNet's weights, with the alphas of the file, frozen.
+@torch.no_grad()
+def merge_lora(unet: Any, path: Path) -> None:
+    """Add a LoRA to the UNet's weights: W + alpha / rank * up @ down.
 
     Raises:
-        FileError: no LoRA, LoHa, LoKr or DoRA, layers or sizes that this UNet has not, non-finite weights.
-        SettingsError: the package peft is not installed.
+        FileError: see `read_lora`.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise SettingsError(f"the LoRA {path.name} needs the package peft, which is not installed; wanted peft and "
-                                  "diffusers. Install it: pip install peft")
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin
-
-    tensors, _ = read_tensors(path, _LORA)
-    check_finite(tensors, path.name)
-    other = next((key for key in tensors if any(kind in key for kind in _OTHER_KINDS)), None)
-    if other is not None:
-        raise FileError(f"{path.name} is no plain LoRA (it has {other}); wanted a LoRA of two matrices a layer. LoHa, LoKr, "
-                        "LoCon with a core and DoRA are not supported: choose another file, or merge it into the base.")
-    try:
-        state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
-            str(path.parent), weight_name=path.name, use_safetensors=True, local_files_only=True, return_lora_metadata=True)
-    except (ValueError, KeyError) as found:
-        raise FileError(f"{path.name} is not {_LORA} that diffusers can read ({found}). Choose another file.") from found
-    _check_places(unet, state, path.name)
-    if any(key.startswith("text_encoder") for key in state):
-        warnings.warn(f"{path.name} also changes the CLIP text encoder; that part is left out, as ELLA's tokens do not come "
-                      "from CLIP.", EmmaWarning, stacklevel=2)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-        unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=adapter, metadata=metadata)
-    unet.requires_grad_(False)
+    for layer, change in _lora_of(unet, path).items():
+        weight = unet.get_submodule(layer).weight
+        weight += change.change(tuple(weight.shape)).to(weight)
 
 
-def _check_places(unet: Any, state: dict[str, torch.Tensor], name: str) -> None:
-    from diffusers.utils import convert_unet_state_dict_to_peft
+class LoraSwitch:
+    """LoRAs beside the weights of a UNet, which stay as they are; one acts at a time, at a strength.
 
-    places = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
-    if not places:
-        raise FileError(f"{name} has no weights for a UNet (unet.*, lora_unet_*); wanted {_LORA}. Choose another file.")
-    if not any("lora_A" in key for key in places):
-        places = convert_unet_state_dict_to_peft(places)
-    # as the base calls them: an adapter that is there already puts `base_layer` into the names
-    weights = {key.replace(".base_layer", ""): value for key, value in unet.state_dict().items()}
-    for key, value in places.items():
-        module, _, side = key.removesuffix(".weight").rpartition(".")
-        weight = weights.get(f"{module}.weight")
-        # down (lora_A) takes what the layer takes, up (lora_B) gives what it gives
-        axis = {"lora_A": 1, "lora_B": 0}.get(side)
-        if weight is None or axis is None or value.shape[axis] != weight.shape[axis]:
-            size = "no such layer" if weight is None else f"a layer of shape {tuple(weight.shape)}"
-            raise FileError(f"{name} changes {key} with shape {tuple(value.shape)}, and the base has {size}; wanted a LoRA "
-                            "made for this kind of model. Choose another file.")
+    Raises:
+        FileError: see `read_lora`.
+    """
+
+    def __init__(self, unet: Any, paths: Sequence[Path], strength: float):
+        self._strength = strength
+        self._active = 0
+        self._sides = [_Sides(_lora_of(unet, path)) for path in paths]
+        # as parts of the UNet they are moved and cast with it
+        unet.add_module("loras", nn.ModuleList(self._sides).requires_grad_(False))
+        for layer in dict.fromkeys(layer for sides in self._sides for layer in sides.scales):
+            unet.get_submodule(layer).register_forward_hook(self._added(layer))
+
+    def use(self, number: int) -> None:
+        """Let this one act, by its place in the order they were given in."""
+        self._active = number
+
+    def _added(self, layer: str):
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+            sides = self._sides[self._active]
+            if not self._strength or layer not in sides.scales:
+                return None
+            return output + self._strength * sides.scales[layer] * sides.product(layer, module, inputs[0])
+
+        return hook
+
+
+class _Sides(nn.Module):
+    """The matrices of one LoRA."""
+
+    def __init__(self, changes: Mapping[str, LowRank]):
+        super().__init__()
+        self.scales = {layer: change.scale for layer, change in changes.items()}
+        self._names = {layer: layer.replace(".", "_") for layer in changes}
+        for layer, change in changes.items():
+            for side, matrix in (("down", change.down), ("up", change.up)):
+                # copies, as what was read lies in the file itself
+                self.register_buffer(f"{self._names[layer]}_{side}", matrix.to(torch.float32, copy=True), persistent=False)
+
+    def product(self, layer: str, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """up(down(x)), as the layer computes: a product, or a convolution of its stride and padding."""
+        # the weights of the UNet, and with them what it is given, may have been cast since
+        down, up = (getattr(self, f"{self._names[layer]}_{side}").to(x.dtype) for side in ("down", "up"))
+        if not isinstance(module, nn.Conv2d):
+            return F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
+        kernel = down.reshape(len(down), *module.weight.shape[1:])
+        x_r = F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation)
+        return F.conv2d(x_r, up.reshape(*up.shape[:2], 1, 1))
+
+
+def _lora_of(unet: Any, path: Path) -> dict[str, LowRank]:
+    layers = {name: tuple(module.weight.shape) for name, module in unet.named_modules()
+              if isinstance(module, nn.Linear | nn.Conv2d)}
+    aliases = {name.replace(".", "_"): name for name in layers}
+    depth = unet.config.layers_per_block
+    ldm_names = ldm_unet_names(layers, depth) if isinstance(depth, int) else {}
+    aliases |= {other.replace(".", "_"): name for name, other in ldm_names.items()}
+    # older diffusers call the first part of an attention's way out as the whole
+    aliases |= {alias.removesuffix("_0"): name for alias, name in aliases.items() if alias.endswith("_to_out_0")}
+    return read_lora(path, layers, aliases)

@@ -18,7 +18,7 @@ import torch
 
 from ..base.backbones import Backbone, load_backbone
 from ..base.config import BaseConfig
-from ..base.lora import add_lora
+from ..base.lora import LoraSwitch
 from ..encoders.clip_vision import ClipVisionEncoder, load_clip_vision
 from ..encoders.options import EncodeOptions
 from ..encoders.weights import weights_path
@@ -27,7 +27,6 @@ from ..files.tensor_file import check_finite, check_shapes, read_tensors
 from .config import TeacherConfig
 
 _IP_ADAPTER = "an IP-Adapter for SD1.5"
-_ADAPTER = "teacher"
 # of the plain one, and of the plus one
 _PROJECTIONS = ({"proj.weight"}, {"latents", "proj_in.weight", "proj_out.weight"})
 _TOKENS = 4  # that a plain IP-Adapter makes of one embedding
@@ -68,12 +67,9 @@ class LoraTeacher(Teacher):
     """
 
     def __init__(self, backbone: Backbone, paths: Mapping[str, Path], scale: float):
-        self._backbone, self._scale, self.groups = backbone.twin(), scale, tuple(paths)
-        self._adapters = [f"{_ADAPTER}_{number}" for number in range(len(paths))]
-        for adapter, path in zip(self._adapters, paths.values(), strict=True):
-            add_lora(self._backbone.unet, path, adapter)
-        self._switch_to(0)
-        self.to(backbone.device)
+        self._backbone, self.groups = backbone.twin(), tuple(paths)
+        self._loras = LoraSwitch(self._backbone.unet, list(paths.values()), scale)
+        self.to(backbone.device, backbone.dtype)
 
     @torch.no_grad()
     def predict(self, noised_B4hw, timestep_B, context_BKW, reference=None) -> torch.Tensor:
@@ -84,7 +80,7 @@ class LoraTeacher(Teacher):
         target_B4hw = torch.empty_like(noised_B4hw, dtype=torch.float32)
         for number in lora_B.unique().tolist():
             rows_G = (lora_B == number).nonzero()[:, 0]
-            self._switch_to(number)
+            self._loras.use(number)
             target_B4hw[rows_G] = self._backbone.predict_noise(
                 noised_B4hw[rows_G], timestep_B.to(rows_G.device)[rows_G], context_BKW[rows_G])
         return target_B4hw
@@ -92,11 +88,6 @@ class LoraTeacher(Teacher):
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Teacher:
         self._backbone.to(device, dtype)
         return self
-
-    def _switch_to(self, number: int) -> None:
-        self._backbone.unet.set_adapters(self._adapters[number], self._scale)
-        # switching an adapter on makes it trainable
-        self._backbone.unet.requires_grad_(False)
 
 
 class IpAdapterTeacher(Teacher):
@@ -182,7 +173,7 @@ def load_teacher(config: TeacherConfig, base: BaseConfig, backbone: Backbone | N
         base: the frozen base, which a teacher stands on.
         backbone: `base` as it is already loaded, so that its weights are shared; None loads it.
     Raises:
-        TrainingConfigError: both a LoRA and an IP-Adapter, an IP-Adapter without image encoder, no package peft.
+        TrainingConfigError: both a LoRA and an IP-Adapter, an IP-Adapter without image encoder.
         FileError: files of another kind or for another model, pickles, non-finite weights.
     """
     if config.lora and config.ip_adapter:
