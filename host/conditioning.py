@@ -5,7 +5,10 @@ import torch
 
 from ..emma_core.errors import ConnectorMismatchError
 from ..emma_core.model.addition import Addition
+from ..emma_core.model.own_tokens import OwnTokens
+from .families import Family
 from .loaded import LoadedConnector
+from .own_tokens import OwnTokensPayload
 from .payload import KEY, CONDEmma, EmmaPayload, HostAssembly
 from .text_rows import LENGTHS
 
@@ -28,9 +31,7 @@ def connect_conditioning(
     appended = _clip_entries(ella, clip_conditioning, len(conditioning))
     connected = []
     for (text_BND, options), clip_1SW in zip(conditioning, appended, strict=True):
-        if KEY in options.get("model_conds", {}):
-            raise ConnectorMismatchError("this conditioning went through EMMA Connector before. Wire the text encoder's "
-                                         "conditioning into the connector, and assemble all modules before it.")
+        _check_first(options)
         if text_BND is None:
             raise ConnectorMismatchError("this conditioning holds no text features. Wire a CLIP Text Encode node that uses "
                                          "the CLIP of Load ELLA Text Encoder.")
@@ -40,13 +41,50 @@ def connect_conditioning(
             _check_clip_rows(clip_1SW.shape[0], payload.frames)
             context_1SW = torch.cat([context_1SW.expand(clip_1SW.shape[0], -1, -1), clip_1SW.to(context_1SW)], dim=1)
         connected += node_helpers.conditioning_set_values(
-            [[context_1SW, {key: value for key, value in options.items() if key != LENGTHS}]],
-            {
-                "model_conds": {**options.get("model_conds", {}), KEY: CONDEmma(payload)},
-                "additional_models": [*options.get("additional_models", []), *payload.patchers],
-            },
-        )
+            [[context_1SW, {key: value for key, value in options.items() if key != LENGTHS}]], _carried(options, payload))
     return connected
+
+
+def check_own_text(model, source: OwnTokens, conditioning: list) -> None:
+    """Refuse conditioning that this MODEL does not read as it is.
+
+    Raises:
+        ConnectorMismatchError: connected before, of no or another text encoder, as ELLA's T5.
+    """
+    for tokens_CSD, options in conditioning:
+        _check_first(options)
+        if tokens_CSD is None:
+            raise ConnectorMismatchError("this conditioning holds no text. Wire CLIP Text Encode with the checkpoint's CLIP.")
+        lacks_vector = getattr(model.model, "adm_channels", 0) and options.get("pooled_output") is None
+        if tokens_CSD.shape[-1] != source.width or LENGTHS in options or lacks_vector:
+            vector = " without a pooled vector" if lacks_vector else ""
+            raise ConnectorMismatchError(
+                f"the conditioning has width {tokens_CSD.shape[-1]}{vector}, and {source.name} reads width {source.width} from "
+                "its own text encoder. Encode it with the checkpoint's own CLIP; or, if this is Load ELLA Text Encoder's, wire "
+                "Load ELLA into ella.")
+
+
+def add_references(
+    conditioning: list, family: Family, assembly: HostAssembly, addition: Addition | None = None
+) -> list:
+    """Each entry stays as it is, and carries the references; without any it is the very same conditioning."""
+    connected = []
+    for entry in conditioning if assembly.references else ():
+        payload = OwnTokensPayload(family, assembly, addition)
+        connected += node_helpers.conditioning_set_values([entry], _carried(entry[1], payload))
+    return connected or conditioning
+
+
+def _carried(options: dict, payload: EmmaPayload | OwnTokensPayload) -> dict:
+    """What an entry with a payload has in its options."""
+    return {"model_conds": {**options.get("model_conds", {}), KEY: CONDEmma(payload)},
+            "additional_models": [*options.get("additional_models", []), *payload.patchers]}
+
+
+def _check_first(options: dict) -> None:
+    if KEY in options.get("model_conds", {}):
+        raise ConnectorMismatchError("this conditioning went through EMMA Connector before. Wire the text encoder's "
+                                     "conditioning into the connector, and assemble all modules before it.")
 
 
 def _check_clip_rows(found: int, wanted: int) -> None:

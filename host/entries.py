@@ -1,25 +1,21 @@
-"""Entries of the host's conditioning, as they are at one evaluation: with the connector's tokens in place of the placeholder.
+"""Entries of the host's conditioning, as they are at one evaluation: with the tokens of its timestep.
 
 Shapes: B rows of the latent batch, C rows of a conditioning, S context tokens, K of them the connector's, W token width.
 """
-
-from collections.abc import Sequence
 
 import comfy.utils
 import torch
 
 from ..emma_core.errors import ConnectorMismatchError
+from .evaluation import Evaluation
+from .families import check_timesteps
+from .own_tokens import OwnTokensPayload
 from .payload import KEY, EmmaPayload, holds_placeholder
 
 
-def copies_of(
-    entry: dict, sigma_B: torch.Tensor, timestep_B: torch.Tensor, schedule: Sequence[float], frames: Sequence[int] | None
-) -> list[dict]:
+def copies_of(entry: dict, evaluation: Evaluation) -> list[dict]:
     """The entry with its tokens, and a copy for each difference to add to what these predict; one that is not ours stays.
 
-    Args:
-        sigma_B, timestep_B: of the rows of the latent batch.
-        schedule, frames: see `EmmaPayload.tokens`.
     Raises:
         ConnectorMismatchError: a node changed the entry so that its tokens cannot be put in.
         ReferenceMismatchError: it holds prompts or references for another number of frames.
@@ -28,14 +24,25 @@ def copies_of(
     if carrier is None:
         return [entry]
     _check_boxes(entry)
-    payload: EmmaPayload = carrier.cond
+    payload = carrier.cond
     model_conds = {name: cond for name, cond in entry["model_conds"].items() if name != KEY}
-    if not _acts(entry, sigma_B):
+    if not evaluation.meets(entry) or "c_crossattn" not in model_conds:
         return [{**entry, "model_conds": model_conds}]
-    placeholder = model_conds["c_crossattn"]
-    appended = _what_was_appended(placeholder.cond, payload)
-    return [{**entry, "model_conds": {**model_conds, "c_crossattn": placeholder._copy_with(_join(tokens_BKW, appended))}}
-            for tokens_BKW in payload.tokens(timestep_B, schedule, frames)]
+    context = model_conds["c_crossattn"]
+    if isinstance(payload, OwnTokensPayload):
+        contexts = payload.contexts(context.cond, _mask_of(entry), evaluation)
+    else:
+        check_timesteps(evaluation.sampling)  # it may have been exchanged after the connector
+        appended = _what_was_appended(context.cond, payload)
+        times = evaluation.times(evaluation.sampling.timestep)
+        contexts = [_join(tokens_BKW, appended) for tokens_BKW in payload.tokens(*times, evaluation.frames)]
+    return [{**entry, "model_conds": {**model_conds, "c_crossattn": context._copy_with(one)}} for one in contexts]
+
+
+def _mask_of(entry: dict) -> torch.Tensor | None:
+    """0 where a token is padding, as the text encoder or the model says; some models are not told."""
+    carried = entry["model_conds"].get("attention_mask")
+    return entry.get("attention_mask") if carried is None else carried.cond
 
 
 def _check_boxes(entry) -> None:
@@ -46,12 +53,6 @@ def _check_boxes(entry) -> None:
             "a box of GLIGENTextBoxApply was encoded with a T5, which gives no pooled vector. Wire the checkpoint's own CLIP "
             "into GLIGENTextBoxApply; the prompt stays with Load ELLA Text Encoder."
         )
-
-
-def _acts(entry, sigma_B: torch.Tensor) -> bool:
-    """Whether the host will use this entry at this sigma (it drops entries outside their timestep range)."""
-    started = sigma_B[0] <= entry.get("timestep_start", sigma_B[0])
-    return bool(started and sigma_B[0] >= entry.get("timestep_end", sigma_B[0]))
 
 
 def _what_was_appended(context_BSW: torch.Tensor, payload: EmmaPayload) -> torch.Tensor:

@@ -6,17 +6,19 @@ K latent tokens, W token width.
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
 import torch
 
-from ..emma_core.errors import ReferenceMismatchError, UnconnectedModelError
+from ..emma_core.errors import UnconnectedModelError
 from ..emma_core.model.addition import PREDICTIONS, Addition, TokenTerms, joined
 from ..emma_core.model.assembly import Assembly, Reference, check_counts, terms_over_schedule
+from .frames import frames_of_rows
 from .loaded import LoadedConnector, LoadedModule
 from .text_rows import text_rows
 
@@ -30,18 +32,12 @@ class TokenCache:
     """Tokens by timestep. A schedule is computed in fixed chunks, so the answer never depends on what ran before."""
 
     def __init__(self):
-        self._chunks: OrderedDict[tuple, list[TokenTerms]] = OrderedDict()
+        self._chunks: OrderedDict[tuple, Any] = OrderedDict()
 
-    def chunk(
-        self, timesteps: tuple[float, ...], steps: tuple[float, ...], device: torch.device, compute
-    ) -> list[TokenTerms]:
-        """F rows for each of exactly these timesteps; ``compute(timesteps)`` makes what is not there.
-
-        ``steps``: the whole schedule, where the tokens depend on it.
-        """
-        key = (timesteps, steps, str(device))
+    def of(self, key: tuple, compute: Callable[[], Any]) -> Any:
+        """What was computed for a chunk: ``key`` names its timesteps and whatever else the tokens depend on."""
         if key not in self._chunks:
-            self._chunks[key] = compute(timesteps)
+            self._chunks[key] = compute()
             while len(self._chunks) > KEPT_CHUNKS:
                 self._chunks.popitem(last=False)
         self._chunks.move_to_end(key)
@@ -116,9 +112,8 @@ class EmmaPayload:
         Raises:
             ReferenceMismatchError: prompts, per-frame references or strengths for another number of frames.
         """
-        batch, device = timestep_B.shape[0], timestep_B.device
-        timesteps = timestep_B.tolist()
-        frames = self._frames_of_rows(batch, frame_indices)
+        timesteps, device = timestep_B.tolist(), timestep_B.device
+        frames = frames_of_rows(self.frames, len(timesteps), frame_indices, self.assembly, len(self.texts_1ND))
         if self.frames == 1 and len(set(timesteps)) == 1:
             return self._at(timesteps[0], schedule, device).copies()
         rows = [[copy_FKW[frame] for copy_FKW in self._at(timestep, schedule, device).copies()]
@@ -126,39 +121,14 @@ class EmmaPayload:
         return [torch.stack([row[number if number < len(row) else 0] for row in rows])
                 for number in range(max(map(len, rows)))]
 
-    def _frames_of_rows(self, batch: int, frame_indices: Sequence[int] | None) -> Sequence[int]:
-        if self.frames == 1:
-            return [0] * batch
-        if frame_indices is not None and len(frame_indices) == batch and max(frame_indices) < self.frames:
-            return frame_indices
-        if self.frames == batch:
-            return range(batch)
-        raise self._wrong_batch(batch)
-
-    def _wrong_batch(self, batch: int) -> ReferenceMismatchError:
-        if len(self.texts_1ND) > 1:
-            return ReferenceMismatchError(
-                f"this conditioning holds {self.frames} prompts, the latent batch has {batch} pictures. Wire the count of "
-                "Encode Prompt List into the batch size of the latent, or write another number of prompts."
-            )
-        if any(reference.features_rows > 1 for reference in self.assembly.references):
-            return ReferenceMismatchError(
-                f"this conditioning holds {self.frames} per-frame references, the latent batch has {batch} frames. "
-                "Encode one reference per frame, or combine them ('concat' or 'average') into one for all frames."
-            )
-        return ReferenceMismatchError(
-            f"this conditioning holds {self.frames} per-frame strengths, the latent batch has {batch} frames. Give one "
-            "strength per frame, or a single one for all frames."
-        )
-
     def _check_rows(self) -> None:
         counts = [("references or strengths", reference.rows) for reference in self.assembly.references]
         check_counts([("prompts", len(self.texts_1ND)), *counts], self.frames, f"{self.frames} frames", "frame")
 
     def _at(self, timestep: float, schedule: Sequence[float], device: torch.device) -> TokenTerms:
-        chunk = _chunk_with(timestep, schedule, max(1, ROWS_AT_ONCE // self.frames))
+        chunk = chunk_with(timestep, schedule, max(1, ROWS_AT_ONCE // self.frames))
         steps = tuple(schedule) if self.assembly.counts_steps else ()
-        terms_T = self.cache.chunk(chunk, steps, device, lambda timesteps: self._compute(timesteps, steps, device))
+        terms_T = self.cache.of((chunk, steps, str(device)), lambda: self._compute(chunk, steps, device))
         return terms_T[chunk.index(timestep)]
 
     def _compute(self, timesteps: tuple[float, ...], steps: tuple[float, ...], device: torch.device) -> list[TokenTerms]:
@@ -191,7 +161,7 @@ def holds_placeholder(context_BSW: torch.Tensor) -> bool:
     return False
 
 
-def _chunk_with(timestep: float, schedule: Sequence[float], size: int) -> tuple[float, ...]:
+def chunk_with(timestep: float, schedule: Sequence[float], size: int) -> tuple[float, ...]:
     """The part of the schedule that holds this timestep, or the timestep alone."""
     if timestep not in schedule:
         return (timestep,)

@@ -15,21 +15,17 @@ import torch
 
 from ..emma_core.errors import ConnectorMismatchError
 from .entries import check_stray_tokens, copies_of
+from .evaluation import Evaluation
+from .families import check_timesteps, context_width
 from .payload import KEY
 
 WRAPPER = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
 
 
 def connect_model(
-    model: comfy.model_patcher.ModelPatcher, patchers: Sequence[comfy.model_patcher.ModelPatcher], token_width: int
+    model: comfy.model_patcher.ModelPatcher, patchers: Sequence[comfy.model_patcher.ModelPatcher]
 ) -> comfy.model_patcher.ModelPatcher:
-    """A clone of ``model`` that answers our conditioning; the connector and modules are loaded and offloaded with it.
-
-    Raises:
-        ConnectorMismatchError: the model's cross-attention has another width than the tokens, or it knows no timesteps.
-    """
-    _check_width(model, token_width)
-    _check_timesteps(model.get_model_object("model_sampling"))
+    """A clone of ``model`` that answers our conditioning; the connector and modules are loaded and offloaded with it."""
     connected = model.clone()
     connected.remove_wrappers_with_key(WRAPPER, KEY)
     connected.add_wrapper_with_key(WRAPPER, KEY, swap_in_tokens)
@@ -44,7 +40,7 @@ def swap_in_tokens(executor, model, conds, x_in, timestep, model_options):
     all_model_conds = [entry["model_conds"] for entries in conds for entry in entries or ()]
     for model_conds in all_model_conds:
         if KEY not in model_conds and "c_crossattn" in model_conds:
-            _check_foreign(model_conds["c_crossattn"].cond, _width(model))
+            _check_foreign(model_conds["c_crossattn"].cond, context_width(model))
     payloads = [model_conds[KEY].cond for model_conds in all_model_conds if KEY in model_conds]
     if not payloads:
         return executor(model, conds, x_in, timestep, model_options)
@@ -53,14 +49,8 @@ def swap_in_tokens(executor, model, conds, x_in, timestep, model_options):
         # other packs' wrappers see one call and its answer, however many evaluations it takes (step caches count calls)
         outermost = type(executor).new_executor(executor.original, [*inner, swap_in_tokens])
         return outermost.execute(model, conds, x_in, timestep, model_options)
-    sampling = model.model_sampling
-    _check_timesteps(sampling)  # it may have been exchanged after the connector
-    transformer_options = model_options.get("transformer_options", {})
-    timestep_B = sampling.timestep(timestep).to(x_in.device).expand(x_in.shape[0])
-    schedule = _schedule(sampling, transformer_options.get("sample_sigmas"))
-    frames = _frame_indices(transformer_options, x_in.shape[0])
-    copies = [entries and [copies_of(entry, timestep, timestep_B, schedule, frames) for entry in entries]
-              for entries in conds]
+    evaluation = Evaluation.of_call(model, x_in, timestep, model_options.get("transformer_options", {}))
+    copies = [entries and [copies_of(entry, evaluation) for entry in entries] for entries in conds]
     evaluations = _evaluations(copies)
     return _added_up(lambda lists: executor(model, lists, x_in, timestep, model_options), evaluations)
 
@@ -103,7 +93,7 @@ def _check_foreign(context_BSW: torch.Tensor, width: int | None) -> None:
     Raises:
         ConnectorMismatchError: the model cannot read it, as a T5's, or it holds tokens of ours.
     """
-    if context_BSW.shape[-1] != width:
+    if width and context_BSW.shape[-1] != width:
         raise ConnectorMismatchError(
             f"a prompt of width {context_BSW.shape[-1]} goes into the sampler straight from a text encoder; this MODEL's "
             f"cross-attention reads width {width}. If it was encoded with Load ELLA Text Encoder, wire it into positive or "
@@ -113,49 +103,17 @@ def _check_foreign(context_BSW: torch.Tensor, width: int | None) -> None:
     check_stray_tokens(context_BSW)
 
 
-def _schedule(sampling, sigmas: torch.Tensor | None) -> list[float]:
-    """Distinct timesteps of the sigmas that the sampler announced, in its order, without the final 0."""
-    if sigmas is None:
-        return []
-    return list(dict.fromkeys(sampling.timestep(sigmas[sigmas > 0]).tolist()))
+def check_takes_ella(model: comfy.model_patcher.ModelPatcher, token_width: int) -> None:
+    """Refuse a MODEL that an ELLA's tokens cannot enter.
 
-
-def _frame_indices(transformer_options, batch: int) -> Sequence[int] | None:
-    """Frames in the current context window: the host's own, or AnimateDiff-Evolved's; None outside of windows."""
-    window = transformer_options.get("context_window")
-    for indices in (_window_frames(window), transformer_options.get("ad_params", {}).get("sub_idxs")):
-        # outside of a window AnimateDiff leaves the last window's indices behind: only a matching length counts
-        if indices is not None and len(indices) == batch:
-            return list(indices)
-    return None
-
-
-def _window_frames(window) -> Sequence[int] | None:
-    """Frames of the host's context window; newer hosts put an earlier frame before them, whose result they drop."""
-    indices = getattr(window, "index_list", None)
-    before = getattr(window, "causal_anchor_index", None)
-    return indices if indices is None or before is None or before < 0 else [before, *indices]
-
-
-def _check_width(model: comfy.model_patcher.ModelPatcher, token_width: int) -> None:
-    width = _width(model.model)
+    Raises:
+        ConnectorMismatchError: its cross-attention has another width than the tokens, or it knows no timesteps.
+    """
+    width = model.model.model_config.unet_config.get("context_dim")
     if width != token_width:
         found = f"a cross-attention of width {width}" if width else "no cross-attention that ELLA's tokens could enter"
         raise ConnectorMismatchError(
             f"this MODEL ({type(model.model).__name__}) has {found}; the ELLA makes tokens of width {token_width}. Use a "
             f"checkpoint of the {'Stable Diffusion 1.5 family' if token_width == 768 else 'family this ELLA was made for'}."
         )
-
-
-def _width(model) -> int | None:
-    """What the cross-attention of the host's model reads."""
-    return model.model_config.unet_config.get("context_dim")
-
-
-def _check_timesteps(sampling) -> None:
-    last = float(sampling.timestep(sampling.sigma_max.reshape(1)))
-    if last < 100:
-        raise ConnectorMismatchError(
-            f"this MODEL's sampling ({type(sampling).__name__}) counts time from {last:.2f}, ELLA needs timesteps 0 to 999. "
-            "Remove the node that changes the model's sampling to EDM or continuous sigmas."
-        )
+    check_timesteps(model.get_model_object("model_sampling"))

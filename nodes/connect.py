@@ -20,7 +20,7 @@ class EMMAConnector(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A checkpoint of the ELLA's family (SD1.5 for the released one), with its "
                                                 "LoRAs and other patches."),
-                Ella.Input("ella", tooltip="The connector, from Load ELLA."),
+                Ella.Input("ella", optional=True, tooltip="The connector, from Load ELLA."),
                 io.Conditioning.Input("positive", tooltip="The prompt, encoded with Load ELLA Text Encoder."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt (often empty), encoded the same way. It gets no "
                                                           "references."),
@@ -41,7 +41,7 @@ class EMMAConnector(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, ella, positive, negative, assembly=None, clip_positive=None, clip_negative=None
+        cls, model, positive, negative, ella=None, assembly=None, clip_positive=None, clip_negative=None
     ) -> io.NodeOutput:
         return io.NodeOutput(
             *connecting.connect(model, ella, positive, negative, assembly, clip_positive, clip_negative)

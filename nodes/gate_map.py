@@ -19,7 +19,7 @@ class EMMAGateMap(io.ComfyNode):
             description="Draws where each module of an assembly acts: token index across, block depth down, one panel per "
                         "module. Sparse maps that differ between modules are why modules can be assembled.",
             inputs=[
-                Ella.Input("ella", tooltip="The ELLA that the modules are used with."),
+                Ella.Input("ella", optional=True, tooltip="The ELLA that the modules are used with."),
                 Assembly.Input("assembly", tooltip="The assembly to look into."),
                 io.Conditioning.Input("conditioning", tooltip="The prompt, encoded with Load ELLA Text Encoder. The first "
                                                               "entry is drawn."),
@@ -30,5 +30,5 @@ class EMMAGateMap(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, ella, assembly, conditioning, timestep) -> io.NodeOutput:
+    def execute(cls, assembly, conditioning, timestep, ella=None) -> io.NodeOutput:
         return io.NodeOutput(gate_maps.gate_map_image(ella, assembly, conditioning, timestep))

@@ -112,6 +112,14 @@ class Reference:
         strength = torch.as_tensor(self.strength).flatten()
         return replace(self, features=features, strength=float(strength[row % len(strength)]))
 
+    def of_rows(self, rows: Sequence[int]) -> "Reference":
+        """The reference of some rows (frames), in this order."""
+        if self.rows == 1 or list(rows) == list(range(self.rows)):
+            return self
+        features = {name: tensor[[row % len(tensor) for row in rows]] for name, tensor in self.features.items()}
+        strength = torch.as_tensor(self.strength).flatten()
+        return replace(self, features=features, strength=strength[[row % len(strength) for row in rows]])
+
 
 @dataclass(frozen=True, eq=False)
 class Assembly:
@@ -141,6 +149,10 @@ class Assembly:
     def of_row(self, row: int) -> "Assembly":
         """What one row (frame) has of it."""
         return Assembly((reference.of_row(row) for reference in self.references), self.addition)
+
+    def of_rows(self, rows: Sequence[int]) -> "Assembly":
+        """What some rows (frames) have of it, in this order."""
+        return Assembly((reference.of_rows(rows) for reference in self.references), self.addition)
 
     @property
     def counts_steps(self) -> bool:

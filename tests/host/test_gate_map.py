@@ -30,7 +30,7 @@ def literal_values(connector, references, text_1ND) -> list[torch.Tensor]:
     """Blocks one after another, eqs. (7) and (8) written out; (I, K) of Linear(L0) * A for each reference."""
     temb_1E = connector.activated_time_embedding(torch.tensor([float(TIMESTEP)]))
     text_1NW = connector.project_text(text_1ND)
-    latents_1KW = connector.start(temb_1E)
+    latents_1KW = connector.start(text_1NW, temb_1E)
     values = [torch.zeros(SIZES["layers"], LATENTS) for _ in references]
     for index in range(SIZES["layers"]):
         entry_1KW = connector.block(index, latents_1KW, text_1NW, temb_1E)

@@ -63,6 +63,8 @@ class TinyWorld:
         self._connector = pack_import("emma_core.model.connector")
         self._resampler = pack_import("emma_core.model.gated_resampler")
         self._config = pack_import("emma_core.model.module_config")
+        self._source = pack_import("emma_core.model.source_spec")
+        self._token_resampler = pack_import("emma_core.model.token_resampler")
         self._connector_file = pack_import("emma_core.files.connector_file")
         self._module_file = pack_import("emma_core.files.module_file")
         self._features = pack_import("emma_core.model.reference_features")
@@ -90,6 +92,20 @@ class TinyWorld:
         config = self._config.ModuleConfig(condition=condition, width=WIDTH, heads=4, layers=SIZES["layers"],
                                            features=specs, time_width=SIZES["time_width"]).replace(**changes)
         module = fill_(self._resampler.GatedResampler(config, comfy.ops.manual_cast), seed)
+        return self._loaded.LoadedModule(module, self._loaded.patcher_for(module))
+
+    def patcher_for(self, model):
+        """A ModelPatcher with the host's usual devices."""
+        return self._loaded.patcher_for(model)
+
+    def token_module(self, family, condition: str = "style", features=None, seed: int = 12, **changes):
+        """EMMA_MODULE on a family's own tokens (`model_families`)."""
+        specs = {name: self._config.FeatureSpec(*sizes) for name, sizes in (features or STYLE).items()}
+        width = family.text(0).shape[-1]
+        config = self._config.ModuleConfig(
+            condition=condition, width=32, heads=4, layers=2, features=specs, time_width=40,
+            source=self._source.SourceSpec(family.name, width), time=self._source.TimeSpec(family.time)).replace(**changes)
+        module = fill_(self._token_resampler.resampler_for(config, comfy.ops.manual_cast), seed)
         return self._loaded.LoadedModule(module, self._loaded.patcher_for(module))
 
     def reference(self, module, seed: int = 3, references: int = 1):
