@@ -38,19 +38,23 @@ def model(tiny):
     return tiny.model(sizes=SD15_UNET)
 
 
-def connected(world: TinyWorld, model, **appended):
-    """EMMA Connector on a MODEL, with one style for each frame and one object for all."""
-    style, subject = world.module(), world.module("object", {"global": (20, 1), "local": (12, 1)}, seed=7)
-    assembly = world.assemble((style, world.reference(style, references=FRAMES)), (subject, world.reference(subject), 0.6))
-    return wire(world, model, world.ella(), world.text(), world.text(1, seed=8), assembly, **appended)
+def connected(world: TinyWorld, model, way, **appended):
+    """EMMA Connector on a MODEL, with one style for each frame and one face for all."""
+    assembly = world.style_and_face(references=FRAMES)
+    return wire(world, model, world.ella(), world.text(), world.text(1, seed=8), assembly, way, **appended)
 
 
-def animated(world: TinyWorld, model, animate, place: str, **appended):
+@pytest.fixture
+def animated(tiny, model, way):
     """AnimateDiff before or after EMMA Connector on the MODEL's way."""
-    if place == "before":
-        return connected(world, animate(model), **appended)
-    wired = connected(world, model, **appended)
-    return replace(wired, model=animate(wired.model))
+
+    def run(animate, place: str, world: TinyWorld = tiny, **appended):
+        if place == "before":
+            return connected(world, animate(model), way, **appended)
+        wired = connected(world, model, way, **appended)
+        return replace(wired, model=animate(wired.model))
+
+    return run
 
 
 @pytest.fixture
@@ -104,26 +108,26 @@ def check_windows(spy: FrameSpy, wired, kind: str) -> None:
 
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize(("kind", "generation"), [("static", gen2), ("looped", gen1)])
-def test_windows_get_their_frames(spy, run_node, sample, tiny, model, context, kind, generation, place):
-    wired = animated(tiny, model, lambda given: generation(run_node, given, context(kind)), place)
+def test_windows_get_their_frames(spy, run_node, sample, animated, context, kind, generation, place):
+    wired = animated(lambda given: generation(run_node, given, context(kind)), place)
     sample(wired, sampler_name="euler")
     check_windows(spy, wired, kind)
 
 
 def test_windows_get_their_frames_if_our_pack_is_loaded_last(
-    spy, run_node, sample, animatediff, host_nodes, tmp_path, model, context
+    spy, run_node, sample, animated, animatediff, host_nodes, tmp_path, context
 ):
     world = TinyWorld(peers.load_our_pack_again(host_nodes, tmp_path))
-    wired = animated(world, model, lambda given: gen2(run_node, given, context("static")), "before")
+    wired = animated(lambda given: gen2(run_node, given, context("static")), "before", world)
     sample(wired, sampler_name="euler")
     check_windows(spy, wired, "static")
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_clip_prompt_for_each_frame(spy, run_node, sample, tiny, model, context, place):
+def test_clip_prompt_for_each_frame(spy, run_node, sample, tiny, animated, context, place):
     """What Prompt Scheduling gives for the checkpoint's CLIP, appended to our tokens."""
     clip = {"clip_positive": [[noise((FRAMES, 9, WIDTH), 71), {"pooled_output": None}]], "clip_negative": tiny.clip_text(9)}
-    wired = animated(tiny, model, lambda given: no_motion(run_node, given, context("static")), place, **clip)
+    wired = animated(lambda given: no_motion(run_node, given, context("static")), place, **clip)
     sample(wired)
     check(spy.calls, wired.answers, spy.frames)
     assert not torch.equal(spy.calls[0].context_BSW[-1, -9:], spy.calls[0].context_BSW[-2, -9:]), "the positive's rows"
@@ -138,22 +142,22 @@ def test_prompt_scheduling_cannot_use_a_t5(run_node, base_directory):
                  max_length=FRAMES)
 
 
-def test_several_evaluations_a_step(spy, run_node, sample, tiny, model, context):
+def test_several_evaluations_a_step(spy, run_node, sample, animated, context):
     """Use Evolved Sampling alone, without a motion module."""
-    wired = animated(tiny, model, lambda given: no_motion(run_node, given, context("static")), "after")
+    wired = animated(lambda given: no_motion(run_node, given, context("static")), "after")
     sample(wired, sampler_name="heun")
     check(spy.calls, wired.answers, spy.frames)
 
 
-def test_whole_batch_without_windows(spy, run_node, sample, tiny, model):
-    wired = animated(tiny, model, lambda given: gen2(run_node, given), "after")
+def test_whole_batch_without_windows(spy, run_node, sample, animated, tiny, model, way):
+    wired = animated(lambda given: gen2(run_node, given), "after")
     samples = sample(wired)
     check(spy.calls, wired.answers, spy.frames)
-    assert not torch.equal(samples, sample(connected(tiny, model))), "the motion module acts"
+    assert not torch.equal(samples, sample(connected(tiny, model, way))), "the motion module acts"
 
 
-def test_samples_do_not_depend_on_the_place(run_node, sample, tiny, model, context):
-    first, second = (sample(animated(tiny, model, lambda given: gen2(run_node, given, context("static")), place))
+def test_samples_do_not_depend_on_the_place(run_node, sample, animated, context):
+    first, second = (sample(animated(lambda given: gen2(run_node, given, context("static")), place))
                      for place in ("before", "after"))
     assert torch.equal(first, second)
 
@@ -164,9 +168,9 @@ def advanced_controlnet(animatediff, host_nodes, host_path):
         yield root
 
 
-def test_controlnet_in_windows_gets_the_same_tokens(advanced_controlnet, spy, run_node, sample, tiny, model, context):
+def test_controlnet_in_windows_gets_the_same_tokens(advanced_controlnet, spy, run_node, sample, animated, context):
     control_net = controlnet()
-    wired = animated(tiny, model, lambda given: gen2(run_node, given, context("static")), "after")
+    wired = animated(lambda given: gen2(run_node, given, context("static")), "after")
     positive, negative = run_node(
         "ACN_AdvancedControlNetApply_v2", positive=wired.positive, negative=wired.negative, control_net=control_net,
         image=noise((FRAMES, 64, 64, 3), 37).sigmoid(), strength=0.7, start_percent=0.0, end_percent=1.0)

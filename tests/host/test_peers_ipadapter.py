@@ -12,6 +12,8 @@ from sd15_layout import CLIP_VISION, SD15_UNET, save_ipadapter
 from tiny_models import call_node, empty_latent, fill_, noise, wire
 from token_check import CallSpy, check
 
+pytestmark = pytest.mark.usefixtures("added_literally")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def ipadapter_plus(host_nodes, pack, host_path):
@@ -41,10 +43,8 @@ def ipadapter(ipadapter_plus, host_nodes, base_directory):
 
 
 @pytest.fixture
-def connect(tiny):
-    module = tiny.module()
-    assembly = tiny.assemble((module, tiny.reference(module)))
-    return lambda model: wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), assembly)
+def connect(tiny, way):
+    return lambda model: wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), tiny.style_and_face(), way)
 
 
 @pytest.fixture
@@ -80,11 +80,10 @@ def test_the_reference_of_emma_acts_beside_it(tiny, ksample, connect, adapt, mod
                            ksample(ella_alone.model, ella_alone.positive, ella_alone.negative))
 
 
-def test_a_picture_for_each_of_a_batch(run_node, tiny, ksample, ipadapter, clip_vision, model):
+def test_a_picture_for_each_of_a_batch(run_node, tiny, ksample, ipadapter, clip_vision, model, way):
     """IPAdapter Batch and references of EMMA that vary in the same way."""
-    module = tiny.module()
-    wired = wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8),
-                 tiny.assemble((module, tiny.reference(module, references=3))))
+    assembly = tiny.style_and_face(references=3)
+    wired = wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), assembly, way)
     adapted = run_node("IPAdapterBatch", model=wired.model, ipadapter=ipadapter, clip_vision=clip_vision,
                        image=noise((3, 224, 224, 3), 76).sigmoid(), weight=0.8, weight_type="linear", start_at=0.0, end_at=1.0,
                        embeds_scaling="V only", encode_batch_size=0)[0]

@@ -35,15 +35,12 @@ def by_tile(calls):
 
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_tile_has_its_tokens(run_node, tiny, ksample, model, method, place):
-    module = tiny.module()
-    assembly = tiny.assemble((module, tiny.reference(module)))
-
+def test_every_tile_has_its_tokens(run_node, tiny, ksample, model, way, method, place):
     def tiled(model):
         return run_node("TiledDiffusion", model=model, method=method, **TILES_OF_64_PX)[0]
 
     def connected(model):
-        return wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), assembly)
+        return wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), tiny.style_and_face(), way)
 
     plain, latent = connected(model), empty_latent(1, 16)
     wired = connected(tiled(model)) if place == "before" else replace(plain, model=tiled(plain.model))

@@ -8,20 +8,22 @@ import torch
 from tiny_models import WIDTH, TinyWorld, noise, wire
 from token_check import Call, CallSpy, Constant, check, judge
 
-
-@pytest.fixture(scope="module")
-def one(tiny: TinyWorld, model, ella):
-    """A prompt with a reference."""
-    module = tiny.module()
-    return wire(tiny, model, ella, tiny.text(), tiny.text(1, seed=8), tiny.assemble((module, tiny.reference(module))))
+pytestmark = pytest.mark.usefixtures("added_literally")
 
 
 @pytest.fixture(scope="module")
-def other(tiny: TinyWorld, one, ella):
-    """Another prompt with another reference, on the same MODEL."""
-    module = tiny.module("object", {"global": (20, 1), "local": (12, 1)}, seed=7)
-    assembly = tiny.assemble((module, tiny.reference(module, seed=31), 1.3))
-    return wire(tiny, one.model, ella, tiny.text(4, seed=32), tiny.text(1, seed=8), assembly)
+def one(tiny: TinyWorld, model, ella, way):
+    """A prompt with two references."""
+    return wire(tiny, model, ella, tiny.text(), tiny.text(1, seed=8), tiny.style_and_face(), way)
+
+
+@pytest.fixture(scope="module")
+def other(tiny: TinyWorld, one, ella, way):
+    """Another prompt with four other references, one of which says what is drawn, on the same MODEL."""
+    thing = tiny.module("object", {"global": (20, 1), "local": (12, 1)}, seed=7)
+    assembly = tiny.assemble((thing, tiny.reference(thing, seed=31), 1.3), *(
+        (module, tiny.reference(module, seed=seed)) for seed in (41, 42, 43) for module in (tiny.module(seed=seed),)))
+    return wire(tiny, one.model, ella, tiny.text(4, seed=32), tiny.text(1, seed=8), assembly, way)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +81,12 @@ def test_timestep_ranges(spy, run_node, ksample, one, other, both):
     positive = run_node("ConditioningCombine", conditioning_1=early, conditioning_2=late)[0]
     ksample(other.model, positive, one.negative, steps=6, scheduler="normal")
     check(spy.calls, both)
-    timesteps = [[call.timestep_B[0].item() for call in spy.calls if judge([call], both).met[0, entry]] for entry in (0, 1)]
-    assert min(timesteps[0]) > max(timesteps[1])
+    timesteps = {True: [], False: []}
+    for call in spy.calls:
+        for group, entry in judge([call], both).met:
+            if group == 0:
+                timesteps[entry < len(one.answers[0])].append(call.timestep_B[0].item())
+    assert min(timesteps[True]) > max(timesteps[False])
 
 
 def test_default_conditioning_fills_the_rest(spy, run_node, ksample, one, other, both):
@@ -95,7 +101,7 @@ def test_concatenated_tokens_stay_behind_ours(spy, run_node, tiny, ksample, one)
     appended = tiny.clip_text(9)
     positive = run_node("ConditioningConcat", conditioning_to=one.positive, conditioning_from=appended)[0]
     ksample(one.model, positive, one.negative)
-    check(spy.calls, {0: [one.answers[0][0].followed_by(appended[0][0])], 1: one.answers[1]})
+    check(spy.calls, {0: [answer.followed_by(appended[0][0]) for answer in one.answers[0]], 1: one.answers[1]})
 
 
 @pytest.mark.parametrize("first", ["emma", "clip"])
@@ -108,14 +114,14 @@ def test_our_tokens_behind_others_are_refused(run_node, tiny, ksample, one, othe
             ksample(other.model, positive, negative)
 
 
-def test_ella_plus_clip(spy, tiny, ksample, model, ella):
+def test_ella_plus_clip(spy, tiny, ksample, model, ella, way):
     """The checkpoint's own CLIP tokens follow the connector's, at their own values."""
-    module = tiny.module()
-    wired = wire(tiny, model, ella, tiny.text(), tiny.text(1, seed=8), tiny.assemble((module, tiny.reference(module))),
+    wired = wire(tiny, model, ella, tiny.text(), tiny.text(1, seed=8), tiny.style_and_face(), way,
                  clip_positive=tiny.clip_text(), clip_negative=tiny.clip_text(seed=33))
     ksample(wired.model, wired.positive, wired.negative)
     check(spy.calls, wired.answers)
-    assert all(call.context_BSW.shape == (2, 8 + 77, WIDTH) for call in spy.calls), "equal lengths sample in one pass"
+    assert {len(call.context_BSW) for call in spy.calls[::wired.evaluations]} == {2}, "equal lengths sample in one pass"
+    assert all(call.context_BSW.shape[1:] == (8 + 77, WIDTH) for call in spy.calls)
 
 
 def test_clip_for_each_of_several_prompts(spy, tiny, ksample, model, ella):
@@ -199,15 +205,17 @@ FREE_U = {"b1": 1.4, "b2": 1.6, "s1": 0.9, "s2": 0.2}
     ("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": True}),
     ("ModelSamplingDiscrete", {"sampling": "lcm", "zsnr": False}),
 ])
-def test_model_patches_before_or_after(spy, run_node, tiny, ksample, model, ella, one, node, settings):
+def test_model_patches_before_or_after(spy, run_node, tiny, ksample, model, ella, one, way, node, settings):
     """Each changes the picture, in either order by the same, and the tokens stay right."""
-    before = wire(tiny, run_node(node, model=model, **settings)[0], ella, tiny.text(), tiny.text(1, seed=8))
+    patched_model = run_node(node, model=model, **settings)[0]
+    before = wire(tiny, patched_model, ella, tiny.text(), tiny.text(1, seed=8), tiny.style_and_face(), way)
     after = run_node(node, model=one.model, **settings)[0]
     patched = ksample(before.model, before.positive, before.negative)
+    positive_alone = [call for call in spy.calls if call.groups == (0,)]
+    of_its_own = before.evaluations if node == "PerturbedAttentionGuidance" else 0
+    assert len(positive_alone) == 3 * (before.evaluations - 1 + of_its_own)
     assert torch.equal(patched, ksample(after, before.positive, before.negative))
     assert not torch.equal(patched, ksample(one.model, before.positive, before.negative))
-    positive_alone = [call for call in spy.calls if call.groups == (0,)]
-    assert bool(positive_alone) == (node == "PerturbedAttentionGuidance")
     check(spy.calls, before.answers)
 
 
@@ -222,5 +230,5 @@ def test_another_packs_function_wrapper_sees_the_tokens(one, ksample):
     wrapped.set_model_unet_function_wrapper(wrapper)
     ksample(wrapped, one.positive, one.negative)
     sampling = wrapped.get_model_object("model_sampling")
-    calls = [Call(sampling.timestep(sigma_B).float(), (1, 0), context_BSW) for sigma_B, context_BSW in seen]
+    calls = [Call(sampling.timestep(sigma_B).float(), (1, 0)[-len(sigma_B):], context_BSW) for sigma_B, context_BSW in seen]
     check(calls, one.answers)

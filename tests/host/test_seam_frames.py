@@ -12,16 +12,23 @@ import torch
 from tiny_models import empty_latent, noise, wire
 from token_check import check
 
+pytestmark = pytest.mark.usefixtures("added_literally")
+
 FRAMES = 6
 WINDOWS = ([0, 1, 2, 3], [2, 3, 4, 5])
 
 
 @pytest.fixture(scope="module")
-def per_frame(tiny, model):
-    """One style for each frame, one object for all."""
-    style, subject = tiny.module(), tiny.module("object", {"global": (20, 1), "local": (12, 1)}, seed=7)
-    assembly = tiny.assemble((style, tiny.reference(style, references=FRAMES)), (subject, tiny.reference(subject), 0.6))
-    return wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), assembly)
+def per_frame(tiny, model, way):
+    """One style for each frame, one face for all."""
+    assembly = tiny.style_and_face(references=FRAMES)
+    return wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), assembly, way)
+
+
+def frames_of_calls(calls, windows: list[list[int]], evaluations: int) -> list[list[int]]:
+    """The frames of each call, where each window is evaluated so often."""
+    assert len(calls) == len(windows) * evaluations
+    return [window for window in windows for _ in range(evaluations)]
 
 
 class WindowGuider(comfy.samplers.CFGGuider):
@@ -68,7 +75,7 @@ def window_sample(wired, announce, sampler="dpmpp_2m"):
 
 
 def test_frames_have_different_tokens(per_frame):
-    first, second = (per_frame.answers[0][0].at(500.0, frame) for frame in (0, 1))
+    first, second = (per_frame.answers[0][per_frame.evaluations // 2].at(500.0, frame) for frame in (0, 1))
     assert not torch.allclose(first, second, rtol=1e-2)
 
 
@@ -81,9 +88,9 @@ def test_each_frame_gets_its_own_reference(spy, per_frame, ksample, sampler):
 @pytest.mark.parametrize("announce", [native, animatediff])
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_sde"])
 def test_windows_get_their_frames(spy, per_frame, announce, sampler):
-    frames = window_sample(per_frame, announce, sampler)
-    check(spy.calls, per_frame.answers, frames)
-    assert all(call.timestep_B.shape[0] == 8 for call in spy.calls)
+    windows = window_sample(per_frame, announce, sampler)
+    check(spy.calls, per_frame.answers, frames_of_calls(spy.calls, windows, per_frame.evaluations))
+    assert {call.timestep_B.shape[0] for call in spy.calls[::per_frame.evaluations]} == {8}
 
 
 def test_animatediff_leftovers_do_not_count_outside_windows(spy, per_frame, ksample):
@@ -108,24 +115,21 @@ def test_hosts_own_context_windows(request, spy, run_node, per_frame, ksample, h
                         dim=0, **new)[0]
     ksample(windowed, per_frame.positive, per_frame.negative, latent=empty_latent(FRAMES))
     first, second = WINDOWS
-    frames = [second if number % 2 else first for number in range(len(spy.calls))]
-    if frame_before:
-        frames = [[1, *second] if number % 2 else first for number in range(len(spy.calls))]
-    check(spy.calls, per_frame.answers, frames)
+    windows = [first, [1, *second] if frame_before else second] * (len(spy.calls) // per_frame.evaluations // 2)
+    check(spy.calls, per_frame.answers, frames_of_calls(spy.calls, windows, per_frame.evaluations))
 
 
-def test_one_reference_serves_all_frames_of_windows(spy, tiny, model):
-    module = tiny.module()
-    wired = wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), tiny.assemble((module, tiny.reference(module))))
+def test_one_reference_of_each_module_serves_all_frames_of_windows(spy, tiny, model, way):
+    wired = wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), tiny.style_and_face(), way)
     window_sample(wired, animatediff)
     check(spy.calls, wired.answers)
 
 
-def test_strength_for_each_frame(spy, tiny, model, ksample):
-    module = tiny.module()
-    strengths = torch.linspace(0, 1.5, FRAMES)
-    wired = wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8),
-                 tiny.assemble((module, tiny.reference(module), strengths)))
+def test_strength_for_each_frame(spy, tiny, model, ksample, way):
+    """The first frame has no style, so that its face is in the first evaluation."""
+    style, face = tiny.module(), tiny.module("face", seed=7)
+    assembly = tiny.assemble((style, tiny.reference(style), torch.linspace(0, 1.5, FRAMES)), (face, tiny.reference(face)))
+    wired = wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), assembly, way)
     ksample(wired.model, wired.positive, wired.negative, latent=empty_latent(FRAMES))
     check(spy.calls, wired.answers)
 

@@ -10,6 +10,8 @@ import torch
 from tiny_models import empty_latent, noise, wire
 from token_check import check, judge, same
 
+pytestmark = pytest.mark.usefixtures("added_literally")
+
 SCHEDULERS = ("normal", "karras", "exponential", "sgm_uniform")
 STEPS = 3
 _VARIANT = re.compile(r"_(gpu|cfg_pp|ancestral|pece|bh2|v|x0)\b|_(gpu|cfg_pp|ancestral|pece|bh2|v|x0)(?=_)")
@@ -21,11 +23,13 @@ def family_of(sampler: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wired(tiny, model):
-    """Two modules assembled, one of them for a part of the sampling only; the negative is shorter than the positive."""
-    style, subject = tiny.module(), tiny.module("object", {"global": (20, 1), "local": (12, 1)}, seed=7)
-    assembly = tiny.assemble((style, tiny.reference(style), 0.8), (subject, tiny.reference(subject), 1.2, 0.1, 0.7))
-    return wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), assembly)
+def wired(tiny, model, way):
+    """Three modules assembled, one of them for a part of the sampling only; the negative is shorter than the positive."""
+    style, face = tiny.module(), tiny.module("face", seed=7)
+    thing = tiny.module("object", {"global": (20, 1), "local": (12, 1)}, seed=6)
+    assembly = tiny.assemble((style, tiny.reference(style), 0.8), (face, tiny.reference(face), 1.2, 0.1, 0.9),
+                             (thing, tiny.reference(thing)))
+    return wire(tiny, model, tiny.ella(), tiny.text(), tiny.text(1, seed=8), assembly, way)
 
 
 @pytest.fixture
@@ -58,7 +62,8 @@ def test_neighbouring_timesteps_have_different_tokens(wired):
             assert not same(answer.at(float(timestep)), answer.at(float(timestep + 1)))
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(("way", "scheduler"), [*(("blocks", name) for name in SCHEDULERS), ("predictions", "karras")],
+                         indirect=["way"])
 @pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
 def test_sampler_gets_tokens_of_its_timesteps(spy, sample, wired, count_timesteps, sampler, scheduler):
     samples = sample(sampler_name=sampler, scheduler=scheduler, steps=STEPS)
@@ -117,10 +122,10 @@ def test_basic_guider(spy, run_node, sample_custom, wired, karras, count_timeste
 
 
 @pytest.mark.parametrize("style", ["regular", "nested"])
-def test_dual_cfg_guider(spy, run_node, sample_custom, tiny, model, karras, count_timesteps, style):
+def test_dual_cfg_guider(spy, run_node, sample_custom, tiny, model, karras, count_timesteps, way, style):
     ella = tiny.ella()
-    first = wire(tiny, model, ella, tiny.text(5, seed=21), tiny.text(1, seed=22))
-    second = wire(tiny, first.model, ella, tiny.text(9, seed=23), tiny.text(1, seed=22))
+    first = wire(tiny, model, ella, tiny.text(5, seed=21), tiny.text(1, seed=22), tiny.style_and_face(), way)
+    second = wire(tiny, first.model, ella, tiny.text(9, seed=23), tiny.text(1, seed=22), tiny.style_and_face(seed=15), way)
     guider = run_node("DualCFGGuider", model=second.model, cond1=first.positive, cond2=second.positive,
                       negative=first.negative, cfg_conds=6.0, cfg_cond2_negative=3.0, style=style)[0]
     sample_custom(guider, karras)
@@ -130,10 +135,10 @@ def test_dual_cfg_guider(spy, run_node, sample_custom, tiny, model, karras, coun
 
 
 @pytest.fixture(scope="module")
-def with_empty(tiny, model):
+def with_empty(tiny, model, way):
     """A third, empty prompt, as perpendicular negatives want it."""
     ella = tiny.ella()
-    return (wire(tiny, model, ella, tiny.text(5, seed=21), tiny.text(4, seed=22)),
+    return (wire(tiny, model, ella, tiny.text(5, seed=21), tiny.text(4, seed=22), tiny.style_and_face(), way),
             wire(tiny, model, ella, tiny.text(1, seed=24), tiny.text(1, seed=24)))
 
 
@@ -152,9 +157,9 @@ def test_perp_neg_model_patch(spy, run_node, ksample, with_empty, count_timestep
     ksample(patched, prompts.positive, prompts.negative, sampler_name="dpmpp_sde")
     pairs = [call for call in spy.calls if len(call.groups) == 2]
     alone = [call for call in spy.calls if len(call.groups) == 1]
-    count_timesteps("PerpNeg", check(pairs, prompts.answers))
-    count_timesteps("PerpNeg", check(alone, {0: empty.answers[1]}))
-    assert len(pairs) == len(alone)
+    count_timesteps("PerpNeg", check(pairs, prompts.first))
+    count_timesteps("PerpNeg", check(alone, {0: [*prompts.answers[0][1:], *empty.answers[1]]}))
+    assert len(alone) == len(pairs) * prompts.evaluations
 
 
 def test_custom_sigmas(spy, run_node, sample_custom, wired, count_timesteps):
@@ -189,4 +194,4 @@ def test_another_sigma_for_every_row(spy, wired, count_timesteps):
 def test_batch_of_three(spy, sample, wired, count_timesteps):
     sample(sampler_name="dpmpp_sde", latent=empty_latent(3))
     count_timesteps("batch of 3", check(spy.calls, wired.answers))
-    assert all(call.context_BSW.shape[0] == 6 for call in spy.calls)
+    assert {call.context_BSW.shape[0] for call in spy.calls if len(call.groups) == 2} == {6}

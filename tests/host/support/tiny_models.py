@@ -69,8 +69,10 @@ class TinyWorld:
         self._module_file = pack_import("emma_core.files.module_file")
         self._features = pack_import("emma_core.model.reference_features")
         self._loaded = pack_import("host.loaded")
+        self._payload = pack_import("host.payload")
         self.connecting = pack_import("host.connecting")
         self.assembly_class = pack_import("emma_core.model.assembly").Assembly
+        self.addition_class = pack_import("emma_core.model.addition").Addition
 
     def model(self, seed: int = 0, family=comfy.supported_models.SD15, sizes=UNET):
         """MODEL, of the SD1.5 family with 32 channels if nothing else is said."""
@@ -122,6 +124,11 @@ class TinyWorld:
             assembly = self.connecting.assemble(*complete, assembly)
         return assembly
 
+    def style_and_face(self, **changes):
+        """EMMA_ASSEMBLY of two modules that say how something is drawn; ``changes`` are of the style's reference."""
+        style, face = self.module(), self.module("face", seed=7)
+        return self.assemble((style, self.reference(style, **changes)), (face, self.reference(face, seed=9), 0.8))
+
     def text(self, tokens: int = 7, seed: int = 4, rows: int = 1) -> list:
         """CONDITIONING of T5 features."""
         return [[noise((rows, tokens, TEXT_DIM), seed), {"pooled_output": None}]]
@@ -129,6 +136,13 @@ class TinyWorld:
     def clip_text(self, tokens: int = 77, seed: int = 5) -> list:
         """CONDITIONING as the checkpoint's own CLIP gives it."""
         return [[noise((1, tokens, WIDTH), seed), {"pooled_output": None}]]
+
+    def payload_of(self, ella, text_FND, references, assembly, options, in_place_of):
+        """A payload with some of the references, which can stand in an entry in place of another."""
+        subset = self._payload.HostAssembly(tuple(references), assembly.patchers if assembly else ())
+        payload = self._payload.EmmaPayload(ella, text_FND, subset, lengths=options.get("emma_text_lengths"))
+        payload.placeholder_1KW = in_place_of.placeholder_1KW
+        return payload
 
     def save_files(self, folder: Path, ella, module) -> None:
         """ella.safetensors, module.safetensors and t5/model.safetensors with its tokenizer, as users have them."""
@@ -148,31 +162,48 @@ class TinyWorld:
 
 @dataclass(frozen=True)
 class Wired:
-    """What EMMA Connector gave for one prompt, and what to expect of it: answers by group (0 positive, 1 negative)."""
+    """What EMMA Connector gave for one prompt, and what to expect of it.
+
+    Args:
+        answers: by group (0 positive, 1 negative).
+        first: those of the evaluation that has the negative too.
+        evaluations: calls of the model that the positive takes in a step.
+    """
 
     model: object
     positive: list
     negative: list
     answers: dict[int, list[Answer]]
+    first: dict[int, list[Answer]]
+    evaluations: int = 1
 
 
-def wire(tiny: TinyWorld, model, ella, text, negative_text, assembly=None, **appended) -> Wired:
+def wire(tiny: TinyWorld, model, ella, text, negative_text, assembly=None, way: str = "blocks", **appended) -> Wired:
     """EMMA Connector, with the answers its outputs must give."""
+    clips = appended.get("clip_positive"), appended.get("clip_negative")
     connected, positive, negative = tiny.connecting.connect(
-        model, ella, text, negative_text, assembly, appended.get("clip_positive"), appended.get("clip_negative")
-    )
-    references = tiny.assembly_class(assembly.references if assembly else ())
+        model, ella, text, negative_text, assembly, *clips, tiny.addition_class(way))
+    parts = parts_of(assembly.references if assembly else (), way)
+    for entry, (text_FND, options) in zip(positive, text, strict=True):
+        payload = entry[1]["model_conds"]["emma"].cond
+        payload.alone = [tiny.payload_of(ella, text_FND, part, assembly, options, payload) for part in parts]
 
-    def answers(conditioning, references, clip):
+    def answers(conditioning, parts, clip):
         tails = [None] * len(conditioning) if clip is None else [entry[0] for entry in clip]
         tails *= len(conditioning) if len(tails) < len(conditioning) else 1
-        return [Answer(ella.connector, entry[0], references, tail)
-                for entry, tail in zip(conditioning, tails, strict=True)]
+        return [Answer(ella.connector, entry[0], tiny.assembly_class(part), tail)
+                for part in parts for entry, tail in zip(conditioning, tails, strict=True)]
 
-    return Wired(connected, positive, negative, {
-        0: answers(text, references, appended.get("clip_positive")),
-        1: answers(negative_text, None, appended.get("clip_negative")),
-    })
+    negative_answers = answers(negative_text, [()], clips[1])
+    return Wired(connected, positive, negative, {0: answers(text, parts, clips[0]), 1: negative_answers},
+                 {0: answers(text, parts[:1], clips[0]), 1: negative_answers}, len(parts))
+
+
+def parts_of(references, way: str) -> list[tuple]:
+    """The references of each evaluation: all at once, or what says what is drawn, and that with each of the others."""
+    base = tuple(one for one in references if one.module.config.condition in ("object", "portrait"))
+    others = [one for one in references if one not in base]
+    return [tuple(references)] if way != "predictions" or len(others) < 2 else [base, *((*base, one) for one in others)]
 
 
 def save_t5(folder: Path, width: int = TEXT_DIM) -> None:
@@ -243,11 +274,16 @@ def module(tiny):
     return tiny.module()
 
 
+@pytest.fixture(scope="module", params=["blocks", "predictions"])
+def way(request) -> str:
+    """Where references are added up."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def connect(tiny, ella, module):
-    """EMMA Connector, with one reference, on a MODEL."""
-    assembly = tiny.assemble((module, tiny.reference(module)))
-    return lambda model: wire(tiny, model, ella, tiny.text(), tiny.text(1, seed=8), assembly)
+def connect(tiny, ella, way):
+    """EMMA Connector, with two references, on a MODEL."""
+    return lambda model: wire(tiny, model, ella, tiny.text(), tiny.text(1, seed=8), tiny.style_and_face(), way)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import comfy.samplers
 import pytest
 import torch
 
@@ -26,6 +27,8 @@ class Call:
 
 class CallSpy:
     """Records the calls of a diffusion model while the context is open, at the input of its first attn2.to_k."""
+
+    listening = True  # of all spies: what a test evaluates for itself is none of their business
 
     def __init__(self, network: torch.nn.Module):
         self._network = network
@@ -50,6 +53,8 @@ class CallSpy:
 
     def _at_to_k(self, _, arguments):
         timestep_B, groups = self._entered
+        if not CallSpy.listening:
+            return
         self.calls.append(Call(timestep_B, groups, arguments[0].clone()))
 
 
@@ -71,7 +76,9 @@ class Answer:
             with torch.inference_mode():
                 tokens_BKW = self._connector.tokens(self._text_FND, torch.tensor([timestep]), self._references)
             if self._appended is not None:
-                tokens_BKW = torch.cat([tokens_BKW, self._appended.expand(tokens_BKW.shape[0], -1, -1)], dim=1)
+                rows = max(len(tokens_BKW), len(self._appended))
+                parts = (tokens_BKW.expand(rows, -1, -1), self._appended.expand(rows, -1, -1))
+                tokens_BKW = torch.cat(parts, dim=1)
             self._known[timestep] = tokens_BKW
         tokens_BSW = self._known[timestep]
         return tokens_BSW[row if tokens_BSW.shape[0] > 1 else 0]
@@ -141,6 +148,49 @@ def spy(model):
     """The calls of the UNet of this file's MODEL."""
     with CallSpy(model.model.diffusion_model) as spy:
         yield spy
+
+
+def added_up(calc_cond_batch, model, conds, *rest) -> list[torch.Tensor]:
+    """e = e_T + sum_m (e_Tm - e_T), each e an ordinary evaluation of all lists, in which one entry has one more reference."""
+    payloads = [entry["model_conds"]["emma"].cond for entries in conds for entry in entries or ()
+                if "emma" in entry["model_conds"]]
+
+    def evaluate(**chosen):
+        def swapped(entry):
+            carrier = entry["model_conds"].get("emma")
+            if carrier is None or not hasattr(carrier.cond, "alone"):
+                return entry
+            alone = carrier.cond.alone[chosen["number"] if carrier.cond is chosen.get("payload") else 0]
+            return {**entry, "model_conds": {**entry["model_conds"], "emma": type(carrier)(alone)}}
+
+        return calc_cond_batch(model, [entries and [swapped(entry) for entry in entries] for entries in conds], *rest)
+
+    base = evaluate()
+    total = list(base)
+    for payload in dict.fromkeys(payloads):
+        for number in range(1, len(getattr(payload, "alone", [None]))):
+            for index, predicted in enumerate(evaluate(payload=payload, number=number)):
+                total[index] = total[index] + predicted - base[index]
+    return total
+
+
+@pytest.fixture
+def added_literally(monkeypatch):
+    """Whatever is sampled: every answer of the host's evaluation is compared with `added_up`."""
+    calc_cond_batch = comfy.samplers.calc_cond_batch
+
+    def checked(model, conds, *rest):
+        found = calc_cond_batch(model, conds, *rest)
+        CallSpy.listening = False
+        try:
+            wanted = added_up(calc_cond_batch, model, conds, *rest)
+        finally:
+            CallSpy.listening = True
+        for one, other in zip(found, wanted, strict=True):
+            assert same(one.flatten(1), other.flatten(1)), "the predictions do not add up"
+        return found
+
+    monkeypatch.setattr(comfy.samplers, "calc_cond_batch", checked)
 
 
 @pytest.fixture
