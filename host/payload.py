@@ -16,7 +16,7 @@ import comfy.model_patcher
 import torch
 
 from ..emma_core.errors import UnconnectedModelError
-from ..emma_core.model.addition import PREDICTIONS, Addition, TokenTerms, joined
+from ..emma_core.model.addition import Addition, TokenTerms, joined
 from ..emma_core.model.assembly import Assembly, Reference, check_counts, terms_over_schedule
 from .frames import frames_of_rows
 from .loaded import LoadedConnector, LoadedModule
@@ -96,7 +96,7 @@ class EmmaPayload:
     @property
     def evaluates_more(self) -> bool:
         """Whether there may be differences to add to what the tokens predict."""
-        return self.assembly.addition.way == PREDICTIONS and len(self.assembly.references) > 1
+        return self.assembly.addition.adds_predictions and len(self.assembly.references) > 1
 
     def tokens(
         self, timestep_B: torch.Tensor, schedule: Sequence[float], frame_indices: Sequence[int] | None

@@ -1,4 +1,8 @@
-"""EMMA modules on disk: one safetensors file with its metadata (see `module_config`)."""
+"""EMMA modules on disk: one safetensors file with its metadata (see `module_config`).
+
+The key `calibration` = {strength, ...} of the `emma` metadata says which strength of what was trained a user's strength 1
+stands for: every gate is multiplied by it. Versions that do not know the key keep it, and take 1; a file without it means 1.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

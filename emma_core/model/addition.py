@@ -32,18 +32,20 @@ class Addition:
 
     Args:
         way: one of WAYS.
-        until_percent: part of the sampling where it is that way, 0 (pure noise) to 1 (picture), in timesteps; behind it the
-            references are added up inside the blocks.
+        until_percent: part of the sampling where it is that way, 0 (pure noise) to 1 (picture), in timesteps.
+        then: the way behind that part.
     Raises:
         ReferenceMismatchError: no such way or part.
     """
 
     way: str = BLOCKS
     until_percent: float = 1.0
+    then: str = BLOCKS
 
     def __post_init__(self):
-        if self.way not in WAYS:
-            raise ReferenceMismatchError(f"references cannot be added up in {self.way!r}; choose one of {', '.join(WAYS)}.")
+        for way in (self.way, self.then):
+            if way not in WAYS:
+                raise ReferenceMismatchError(f"references cannot be added up in {way!r}; choose one of {', '.join(WAYS)}.")
         if not 0.0 <= self.until_percent <= 1.0:
             raise ReferenceMismatchError(f"references are added up in the {self.way} until {self.until_percent} of the "
                                          "sampling; wanted 0 to 1. Correct the percent.")
@@ -59,10 +61,10 @@ class Addition:
             timestep_B: of the rows.
         """
         every_B = torch.arange(weight_MB.shape[1], device=weight_MB.device)
-        if self.way == BLOCKS:
+        if self.way == self.then == BLOCKS:
             return [Part(every_B, weight_MB)]
         apart_MB = (weight_MB != 0) & ~is_base_M[:, None]
-        apart_MB &= acts_between(timestep_B, 0.0, self.until_percent) & (apart_MB.sum(0) > 1)
+        apart_MB &= ~self.is_way(BLOCKS, timestep_B) & (apart_MB.sum(0) > 1)
         if not bool(apart_MB.any()):
             return [Part(every_B, weight_MB)]
         parts, number_MB = [Part(every_B, weight_MB * ~apart_MB)], apart_MB.cumsum(0)
@@ -71,6 +73,16 @@ class Addition:
             row_A = mine_MB.any(0).nonzero().flatten()
             parts.append(Part(row_A, (weight_MB * (mine_MB | ~apart_MB))[:, row_A]))
         return parts
+
+    def is_way(self, way: str, timestep_B: torch.Tensor) -> torch.Tensor:
+        """(B,) whether references are added up in this way at each timestep."""
+        early_B = acts_between(timestep_B, 0.0, self.until_percent)
+        return torch.where(early_B, self.way == way, self.then == way)
+
+    @property
+    def adds_predictions(self) -> bool:
+        """Whether the model is evaluated for each reference somewhere."""
+        return PREDICTIONS in (self.way, self.then)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +133,14 @@ class TokenTerms:
             total_B = total_B.index_add(0, one.row_A, predicted_A - base_B[one.row_A])
         return total_B
 
-    def in_the_tokens(self) -> "TokenTerms":
-        """The same sum made in the tokens: L_T + sum_m (L_Tm - L_T)."""
-        return TokenTerms(self.added(self.stacked))
+    def in_the_tokens(self, summed_B: torch.Tensor) -> "TokenTerms":
+        """In some rows the same sum made in the tokens, L_T + sum_m (L_Tm - L_T); these have no differences any more."""
+        if not self.differences or not bool(summed_B.any()):
+            return self
+        tokens_BKW = torch.where(summed_B[:, None, None], self.added(self.stacked), self.tokens_BKW)
+        kept = [(one, ~summed_B[one.row_A]) for one in self.differences]
+        return TokenTerms(tokens_BKW, tuple(Difference(one.row_A[kept_A], one.tokens_AKW[kept_A])
+                                            for one, kept_A in kept if bool(kept_A.any())))
 
     def copies(self) -> list[torch.Tensor]:
         """(B, K, W) each: the tokens, then for each difference the tokens with its rows in their place."""

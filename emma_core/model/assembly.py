@@ -281,7 +281,7 @@ def _terms_of_rows(
     base_BKW, *others = tokens_NKW.split([len(part.row_A) for part in parts])
     differences = [Difference(part.row_A, tokens_AKW) for part, tokens_AKW in zip(parts[1:], others, strict=True)]
     terms = TokenTerms(base_BKW, tuple(differences))
-    return terms.in_the_tokens() if assembly.addition.way == TOKENS else terms
+    return terms.in_the_tokens(assembly.addition.is_way(TOKENS, timestep_B))
 
 
 def _tokens_of_rows(

@@ -88,8 +88,9 @@ class GatedResampler(nn.Module):
         return self.blocks[index].separable_gate(entry_BKW)
 
     def gate(self, index: int, entry_BKW: torch.Tensor) -> torch.Tensor:
-        """lambda * g(L0) of block ``index``, (B, K, 1)."""
-        return self.config.gate_scale * self.separable_gate(index, entry_BKW)
+        """lambda * g(L0) of block ``index``, (B, K, 1), times the strength that the file's calibration says."""
+        scale = self.config.gate_scale * self.config.calibrated_strength
+        return scale * self.separable_gate(index, entry_BKW)
 
     def attention(
         self, index: int, entry_BKW: torch.Tensor, context_BCW: torch.Tensor, activated_temb_BE: torch.Tensor,

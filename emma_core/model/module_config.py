@@ -17,16 +17,18 @@ from .source_spec import SourceSpec, TimeSpec
 FORMAT_VERSIONS = (1, 2)
 _REQUIRED = ("format_version", "condition", "gate_scale", "separable_gates", "width", "heads", "layers", "features")
 _REQUIRED_OF_2 = ("source", "time")
-_OPTIONAL = ("encoder", "ella", "training", "draws")
+_OPTIONAL = ("encoder", "ella", "training", "draws", "calibration")
 SUBJECT, MANNER = "subject", "manner"
 _FEATURE_NAME = re.compile(r"[A-Za-z0-9_]+")
 # what metadata can be believed to declare before a tensor is looked at
 _MOST_LAYERS, _MOST_FEATURES, _LARGEST_SIZE, _LONGEST_NAME = 256, 64, 1 << 20, 100
 _KINDS = {"condition": str, "gate_scale": float, "separable_gates": bool, "width": int, "heads": int, "layers": int,
-          "features": dict, "encoder": dict, "ella": dict, "training": dict, "draws": str, "source": dict, "time": dict}
+          "features": dict, "encoder": dict, "ella": dict, "training": dict, "draws": str,
+          "calibration": dict, "source": dict, "time": dict}
 _KINDS_OF_ENCODER = {"family": str, "fingerprint": str, "input_size": int, "layer": str, "masked": bool, "frame": str,
                      "background": str}
 _KINDS_OF_ELLA = {"sha256": str, "latents": int}
+_KINDS_OF_CALIBRATION = {"strength": float}
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class ModuleConfig:
     ``encoder`` says which encoder the features come from ({family, fingerprint, input_size, layer, masked}), ``ella``
     which connector it was trained on ({sha256, latents}), ``training`` how. ``draws`` says whether the module says *what* is
     drawn ("subject") or *how* ("manner"), for `Addition`; without it the condition tells: objects and portraits are
-    subjects. ``unknown`` keeps keys of newer writers, ``file_metadata`` every other metadata entry of the file
-    (ModelSpec keys among them). ``time_width`` is not stored: tensor shapes tell it.
+    subjects. ``calibration`` says which strength of what was trained a user's strength 1 stands for ({strength}, and how it
+    was found); without it that is 1. ``unknown`` keeps keys of newer writers, ``file_metadata`` every other metadata entry of
+    the file (ModelSpec keys among them). ``time_width`` is not stored: tensor shapes tell it.
 
     A module on a checkpoint's own tokens has a ``source`` and a ``time``, and ``width`` is the one inside its blocks; one on
     ELLA's has neither.
@@ -78,6 +81,7 @@ class ModuleConfig:
     ella: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     draws: str = ""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     unknown: Mapping[str, Any] = field(default_factory=dict)
     file_metadata: Mapping[str, str] = field(default_factory=dict)
     source: SourceSpec | None = None
@@ -111,8 +115,17 @@ class ModuleConfig:
             raise ModuleFileError("a module on a checkpoint's own tokens needs both source and time. Correct the metadata.")
         if not math.isfinite(self.gate_scale):
             raise ModuleFileError(f"the gate scale {self.gate_scale} is not finite. Correct the metadata.")
+        if not (math.isfinite(self.calibrated_strength) and self.calibrated_strength > 0):
+            raise ModuleFileError(f"strength 1 stands for {self.calibrated_strength}; wanted a number above 0. Correct the "
+                                  "calibration in the metadata.")
         if self.width % self.heads:
             raise ModuleFileError(f"width {self.width} is not a multiple of {self.heads} heads. Correct the metadata.")
+
+    @property
+    def calibrated_strength(self) -> float:
+        """The strength of what was trained that a user's strength 1 stands for."""
+        found = self.calibration.get("strength")
+        return 1.0 if found is None else found
 
     @property
     def draws_subject(self) -> bool:
@@ -182,6 +195,7 @@ class ModuleConfig:
             check_kinds(known, _KINDS)
             check_encoder_kinds(known.get("encoder", {}))
             check_kinds(known.get("ella", {}), _KINDS_OF_ELLA)
+            check_kinds(known.get("calibration", {}), _KINDS_OF_CALIBRATION)
             known |= _stream_of(known)
             known["features"] = {key: FeatureSpec.from_entry(value) for key, value in known["features"].items()}
         except (AttributeError, KeyError, TypeError) as found:

@@ -42,8 +42,8 @@ def reference(module, rows=1, seed=4, **changes):
     return Reference(module, small_features(module, rows, seed=seed), **changes)
 
 
-def assembly(way, *references, until=1.0):
-    return Assembly(references, Addition(way, until))
+def assembly(way, *references, until=1.0, then=BLOCKS):
+    return Assembly(references, Addition(way, until, then))
 
 
 def predicted(tokens_BKW):
@@ -147,19 +147,20 @@ def test_an_assembly_adds_up_in_the_blocks_unless_it_is_told_otherwise(connector
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_made_of_an_assembly_is_added_up_as_it_is(style, way):
-    made = assembly(way, until=0.25).with_reference(reference(style))
-    assert {one.addition for one in (made, made.of_row(0), made.on_schedule([999.0]))} == {Addition(way, 0.25)}
+    made = assembly(way, until=0.25, then=TOKENS).with_reference(reference(style))
+    assert {one.addition for one in (made, made.of_row(0), made.on_schedule([999.0]))} == {Addition(way, 0.25, TOKENS)}
 
 
 # --- rows, ranges, keyframes, frames -------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("then", WAYS)
 @pytest.mark.parametrize("way", WAYS)
-def test_rows_with_strengths_ranges_keyframes_and_frames_of_their_own_equal_rows_alone(connector, style, face, way):
+def test_rows_with_strengths_ranges_keyframes_and_frames_of_their_own_equal_rows_alone(connector, style, face, way, then):
     text_BND, timestep_B = small_text(5), torch.tensor([900.0, 700.0, 500.0, 300.0, 100.0])
     ranged = reference(face, start_percent=0.2, end_percent=0.8)
     keyed = reference(style, seed=8, keyframes=StrengthKeyframes([StrengthKeyframe(0.0, 0.0), StrengthKeyframe(0.6, 1.3)]))
     frames = reference(face, rows=5, seed=9, strength=torch.tensor([1.0, 0.0, 0.4, 1.0, -0.5]))
-    together = assembly(way, ranged, keyed, frames, until=0.6)
+    together = assembly(way, ranged, keyed, frames, until=0.6, then=then)
     found = prediction(connector, together, text_BND, timestep_B)
     for row in range(5):
         alone = prediction(connector, together.of_row(row), text_BND[row:row + 1], timestep_B[row])
@@ -187,12 +188,12 @@ def test_rows_that_have_one_reference_each_cost_no_evaluation_more(connector, st
     assert relative_error(terms.tokens_BKW[:2], blocks[:2]) <= EXACT
 
 
-@pytest.mark.parametrize("way", [TOKENS, PREDICTIONS])
-def test_behind_its_part_of_the_sampling_the_sum_is_made_in_the_blocks(connector, style, face, way):
+@pytest.mark.parametrize(("way", "then"), [(way, then) for way in WAYS for then in WAYS if way != then])
+def test_behind_its_part_of_the_sampling_another_way_follows(connector, style, face, way, then):
     references = [reference(style), reference(face)]
     timestep_B = torch.tensor([999.0, 700.0, 699.0, 0.0])
-    found = prediction(connector, assembly(way, *references, until=(999 - 700) / 999), timestep=timestep_B)
-    elsewhere = prediction(connector, Assembly(references), timestep=timestep_B)
+    found = prediction(connector, assembly(way, *references, until=(999 - 700) / 999, then=then), timestep=timestep_B)
+    elsewhere = prediction(connector, assembly(then, *references), timestep=timestep_B)
     everywhere = prediction(connector, assembly(way, *references), timestep=timestep_B)
     assert relative_error(found[:2], everywhere[:2]) <= EXACT
     assert relative_error(found[2:], elsewhere[2:]) <= EXACT
@@ -296,6 +297,8 @@ def test_gradients_reach_every_module_through_the_added_predictions(connector, s
 def test_unknown_ways_and_parts_are_refused():
     with pytest.raises(ReferenceMismatchError, match=r"in 'weights'; choose one of blocks, tokens, predictions"):
         Addition("weights")
+    with pytest.raises(ReferenceMismatchError, match=r"in 'nowhere'; choose one of blocks"):
+        Addition(PREDICTIONS, 0.5, "nowhere")
     with pytest.raises(ReferenceMismatchError, match=r"predictions until 1.2 of the sampling; wanted 0 to 1"):
         Addition(PREDICTIONS, 1.2)
 

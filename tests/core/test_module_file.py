@@ -94,6 +94,40 @@ def test_unknown_keys_and_modelspec_keys_survive_saving_again(saved):
     assert metadata_of(again) == {**foreign, "modelspec.title": "Things", "emma": metadata_of(again)["emma"]}
 
 
+@pytest.mark.parametrize("calibration", [{}, {"strength": None}, {"pictures": 3}])
+def test_a_file_without_a_calibrated_strength_has_one(saved, calibration):
+    assert load_module(saved).config.calibrated_strength == 1.0
+    entry = emma_entry(saved) | {"calibration": calibration}
+    assert load_module(with_entry(saved, **entry)).config.calibrated_strength == 1.0
+
+
+def test_strength_one_stands_for_the_calibrated_strength(saved):
+    entry = emma_entry(saved) | {"calibration": {"strength": 1.25, "by": "error"}}
+    calibrated, plain, connector = load_module(with_entry(saved, **entry)), load_module(saved), small_connector()
+    for strength in (1.0, -0.4):
+        found, wanted = (connector.tokens(small_text(), 500, Assembly([Reference(module, small_features(module), used)]))
+                         for module, used in ((calibrated, strength), (plain, 1.25 * strength)))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    again = saved.with_name("again.safetensors")
+    save_module(calibrated, again)
+    assert emma_entry(again)["calibration"] == entry["calibration"]
+
+
+@pytest.mark.parametrize(("strength", "message"), [
+    (0, "strength 1 stands for 0; wanted a number above 0. Correct the calibration"), (-1.5, "stands for -1.5; wanted"),
+    (float("nan"), "stands for nan; wanted"), ("1.25", "value of the wrong kind.*strength is a str, wanted a float"),
+    (True, "strength is a bool, wanted a float")])
+def test_a_calibrated_strength_that_is_no_strength_is_refused(saved, strength, message):
+    with pytest.raises(ModuleFileError, match=message):
+        load_module(with_entry(saved, **(emma_entry(saved) | {"calibration": {"strength": strength}})))
+
+
+@pytest.mark.parametrize(("draws", "is_subject"), [("subject", True), ("manner", False), (None, True)])
+def test_what_a_module_says_is_read_from_the_file_or_follows_from_its_condition(saved, draws, is_subject):
+    loaded = load_module(with_entry(saved, **(emma_entry(saved) | ({"draws": draws} if draws else {}))))
+    assert loaded.config.draws_subject == is_subject
+
+
 def test_the_order_of_features_is_that_of_the_metadata(saved):
     entry = emma_entry(saved)
     entry["features"] = dict(reversed(entry["features"].items()))
