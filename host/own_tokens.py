@@ -11,7 +11,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ..emma_core.model.addition import PREDICTIONS, Addition
+from ..emma_core.model.addition import Addition
 from ..emma_core.model.assembly import Assembly, terms_over_schedule
 from ..emma_core.model.own_tokens import OwnTokens
 from ..emma_core.model.source_spec import SourceSpec
@@ -61,7 +61,7 @@ class OwnTokensPayload:
     @property
     def evaluates_more(self) -> bool:
         """Whether there may be differences to add to what the tokens predict."""
-        return self.assembly.addition.way == PREDICTIONS and len(self.assembly.references) > 1
+        return self.assembly.adds_predictions
 
     def contexts(self, tokens_CSD: torch.Tensor, mask_CS: torch.Tensor | None, evaluation: Evaluation) -> list[torch.Tensor]:
         """The tokens at this evaluation's time; then, for each difference to add to what they predict, the tokens for it.

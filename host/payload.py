@@ -96,7 +96,7 @@ class EmmaPayload:
     @property
     def evaluates_more(self) -> bool:
         """Whether there may be differences to add to what the tokens predict."""
-        return self.assembly.addition.adds_predictions and len(self.assembly.references) > 1
+        return self.assembly.adds_predictions
 
     def tokens(
         self, timestep_B: torch.Tensor, schedule: Sequence[float], frame_indices: Sequence[int] | None

@@ -79,11 +79,6 @@ class Addition:
         early_B = acts_between(timestep_B, 0.0, self.until_percent)
         return torch.where(early_B, self.way == way, self.then == way)
 
-    @property
-    def adds_predictions(self) -> bool:
-        """Whether the model is evaluated for each reference somewhere."""
-        return PREDICTIONS in (self.way, self.then)
-
 
 @dataclass(frozen=True, eq=False)
 class Part:

@@ -16,7 +16,7 @@ import torch
 from einops import repeat
 
 from ..errors import ReferenceMismatchError
-from .addition import TOKENS, Addition, Difference, Part, TokenTerms
+from .addition import PREDICTIONS, TOKENS, Addition, Difference, Part, TokenTerms
 from .gated_resampler import GatedResampler
 from .strength_keyframes import StrengthKeyframes, acts_between
 
@@ -155,6 +155,11 @@ class Assembly:
         return Assembly((reference.of_rows(rows) for reference in self.references), self.addition)
 
     @property
+    def adds_predictions(self) -> bool:
+        """Whether the model may have to be evaluated for each reference."""
+        return PREDICTIONS in (self.addition.way, self.addition.then) and len(self.references) > 1
+
+    @property
     def counts_steps(self) -> bool:
         """Whether a strength depends on the other timesteps of the schedule."""
         return any(reference.keyframes.counts_steps for reference in self.references)
@@ -274,14 +279,15 @@ def _terms_of_rows(
     """Row b uses text b mod F and reference b mod R."""
     for reference in assembly.references:
         source.check_fits(reference.module)
-    parts = assembly.parts(source.strength_timestep(timestep_B))
+    strength_timestep_B = source.strength_timestep(timestep_B)
+    parts = assembly.parts(strength_timestep_B)
     row_N = torch.cat([part.row_A for part in parts])
     weight_MN = torch.cat([part.weight_MA for part in parts], dim=1)
     tokens_NKW = _tokens_of_rows(source, text_FND, timestep_B[row_N], assembly.references, row_N, weight_MN)
     base_BKW, *others = tokens_NKW.split([len(part.row_A) for part in parts])
     differences = [Difference(part.row_A, tokens_AKW) for part, tokens_AKW in zip(parts[1:], others, strict=True)]
     terms = TokenTerms(base_BKW, tuple(differences))
-    return terms.in_the_tokens(assembly.addition.is_way(TOKENS, timestep_B))
+    return terms.in_the_tokens(assembly.addition.is_way(TOKENS, strength_timestep_B))
 
 
 def _tokens_of_rows(

@@ -237,6 +237,15 @@ def test_a_range_on_a_flow_model_is_counted_with_its_shift():
     assert acts == {1.0: [True, True, True, True, False], 3.0: [True, True, False, False, False]}
 
 
+@pytest.mark.parametrize(("shift", "evaluations"), [(1.0, [1, 1, 1, 1, 3]), (3.0, [1, 1, 3, 3, 3])])
+def test_the_part_of_a_way_of_adding_up_is_counted_with_the_shift(shift, evaluations):
+    modules = [token_module(time=TimeSpec("flow")), token_module("face", seed=5, time=TimeSpec("flow"))]
+    assembly = Assembly([reference(module) for module in modules], Addition("tokens", 0.5, "predictions"))
+    source = OwnTokens(FLOW.source, FLOW.time, shift=shift)
+    found = [len(token_terms(source, small_tokens(), time, assembly).rows) for time in (1000.0, 760.0, 740.0, 510.0, 490.0)]
+    assert found == evaluations
+
+
 # --- learning ------------------------------------------------------------------------------------------------------
 
 def test_a_new_module_learns_its_gates_first_and_then_everything():
