@@ -32,7 +32,7 @@ from emma_core.training.examples import read_examples  # noqa: E402
 from emma_core.training.losses import TimestepBuckets  # noqa: E402
 from emma_core.training.parts import load_parts, options_of  # noqa: E402
 from emma_core.training.prepare import Prepared, prepare  # noqa: E402
-from emma_core.training.runs import begin  # noqa: E402
+from emma_core.training.runs import begin_run  # noqa: E402
 from emma_core.training.student import Student  # noqa: E402
 from emma_core.training.trainer import gates_of  # noqa: E402
 from lab.emoji.dataset import load  # noqa: E402
@@ -99,7 +99,8 @@ class Learning:
         """Train one variant, then error and judge on held-out pictures."""
         config = self.config(VARIANTS[name])
         parts = self.parts(config)
-        trainer = begin(config, parts, self.train, self.accelerator, self.options.out / self.condition / name.replace("/", " "))
+        folder = self.options.out / self.condition / name.replace("/", " ")
+        trainer = begin_run(config, parts, self.train, self.accelerator, folder)
         started, losses = (time.monotonic(), time.process_time()), TimestepBuckets()
         while trainer.step < config.train.steps:
             trainer.update(losses)

@@ -69,6 +69,10 @@ class ReferenceFileError(FileError):
     """A file that should hold encoded reference features does not."""
 
 
+class ScoringFileError(FileError):
+    """A file that should hold a scoring model does not."""
+
+
 class ReferenceMismatchError(EmmaError):
     """Reference features do not belong to the module, the encoder or the batch they are used with."""
 
@@ -103,6 +107,10 @@ class TrainingDataError(EmmaError):
 
 class TrainingError(EmmaError):
     """Training cannot go on: a non-finite loss, a checkpoint of another run, a full disk."""
+
+
+class EvaluationError(EmmaError):
+    """An evaluation cannot be done as it is configured: its references, prompts, rows, or scoring models."""
 
 
 class EmmaWarning(UserWarning):

@@ -26,15 +26,13 @@ class HostDenoiser:
         device, dtype: of the copy.
         checkpointing: compute activations again in the backward pass, for less memory.
     Raises:
-        TrainingConfigError: it does not predict noise or velocity at 1000 timesteps, or needs more than a latent of 4
-            channels, a timestep and a context.
+        TrainingConfigError: see `prediction_of`.
     """
 
     def __init__(self, model, device: torch.device, dtype: torch.dtype, checkpointing: bool = False):
         sampling = model.get_model_object("model_sampling")
-        self.prediction = _prediction_of(model, sampling)
+        self.prediction = prediction_of(model)
         self.name = type(model.model).__name__
-        self.context_width = _context_width_of(model)
         with torch.inference_mode(False), torch.no_grad():
             self.alphas_cumprod_T = 1 / (sampling.sigmas.detach().cpu().clone() ** 2 + 1)
             self.network = _copied_network(model).to(device, dtype).eval().requires_grad_(False)
@@ -65,8 +63,13 @@ class HostDenoiser:
         return predicted_B4hw.float()
 
 
-def _prediction_of(model, sampling) -> str:
-    """"eps" or "v", by how the host turns the UNet's output into a picture."""
+def prediction_of(model) -> str:
+    """"eps" or "v", by how the host turns the output of a MODEL's UNet into a picture.
+
+    Raises:
+        TrainingConfigError: it predicts something else, or not at 1000 timesteps.
+    """
+    sampling = model.get_model_object("model_sampling")
     denoised = type(sampling).calculate_denoised
     known = {comfy.model_sampling.EPS.calculate_denoised: "eps", comfy.model_sampling.V_PREDICTION.calculate_denoised: "v"}
     if denoised not in known:
@@ -81,7 +84,12 @@ def _prediction_of(model, sampling) -> str:
     return known[denoised]
 
 
-def _context_width_of(model) -> int | None:
+def context_width_of(model) -> int | None:
+    """Width of the tokens that a MODEL's cross-attention reads; None: it has none.
+
+    Raises:
+        TrainingConfigError: it reads more than a latent of 4 channels, a timestep and a context.
+    """
     unet = model.model.model_config.unet_config
     if unet.get("in_channels") != 4 or unet.get("adm_in_channels"):
         raise TrainingConfigError(f"this MODEL ({type(model.model).__name__}) reads {unet.get('in_channels')} channels"

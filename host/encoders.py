@@ -17,7 +17,7 @@ import comfy.ops
 import comfy.utils
 import torch
 
-from ..emma_core.encoders.base import Encoded, FeatureCache, PictureEncoder, ReferenceEncoder, encode_pictures
+from ..emma_core.encoders.base import Encoded, FeatureCache, PictureEncoder, ReferenceEncoder
 from ..emma_core.encoders.clip_vision import (
     bytes_per_picture,
     canonical_names,
@@ -27,14 +27,14 @@ from ..emma_core.encoders.clip_vision import (
 )
 from ..emma_core.encoders.families import CLIP_TOWERS, MEAN, STD
 from ..emma_core.encoders.loading import encoder_kind
-from ..emma_core.encoders.matching import check_encoder, check_for_module, encode_options
+from ..emma_core.encoders.matching import encode_for_module
 from ..emma_core.encoders.options import FaceChoice, Framing
 from ..emma_core.encoders.pictures import Preparation
 from ..emma_core.encoders.playground import load_playground_encoder
 from ..emma_core.encoders.weights import weights_path
 from ..emma_core.errors import EncoderFileError
 from ..emma_core.files.tensor_file import fingerprint_of_weights
-from ..emma_core.model.reference_features import ReferenceFeatures, combine_features
+from ..emma_core.model.reference_features import ReferenceFeatures
 from ..emma_core.playground import PLAYGROUND_DIR
 from .images import object_masks, rgb_pictures
 from .loaded import LoadedEncoder, LoadedModule, patcher_for
@@ -163,11 +163,9 @@ def encode_reference(
     mask_BHW = object_masks(mask, image_BHW3)
     config = module.module.config
     loaded = as_encoder(encoder)
-    check_encoder(loaded.encoder.description, config, before=True)
     if config.encoder.get("masked") and mask_BHW is None:
         logging.warning("EMMA: the %s module was trained on objects without their background; connect a MASK of the object "
                         "for the best likeness.", config.condition)
-    options = encode_options(config, framing, faces)
     progress = comfy.utils.ProgressBar(len(image_BHW3))
 
     def after_chunk(done: int) -> None:
@@ -175,12 +173,8 @@ def encode_reference(
             progress.update(done)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
-    features, seen = encode_pictures(loaded.encoder, image_BHW3, mask_BHW, options, loaded.cache, loaded.encoder.at_once(),
-                                     after_chunk)
-    description = {**loaded.encoder.description, **({"layer": options.layer} if "local" in features else {})}
-    reference = combine_features(features, combine, description)
-    check_for_module(reference, config)
-    return reference, seen
+    return encode_for_module(loaded.encoder, config, image_BHW3, mask_BHW, combine, framing, faces, cache=loaded.cache,
+                             at_once=loaded.encoder.at_once(), after_chunk=after_chunk)
 
 
 def _managed(encoder: ReferenceEncoder, patcher) -> LoadedEncoder:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+from ..errors import SettingsError
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from ..settings import key
 from .precision import PRECISIONS
-from .spec import PLAYGROUND_SPEC, SD15
+from .spec import PLAYGROUND_SPEC, SD15, BaseSpec
 
 PICTURES_AT_ONCE = 16
 
@@ -51,10 +54,39 @@ class SamplingConfig:
     batch: int = key(4, "pictures at once", least=1, most=PICTURES_AT_ONCE)
 
 
+def spec_of(base: BaseConfig) -> BaseSpec:
+    """What is known of a base before its file is read."""
+    return PLAYGROUND_SPEC if base.checkpoint == PLAYGROUND else SD15
+
+
 def size_px(base: BaseConfig, sampling: SamplingConfig) -> tuple[int, int]:
     """Width and height of the pictures; 0 is what the base knows."""
-    side_px = (PLAYGROUND_SPEC if base.checkpoint == PLAYGROUND else SD15).side_px
+    side_px = spec_of(base).side_px
     return sampling.width_px or side_px, sampling.height_px or side_px
+
+
+def check_files(
+    base: BaseConfig, ella: EllaConfig, others: Iterable[tuple[str, str]] = (), new_ella: bool = False
+) -> None:
+    """Refuse settings that leave a part open or name a file that is not there, before anything is loaded.
+
+    Args:
+        others: `section.key` and path of further files and folders; an empty path names none.
+        new_ella: no ELLA needs to be named.
+    Raises:
+        SettingsError: which key, and what to set.
+    """
+    if base.checkpoint != PLAYGROUND and not ella.file and not new_ella:
+        raise SettingsError("ella.file is not set: tokens are made by an ELLA connector. Name the file, for instance "
+                            "models/ella/ella-sd1.5-tsc-t5xl.safetensors.")
+    if base.checkpoint != PLAYGROUND and not ella.text_encoder:
+        raise SettingsError("ella.text_encoder is not set; wanted flan-t5-xl, a file or a folder. Name it.")
+    checkpoint = "" if base.checkpoint == PLAYGROUND else base.checkpoint
+    named = [("base.checkpoint", checkpoint), ("base.vae", base.vae), ("base.lora", base.lora), ("ella.file", ella.file),
+             ("ella.text_encoder", ella.text_encoder), *others]
+    for setting, path in named:
+        if path and not Path(path).exists():
+            raise SettingsError(f"{setting} = {path!r} does not exist. Check the path; nothing is downloaded.")
 
 
 def encoder_files(encoder: EncodersConfig, has_modules: bool) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from ..model.connector import Connector, ConnectorConfig
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from ..text.encoder import TextEncoder, load_text_encoder, usual_dtype
 from .backbones import Backbone, load_backbone
-from .config import BaseConfig, EllaConfig
+from .config import BaseConfig, EllaConfig, check_files
 
 UNET, AUTOENCODER, TEXT_ENCODER, REFERENCE_ENCODER = "UNet", "autoencoder", "text encoder", "reference encoder"
 
@@ -62,16 +62,12 @@ def load_base_parts(
     playground = base.checkpoint == PLAYGROUND
     file = ella.file or (PLAYGROUND_DIR / "ella.safetensors" if playground else "")
     text = ella.text_encoder or (PLAYGROUND_DIR / "t5.safetensors" if playground else "")
-    if not file and not new_ella:
-        raise SettingsError("ella.file is not set: tokens are made by an ELLA connector. Name the file, for instance "
-                            "models/ella/ella-sd1.5-tsc-t5xl.safetensors.")
-    if not text:
-        raise SettingsError("ella.text_encoder is not set; wanted flan-t5-xl, a file or a folder. Name it.")
+    check_files(base, ella, new_ella=new_ella)
     backbone = load_backbone(base, dtype)
     backbone.alphas_cumprod_T = backbone.alphas_cumprod_T.to(device)
-    text_encoder = load_text_encoder(text, usual_dtype(device))
-    width = backbone.spec.context_width
-    connector = load_connector(file) if file else Connector(ConnectorConfig(width=width, text_dim=text_encoder.width))
+    width, connector = backbone.spec.context_width, load_connector(file) if file else None
+    text_encoder = load_text_encoder(text, usual_dtype(device), width=connector.config.text_dim if connector else None)
+    connector = connector or Connector(ConnectorConfig(width=width, text_dim=text_encoder.width))
     if connector.width != width:
         raise SettingsError(f"the ELLA has tokens of width {connector.width}, {backbone.name} reads width {width}. Choose an "
                             "ELLA made for this kind of checkpoint.")

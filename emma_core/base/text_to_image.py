@@ -12,13 +12,11 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..encoders.base import encode_pictures
 from ..encoders.loading import load_encoders
-from ..encoders.matching import check_for_module, encode_options, encoder_for
+from ..encoders.matching import encode_for_module, encoder_for
 from ..files.module_file import load_module
 from ..files.tensor_file import write_atomically
 from ..model.gated_resampler import GatedResampler
-from ..model.reference_features import combine_features
 from .config import BaseConfig, EllaConfig
 from .parts import AUTOENCODER, TEXT_ENCODER, UNET, load_base_parts
 from .pipeline import Pipeline, Request, Sampling, generate, pipeline_for
@@ -65,16 +63,14 @@ class TextToImage:
             ImageInputError, NoFaceError: the picture cannot be used.
             ReferenceMismatchError: the encoder is not the module's.
         """
-        encoder, options = encoder_for(module, self._encoders), encode_options(module.config)
+        encoder = encoder_for(module, self._encoders)
         self._parts.place()  # a small card does not hold a large encoder beside them
         encoder.model.to(self._device)
         try:
-            features, _ = encode_pictures(encoder, image_1HW3, mask_1HW, options)
+            reference, _ = encode_for_module(encoder, module.config, image_1HW3, mask_1HW)
         finally:
             encoder.model.to("cpu")
-        combined = combine_features(features, "concat", {**encoder.description, "layer": options.layer})
-        check_for_module(combined, module.config)
-        return {name: tensor.to(self._device) for name, tensor in combined.features.items()}
+        return {name: tensor.to(self._device) for name, tensor in reference.features.items()}
 
     def draw(self, requests: Sequence[Request], sampling: Sampling) -> list[Image.Image]:
         """A picture for each request.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..base.config import BaseConfig, EllaConfig, EncodersConfig, SamplingConfig, encoder_files, size_px
+from ..base.config import BaseConfig, EllaConfig, EncodersConfig, SamplingConfig, check_files, encoder_files, size_px
 from ..base.pipeline import Request, Sampling
 from ..base.text_to_image import TextToImage, save_picture
 from ..errors import EmmaError, ImageInputError
 from ..evaluation.references import reference_of
+from ..files.module_file import read_module_config
 from ..files.picture_file import picture_tensor
 from ..model.assembly import Assembly, Reference
 from ..settings import resolve_sections
@@ -95,11 +97,15 @@ def draw(options: argparse.Namespace) -> list[Path]:
     config = PictureConfig(**resolve_sections(PictureConfig, {}, changes_of(options)))
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoders = encoder_files(config.encoder, bool(shown))
+    sampling = Sampling(config.sampling.steps, config.sampling.guidance, *size_px(config.base, config.sampling))
+    check_files(config.base, config.ella, [("encoder.files", file) for file in encoders])
+    for one in shown:
+        read_module_config(one.module)
+        reference_of(one.picture).picture()
     machine = TextToImage(config.base, config.ella, encoders, config.encoder.open_clip_model, config.sampling.precision, device)
     assembly = Assembly([_reference(machine, one) for one in shown])
     seeds = range(options.seed, options.seed + options.count)
     requests = [Request(prompt, assembly, config.sampling.negative, seed) for prompt in options.prompts for seed in seeds]
-    sampling = Sampling(config.sampling.steps, config.sampling.guidance, *size_px(config.base, config.sampling))
     options.out.mkdir(parents=True, exist_ok=True)
     written = []
     for start in range(0, len(requests), config.sampling.batch):
@@ -124,7 +130,9 @@ def shown_of(words: Sequence[str]) -> Shown:
     try:
         strength = float(words[2]) if len(words) == 3 else 1.0
     except ValueError:
-        raise EmmaError(f"--module {' '.join(words)}: the strength {words[2]!r} is no number. Write one such as 0.8.") from None
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise EmmaError(f"--module {' '.join(words)}: the strength {words[2]!r} is no number. Write one such as 0.8.")
     return Shown(words[0], Path(words[1]), strength)
 
 

@@ -65,7 +65,7 @@ class ClipVisionEncoder(PictureEncoder):
 
 
 def clip_preparation(tower: ClipTower) -> Preparation:
-    """As open_clip prepares pictures for it: short side to S, bicubic, center crop."""
+    """How open_clip prepares pictures for a tower of CLIP: short side to S, bicubic, center crop."""
     return Preparation(tower.input_px, MEAN, STD)
 
 

@@ -15,24 +15,16 @@ from .weights import shapes_in, some, weights_path
 KINDS = (clip_vision.KIND, open_clip_models.KIND, adaface.KIND, playground.KIND)  # in the order in which they are asked
 
 
-def load_encoder(
-    path: str | Path, open_clip_model: str | None = None, features: Iterable[str] = ()
-) -> ReferenceEncoder:
+def load_encoder(path: str | Path, open_clip_model: str | None = None) -> ReferenceEncoder:
     """The encoder of a file, or of a folder as Hugging Face lays it out; on the CPU in float32.
 
     Args:
         path: .safetensors, a PyTorch file that is opened as weights alone, or a folder with one of these.
         open_clip_model: open_clip's name of the model, where its tensors alone do not tell.
-        features: that it must give; another kind is refused before its weights are read.
     Raises:
-        EncoderFileError: damaged, of no known kind, of a kind that needs to be named, or one without these features.
+        EncoderFileError: damaged, of no known kind, or of a kind that needs to be named.
     """
-    kind = encoder_kind(path, open_clip_model)
-    missing = [name for name in features if name not in kind.features]
-    if missing:
-        raise EncoderFileError(f"{Path(path).name} is {kind.title}, which gives {', '.join(kind.features)}; wanted an encoder "
-                               f"that gives {', '.join(missing)}. Choose {suggestion(features)}.")
-    return kind.load(Path(path), open_clip_model)
+    return encoder_kind(path, open_clip_model).load(Path(path), open_clip_model)
 
 
 def load_encoders(paths: Iterable[str | Path], open_clip_model: str | None = None) -> list[ReferenceEncoder]:
@@ -69,6 +61,19 @@ def encoder_kind(path: str | Path, open_clip_model: str | None = None) -> Encode
         f"in its own layout, or {'; '.join(tower.describe() for tower in CLIP_TOWERS.values())}. Choose another file; of other "
         "models of Hugging Face (SigLIP, DFN, ...) get the open_clip version."
     )
+
+
+def check_gives(path: str | Path, features: Iterable[str], open_clip_model: str | None = None) -> None:
+    """Refuse a file of a kind that does not give these features, before its weights are read.
+
+    Raises:
+        EncoderFileError: what it gives, and which kinds do; see `load_encoder`.
+    """
+    kind = encoder_kind(path, open_clip_model)
+    missing = [name for name in features if name not in kind.features]
+    if missing:
+        raise EncoderFileError(f"{Path(path).name} is {kind.title}, which gives {', '.join(kind.features)}; wanted an encoder "
+                               f"that gives {', '.join(missing)}. Choose {suggestion(features)}.")
 
 
 def suggestion(features: Iterable[str]) -> str:

@@ -14,8 +14,8 @@ import torch
 from ..errors import ReferenceMismatchError
 from ..model.gated_resampler import GatedResampler
 from ..model.module_config import ModuleConfig
-from ..model.reference_features import ReferenceFeatures
-from .base import ReferenceEncoder
+from ..model.reference_features import COMBINATIONS, ReferenceFeatures, combine_features
+from .base import ReferenceEncoder, encode_pictures
 from .families import encoder_title
 from .options import AS_TRAINED, EncodeOptions, FaceChoice, Framing
 
@@ -40,6 +40,31 @@ def encoder_for(module: GatedResampler, encoders: Sequence[ReferenceEncoder]) ->
             return encoder
         reasons.append(f"it gives {', '.join(encoder.feature_names)}, not {', '.join(module.config.features)}.")
     raise ReferenceMismatchError(f"none of the {len(encoders)} encoders is the one of {module.name}: {' '.join(reasons)}")
+
+
+def encode_for_module(
+    encoder: ReferenceEncoder, config: ModuleConfig, image_BHW3: torch.Tensor, mask_BHW: torch.Tensor | None = None,
+    combine: str = COMBINATIONS[0], framing: Framing | None = None, faces: FaceChoice | None = None, **how: Any,
+) -> tuple[ReferenceFeatures, torch.Tensor]:
+    """What a module reads of reference pictures in [0, 1], ready for it, and what the encoder saw.
+
+    Args:
+        encoder: the one that the module was trained with.
+        config: the module's metadata.
+        combine: how several pictures become one reference, see `combine_features`.
+        framing, faces: the user's choices.
+        how: cache, pictures at once and what is called after each chunk, as `encode_pictures` takes them.
+    Raises:
+        ImageInputError: unusable pictures or masks; no face.
+        ReferenceMismatchError: another encoder than the module's.
+    """
+    check_encoder(encoder.description, config, before=True)
+    options = encode_options(config, framing, faces)
+    features, seen = encode_pictures(encoder, image_BHW3, mask_BHW, options, **how)
+    layer = {"layer": options.layer} if "local" in features else {}
+    reference = combine_features(features, combine, {**encoder.description, **layer})
+    check_for_module(reference, config)
+    return reference, seen
 
 
 def check_for_module(reference: ReferenceFeatures, config: ModuleConfig) -> None:

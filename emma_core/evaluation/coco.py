@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .config import EvaluationError, PromptsConfig, ReferencesConfig
+from ..errors import EvaluationError
+from .config import PromptsConfig, ReferencesConfig
 from .references import ReferencePicture
 
 # polygons are drawn larger and scaled down: Pillow counts the pixels on an edge as inside

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base.config import BaseConfig, EllaConfig, EncodersConfig, SamplingConfig, size_px
 from ..base.pipeline import PIXELS_PER_LATENT
-from ..errors import EmmaError
+from ..errors import EvaluationError
 from ..playground import PLAYGROUND
 from ..settings import key, resolve_sections
 
@@ -20,12 +20,8 @@ SUBJECT = "{subject}"
 TEXT_ONLY = "text only"
 
 
-class EvaluationError(EmmaError):
-    """An evaluation cannot be done as it is configured: its references, prompts, rows, or scoring models."""
-
-
 @dataclass(frozen=True)
-class OutputConfig:
+class ResultsConfig:
     """Where results go."""
 
     folder: str = key("", "folder of pictures, scores, and results; an evaluation that was stopped goes on in it")
@@ -89,7 +85,7 @@ class ScoresConfig:
 class EvalConfig:
     """A whole evaluation."""
 
-    output: OutputConfig = field(default_factory=OutputConfig)
+    output: ResultsConfig = field(default_factory=ResultsConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     ella: EllaConfig = field(default_factory=EllaConfig)

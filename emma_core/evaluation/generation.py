@@ -14,12 +14,12 @@ from PIL import Image
 from ..base.config import encoder_files
 from ..base.pipeline import Request, Sampling
 from ..base.text_to_image import TextToImage
-from ..errors import EmmaError
+from ..errors import EmmaError, EvaluationError
 from ..files.picture_file import picture_tensor
 from ..model.assembly import Assembly, Reference
 from ..model.gated_resampler import GatedResampler
 from ..playground import PLAYGROUND_DIR
-from .config import MASK_ALWAYS, MASK_NEVER, EvalConfig, EvaluationError, ResultRow
+from .config import MASK_ALWAYS, MASK_NEVER, EvalConfig, ResultRow
 from .plan import DrawingJob, Files, sha256_of
 from .references import ReferencePicture
 
@@ -38,7 +38,10 @@ def files_of(config: EvalConfig) -> Files:
     modules = {f"modules.files {Path(file).stem}": file for file in config.modules.files}
     named = encoder_files(config.encoder, bool(config.modules.files))
     encoders = {f"encoder.files {number}": file for number, file in enumerate(named, 1)}
-    return Files(*({name: _digest(name, path) for name, path in group.items() if path} for group in (base, modules, encoders)))
+    for name, path in (base | modules | encoders).items():
+        if path and not Path(path).exists():  # before gigabytes of the others are read
+            raise EvaluationError(f"{name.split()[0]} = {str(path)!r} does not exist. Check the path; nothing is downloaded.")
+    return Files(*({name: sha256_of(path) for name, path in group.items() if path} for group in (base, modules, encoders)))
 
 
 class Drawer:
@@ -97,9 +100,3 @@ class Drawer:
 
 def _is_masked(choice: str, module: GatedResampler) -> bool:
     return choice == MASK_ALWAYS or (choice != MASK_NEVER and bool(module.config.encoder.get("masked")))
-
-
-def _digest(name: str, path: str | Path) -> str:
-    if not Path(path).exists():
-        raise EvaluationError(f"{name.split()[0]} = {str(path)!r} does not exist. Check the path; nothing is downloaded.")
-    return sha256_of(path)

@@ -12,9 +12,10 @@ from typing import Protocol, TypeVar
 
 from PIL import Image
 
+from ..errors import EvaluationError
 from ..files.picture_file import MASK_SUFFIX, PICTURE_SUFFIXES, mask_beside, open_mask, open_picture, picture_size
 from ..files.tensor_file import sha256_of_file
-from .config import SUBJECT, EvaluationError, PlanConfig, PromptsConfig, ReferencesConfig
+from .config import SUBJECT, PlanConfig, PromptsConfig, ReferencesConfig
 
 Thing = TypeVar("Thing")
 

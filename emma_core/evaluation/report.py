@@ -127,7 +127,7 @@ def draw_sheet(
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """As PNG, atomically."""
+    """Write the sheet as PNG, whole or not at all."""
     write_atomically(path, lambda temporary: sheet.save(temporary, "PNG"))
 
 

@@ -21,18 +21,14 @@ from torch import nn
 from ..encoders.open_clip_recognition import CONFIG_NAME, Tower, declared_tower, named_tower, warn_of_other_tags
 from ..encoders.options import Framing
 from ..encoders.pictures import Preparation, prepare_pictures
-from ..errors import EncoderFileError, FileError
+from ..errors import EncoderFileError, EvaluationError, ScoringFileError
 from ..files.tensor_file import check_finite, check_shapes, integers_in, read_weights, sha256_of_file
-from .config import EvaluationError, ScoresConfig
+from .config import ScoresConfig
 
 CLIP_T, CLIP_I, DINO = "CLIP-T", "CLIP-I", "DINO"
 _PUBLISHED = "open_clip_"  # how the names of files begin that are published beside an open_clip_config.json
 _MOST_LISTED = 4
 _NEEDS_DOWNLOADS = ("hf_model_name", "hf_tokenizer_name")  # of text towers: open_clip would get these from Hugging Face
-
-
-class ScoringFileError(FileError):
-    """A file that should hold a scoring model does not."""
 
 
 class Scorer(Protocol):

@@ -18,7 +18,7 @@ from ..model.module_config import ModuleConfig
 from ..model.token_resampler import resampler_for
 from .json_file import parse_json
 from .state_names import to_file_names, to_layer_names
-from .tensor_file import check_finite, check_shapes, read_tensors, write_atomically
+from .tensor_file import check_finite, check_shapes, open_tensors, read_tensors, write_atomically
 
 _WHAT = "an EMMA module"
 _TIME_KEY = "blocks.0.ln_1.linear.weight"
@@ -45,6 +45,16 @@ def load_module(
     if _TIME_KEY in tensors and tensors[_TIME_KEY].ndim == 2:
         config = config.replace(time_width=tensors[_TIME_KEY].shape[1])
     return module_from_tensors(tensors, config, name, dtype, device, operations)
+
+
+def read_module_config(path: str | Path) -> ModuleConfig:
+    """The metadata of an EMMA module, without its weights.
+
+    Raises:
+        ModuleFileError: not such a file, or another format version.
+    """
+    with open_tensors(path, _WHAT, ModuleFileError) as file:
+        return _config_from(file.metadata(), Path(path).name)
 
 
 def module_from_tensors(

@@ -20,7 +20,7 @@ def to_layer_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def to_file_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `to_layer_names`."""
+    """``attn.q_proj.*`` (W, ...) and ``attn.kv_proj.*`` (2W, ...) -> ``attn.in_proj_{weight,bias}`` (3W, ...)."""
     renamed = {}
     for key, tensor in state.items():
         stem, _, kind = key.rpartition(".q_proj.")

@@ -43,12 +43,12 @@ class FeatureSpec:
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def to_entry(self) -> dict[str, Any]:
-        """As it stands in the metadata."""
+        """The feature as a file's metadata names it."""
         return {**self.unknown, "dim": self.dim, "tokens_per_vector": self.tokens_per_vector}
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "FeatureSpec":
-        """The inverse of `to_entry`."""
+        """A feature of a file's metadata."""
         unknown = {key: value for key, value in entry.items() if key not in ("dim", "tokens_per_vector")}
         check_kinds(entry, {"dim": int, "tokens_per_vector": int})
         return cls(entry["dim"], entry.get("tokens_per_vector", 1), unknown)

@@ -31,12 +31,12 @@ class SourceSpec:
                                   f"{_LARGEST_WIDTH}. Correct the metadata.")
 
     def to_entry(self, inner: int) -> dict[str, Any]:
-        """As it stands in the metadata; ``inner`` is the width inside the blocks."""
+        """The source as a file's metadata names it; ``inner`` is the width inside the blocks."""
         return {**self.unknown, "kind": TOKENS, "width": self.width, "inner": inner, "family": self.family}
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], inner: int) -> "SourceSpec | None":
-        """The inverse of `to_entry`; None for ELLA's tokens.
+        """The source that a file's metadata names; None for ELLA's tokens.
 
         Raises:
             ModuleFileError: a kind that is not known, or another inner width than the module's.
@@ -72,12 +72,12 @@ class TimeSpec:
         return LAST_OF_TIME[self.kind]
 
     def to_entry(self) -> dict[str, Any]:
-        """As it stands in the metadata."""
+        """The time as a file's metadata names it."""
         return {"kind": self.kind, "last": self.last}
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "TimeSpec":
-        """The inverse of `to_entry`.
+        """The time that a file's metadata names.
 
         Raises:
             ModuleFileError: a kind that is not known, or a range that is not this kind's.

@@ -79,7 +79,7 @@ class StrengthKeyframes:
         return any(keyframe.steps for keyframe in self.keyframes)
 
     def on(self, schedule: Sequence[float]) -> "StrengthKeyframes":
-        """The same keyframes, their steps counted on another schedule."""
+        """These keyframes, their steps counted on another schedule."""
         return replace(self, schedule=schedule)
 
     def of_rows(self, timestep_B: torch.Tensor) -> torch.Tensor:

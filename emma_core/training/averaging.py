@@ -37,5 +37,5 @@ class AveragedWeights:
             parameter.copy_(self.values[name])
 
     def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Those of a checkpoint, on the device of these."""
+        """Take the averages of a checkpoint, on the device where they are now."""
         self.values = {name: values[name].to(own.device) for name, own in self.values.items()}

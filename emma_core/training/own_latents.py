@@ -19,7 +19,9 @@ from .config import TrainConfig
 from .prepare import Prepared
 from .shards import Processes, fill
 from .store import FeatureStore, Filling
-from .teachers import sample_latents
+from .teachers import named_kinds
+
+Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class OwnLatents:
@@ -29,17 +31,17 @@ class OwnLatents:
         prompts: one for each target.
         texts: prompt -> (1, N, D), "" among them.
         latents: (4, h, w) of each target.
-        prepared: the reference pictures.
+        reference_set: the prepared pictures that references come from.
         size_px: width and height of the targets.
     """
 
     def __init__(
-        self, prompts: Sequence[str], texts: Mapping[str, torch.Tensor], latents: Sequence[torch.Tensor], prepared: Prepared,
-        size_px: tuple[int, int],
+        self, prompts: Sequence[str], texts: Mapping[str, torch.Tensor], latents: Sequence[torch.Tensor],
+        reference_set: Prepared, size_px: tuple[int, int],
     ):
         self._prompts, self._texts, self._latents, self._size_px = list(prompts), texts, latents, size_px
-        self.prepared = prepared
-        self._references = tuple(sorted(prepared.variant_keys))
+        self.reference_set = reference_set
+        self._references = tuple(sorted(reference_set.variant_keys))
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -57,7 +59,7 @@ class OwnLatents:
         return self._references
 
     def variants(self, reference: int) -> int:
-        return self.prepared.variants(reference)
+        return self.reference_set.variants(reference)
 
     def latent(self, index: int, flipped: bool = False) -> torch.Tensor:
         return self._latents[index]
@@ -66,7 +68,7 @@ class OwnLatents:
         return self._texts[caption]
 
     def features(self, reference: int, variant: int) -> dict[str, torch.Tensor]:
-        return self.prepared.features(reference, variant)
+        return self.reference_set.features(reference, variant)
 
     def summary(self) -> dict:
         """Counts, for a module's metadata."""
@@ -96,7 +98,7 @@ def check_own_latents(config: TrainConfig) -> None:
     Raises:
         TrainingConfigError: no teacher (the model's own noise teaches a reference nothing), no prompts, mirrored targets.
     """
-    if not (config.teacher.lora or config.teacher.ip_adapter):
+    if not named_kinds(config.teacher):
         raise TrainingConfigError("teacher.own_latents needs a teacher: samples of the model itself hold nothing of a "
                                   "reference. Set teacher.lora or teacher.ip_adapter.")
     if not config.teacher.prompts:
@@ -158,3 +160,42 @@ def _sample(config: TrainConfig, backbone: Backbone, connector: Connector, texts
     size = (1, spec.latent_channels, cells, cells)
     return sample_latents(predict, backbone.alphas_cumprod_T, context, generator, config.report.sample_steps, size,
                           spec.prediction)[0].float().cpu()
+
+
+@torch.no_grad()
+def sample_latents(
+    predict: Predict, alphas_cumprod_T: torch.Tensor, context: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
+    generator: torch.Generator, steps: int, size: tuple[int, int, int, int], prediction: str = "eps",
+) -> torch.Tensor:
+    """Samples (B, 4, h, w) of the model itself, of unit deviation, to be noised as training latents.
+
+    DDIM without added noise (arXiv:2010.02502, eq. 12 with sigma = 0), from the last timestep down in equal strides.
+
+    Args:
+        predict: (noised latent, timestep (B,), context) -> eps or v, already guided if guidance is wanted.
+        alphas_cumprod_T: the model's schedule, on the device to sample on.
+        context: (B, K, W), or a function of the timestep (B,), as ELLA's tokens change with it.
+        generator: of the first noise, on the CPU.
+        steps: at least 1.
+        size: B, 4, h, w.
+        prediction: what `predict` gives, "eps" or "v".
+    """
+    device = alphas_cumprod_T.device
+    latent_B4hw = torch.randn(size, generator=generator).to(device)
+    last = len(alphas_cumprod_T)
+    strides = torch.linspace(last, 0, steps + 1).round().long().tolist()
+    for timestep, following in zip([end - 1 for end in strides[:-1]], [end - 1 for end in strides[1:]], strict=True):
+        timestep_B = torch.full((size[0],), timestep, device=device)
+        tokens = context(timestep_B) if callable(context) else context
+        predicted_B4hw = predict(latent_B4hw, timestep_B, tokens)
+        kept, kept_next = alphas_cumprod_T[timestep], alphas_cumprod_T.new_tensor(1.0)
+        if following >= 0:
+            kept_next = alphas_cumprod_T[following]
+        if prediction == "v":
+            clean_B4hw = kept.sqrt() * latent_B4hw - (1 - kept).sqrt() * predicted_B4hw
+            noise_B4hw = kept.sqrt() * predicted_B4hw + (1 - kept).sqrt() * latent_B4hw
+        else:
+            noise_B4hw = predicted_B4hw
+            clean_B4hw = (latent_B4hw - (1 - kept).sqrt() * noise_B4hw) / kept.sqrt()
+        latent_B4hw = kept_next.sqrt() * clean_B4hw + (1 - kept_next).sqrt() * noise_B4hw
+    return latent_B4hw

@@ -6,17 +6,17 @@ Shapes: N text tokens of width D.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..base.parts import Parts, load_base_parts
 from ..base.precision import precision_on
-from ..encoders.base import ReferenceEncoder
+from ..encoders.base import ReferenceEncoder, encode_pictures
 from ..encoders.loading import load_encoder
-from ..encoders.options import AS_TRAINED, EncodeOptions, Framing
-from ..errors import TrainingConfigError
-from ..playground import PLAYGROUND, PLAYGROUND_DIR
+from ..encoders.options import EncodeOptions, Framing
+from ..playground import PLAYGROUND
+from .checks import encoder_file
 from .config import TrainConfig
 from .prepare import Encoders
 from .starts import wanted_features
@@ -33,8 +33,7 @@ def load_parts(config: TrainConfig, dtype: torch.dtype, device: torch.device) ->
     if config.train.gradient_checkpointing:
         parts.backbone.enable_gradient_checkpointing()
     if config.what == "module":
-        name, features = config.encoder.open_clip_model or None, wanted_features(config)
-        parts.reference_encoder = load_encoder(_encoder_file(config), name, features)
+        parts.reference_encoder = load_encoder(encoder_file(config), config.encoder.open_clip_model or None)
     return parts
 
 
@@ -58,11 +57,19 @@ def options_of(config: TrainConfig) -> EncodeOptions:
     return EncodeOptions(tuple(wanted_features(config)), encoder.layer, framing)
 
 
-def encoder_metadata(config: TrainConfig, encoder: ReferenceEncoder, features: tuple[str, ...]) -> dict:
-    """The encoder as a module's metadata names it."""
-    chosen = {key: value for key in ("frame", "background") if (value := getattr(config.encoder, key)) != AS_TRAINED}
-    layer = {"layer": config.encoder.layer} if "local" in features else {}
-    return {**encoder.description, **layer, **chosen, **({"masked": True} if config.encoder.masked else {})}
+def encode_references(
+    config: TrainConfig, encoder: ReferenceEncoder, image_BHW3: torch.Tensor, **how: Any
+) -> list[dict[str, torch.Tensor]]:
+    """What the module that learns reads of each picture in [0, 1]: feature name -> (V, D).
+
+    Args:
+        how: cache, pictures at once and what is called after each chunk, as `encode_pictures` takes them.
+    Raises:
+        ImageInputError, ReferenceMismatchError: see `encode_pictures`.
+    """
+    features, _ = encode_pictures(encoder, image_BHW3, None, options_of(config), **how)
+    rows = len(next(iter(features.values())))
+    return [{name: tensor[row] for name, tensor in features.items()} for row in range(rows)]
 
 
 def weights_mark(model: torch.nn.Module) -> str:
@@ -76,14 +83,3 @@ def prepare_precision(config: TrainConfig, device: torch.device) -> tuple[TrainC
     """The configuration with the precision that the device has, and the type of frozen weights."""
     precision = precision_on(config.train.precision, device)
     return replace(config, train=replace(config.train, precision=precision.name)), precision.weights
-
-
-def _encoder_file(config: TrainConfig) -> Path:
-    own = PLAYGROUND_DIR / "encoder.safetensors" if config.base.checkpoint == PLAYGROUND else ""
-    path = config.encoder.file or own
-    if not path:
-        raise TrainingConfigError("encoder.file is not set; wanted the reference encoder, for instance CLIP ViT-H/14 "
-                                  "(models/clip_vision) or AdaFace. Name the file or folder.")
-    if not Path(path).exists():
-        raise TrainingConfigError(f"encoder.file = {str(path)!r} does not exist. Check the path.")
-    return Path(path)

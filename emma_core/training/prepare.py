@@ -108,6 +108,11 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def reference_set(self) -> Prepared:
+        """The prepared pictures that references come from."""
+        return self
+
     def latent(self, index: int, flipped: bool = False) -> torch.Tensor:
         """(4, h, w) of a target; mirrored ones are there if `data.flip` is set."""
         return self._entry(self.stores[0], self.latent_keys[index][flipped])["latent"]

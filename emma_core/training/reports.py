@@ -10,7 +10,6 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ..base.schedule import TIMESTEPS
-from ..errors import TrainingConfigError
 from .config import TrainConfig
 from .log import Log
 from .losses import BUCKETS
@@ -114,9 +113,6 @@ def _rounded(values: Sequence[float | None]) -> list[float | None]:
 
 
 def _tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as found:
-        raise TrainingConfigError("report.tensorboard is on, but TensorBoard is not installed. Run `pip install tensorboard`, "
-                                  "or switch it off: log.jsonl and loss.png hold the same.") from found
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder / "tensorboard"))

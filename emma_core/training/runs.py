@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..base.backbones import Backbone
 from ..base.parts import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Parts
 from ..drawing import thumbnails
-from ..encoders.base import encode_pictures
-from ..errors import TrainingConfigError
 from ..files.picture_file import open_picture, picture_tensor
+from .beginning import Frozen, begin
+from .checks import check
 from .config import TrainConfig
-from .draws import BatchRow
 from .examples import Example, describe, read_examples, require
 from .identity import check_folder
-from .own_latents import OwnLatents, check_own_latents, own_latents
-from .parts import encoder_metadata, encoders_of, load_parts, options_of, prepare_precision
+from .own_latents import OwnLatents, own_latents
+from .parts import encode_references, encoders_of, load_parts, options_of, prepare_precision
 from .places import place_weights
 from .prepare import Prepared, prepare
 from .reports import Reporter, bucket_name
 from .samples import Sampler
 from .shards import Processes
-from .starts import begin_module
-from .student import Student, TeacherTarget
-from .teachers import IpAdapterTeacher, LoraTeacher, load_teacher
+from .student import TeacherTarget
+from .teachers import load_teacher
 from .trainer import Trainer, gain_of_reference
 
 if TYPE_CHECKING:
@@ -53,7 +50,7 @@ def run(
         say: told what happens, in lines.
         bars: show progress bars.
         device: "" is what accelerate chooses.
-        begin_with: makes the trainer in place of `begin`.
+        begin_with: makes the trainer, with the arguments of `begin_run`.
     Returns:
         The module's (or the connector's) file.
     Raises:
@@ -61,8 +58,7 @@ def run(
     """
     from accelerate import Accelerator, PartialState
 
-    if not config.output.folder:
-        raise TrainingConfigError("output.folder is not set. Name a folder for checkpoints, samples and the result.")
+    check(config)
     folder = Path(config.output.folder)
     config, dtype = prepare_precision(config, PartialState(cpu=device == "cpu").device)
     check_folder(folder, config)
@@ -76,7 +72,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     parts = load_parts(config, dtype, accelerator.device)
     data, texts, references = encoded(config, parts, examples, folder, processes, bars and accelerator.is_main_process)
-    trainer = (begin_with or begin)(config, parts, data, accelerator, folder)
+    trainer = (begin_with or begin_run)(config, parts, data, accelerator, folder)
     resumed = trainer.resume()
     if accelerator.is_main_process:
         (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
@@ -107,106 +103,31 @@ def gain_in_words(gain: Mapping[str, list[float | None]]) -> str:
     return "\n".join(lines)
 
 
-def begin(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents, accelerator: Accelerator, folder: Path) -> Trainer:
-    """A trainer at its first update; the encoders are let go, as everything they give is cached, and the UNet comes."""
-    module = None
-    if config.what == "module":
-        features = data.features(data.references(0)[0], 0)
-        dims = {name: tensor.shape[-1] for name, tensor in features.items()}
-        described = encoder_metadata(config, parts.reference_encoder, tuple(features))
-        generator = torch.Generator().manual_seed(config.train.seed)
-        module = begin_module(config, parts.connector, dims, described, generator)
-        module.config = module.config.replace(training=recipe(config, parts, data), file_metadata=model_spec(config))
+def begin_run(
+    config: TrainConfig, parts: Parts, data: Prepared | OwnLatents, accelerator: Accelerator, folder: Path,
+    teacher: TeacherTarget | None = None,
+) -> Trainer:
+    """`begin` of loaded parts; the encoders are let go, as everything they give is cached, and the UNet comes.
+
+    Args:
+        teacher: in place of the one that the configuration names.
+    Raises:
+        TrainingConfigError, FileError: see `begin` and `load_teacher`.
+    """
+    encoder = parts.reference_encoder.description if parts.reference_encoder else {}
     parts.reference_encoder = parts.text_encoder = None
     parts.place(UNET, AUTOENCODER)
+    if teacher is None and (named := load_teacher(config.teacher, parts.backbone)):
+        teacher = named.target_on(data.reference_set)
+    base = {"name": parts.backbone.name, "sha256": parts.backbone.sha256}
     places = place_weights(data).get if config.objective.place_weight else None
-    teacher = teacher_target(config, parts.backbone, data if isinstance(data, Prepared) else data.prepared)
-    student = Student(parts.backbone, parts.connector, module, config.objective, teacher, places)
-    return Trainer(config, student, data, accelerator, folder)
-
-
-def teacher_target(config: TrainConfig, backbone: Backbone, data: Prepared) -> TeacherTarget | None:
-    """The teacher's prediction as a target, or None without a teacher; it sees each row's reference whole, as it is.
-
-    Raises:
-        TrainingConfigError, FileError: see `load_teacher`; a group of references without its LoRA.
-    """
-    teacher = load_teacher(config.teacher, config.base, backbone)
-    if teacher is None:
-        return None
-    teacher.to(backbone.device, backbone.dtype)
-    known: dict[int, torch.Tensor] = {}
-    lora_of = _loras_of_references(teacher.groups, data) if isinstance(teacher, LoraTeacher) else {}
-
-    def vectors(reference: int) -> torch.Tensor:
-        if reference not in known:
-            picture_1HW3 = picture_tensor(open_picture(data.pictures.pictures[reference]))
-            known[reference] = teacher.encode_reference(picture_1HW3)["ip_adapter"].cpu()
-        return known[reference]
-
-    def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
-        shown = None
-        if isinstance(teacher, IpAdapterTeacher):
-            shown = {"ip_adapter": torch.cat([vectors(row.reference) for row in rows]),
-                     "present_B": torch.tensor([row.strength > 0 for row in rows])}
-        elif lora_of:
-            shown = {"lora_B": torch.tensor([lora_of[row.reference] for row in rows])}
-        return teacher.predict(noised_B4hw, timestep_B, context_BKW, shown)
-
-    return target
-
-
-def _loras_of_references(groups: Sequence[str], data: Prepared) -> dict[int, int]:
-    """Reference -> number of its group's LoRA; empty where one LoRA teaches all.
-
-    Raises:
-        TrainingConfigError: a group without a LoRA.
-    """
-    if len(groups) == 1:
-        return {}
-    group_of: dict[int, str] = {}
-    for example, own, given in zip(data.examples, data.pictures.own, data.pictures.given, strict=True):
-        for reference in (own, *given):
-            group_of.setdefault(reference, example.group or "")
-    lacking = sorted({group_of[reference] for reference in data.variant_keys} - set(groups))
-    if lacking:
-        raise TrainingConfigError(f"teacher.lora has LoRAs for the groups {', '.join(groups)}, and none for "
-                                  f"{', '.join(lacking)}; wanted <group>.safetensors for each group of references. Add them or "
-                                  "leave these pictures out.")
-    return {reference: groups.index(group_of[reference]) for reference in data.variant_keys}
-
-
-def recipe(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents) -> dict[str, Any]:
-    """How the module is trained, for its metadata: no paths."""
-    train, objective = config.train, config.objective
-    teachers = {"LoRA": config.teacher.lora, "IP-Adapter": config.teacher.ip_adapter}
-    teacher = next((kind for kind, path in teachers.items() if path), None)
-    return {
-        "base": {"name": parts.backbone.name, "sha256": parts.backbone.sha256}, "data": data.summary(),
-        "recipe": {
-            "batch": train.batch * train.accumulate, "rate": train.rate, "gate_rate": train.gate_rate, "decay": train.decay,
-            "warmup": train.warmup, "schedule": train.schedule, "precision": train.precision, "average": train.average,
-            "seed": train.seed, "blocks": config.module.blocks,
-            **{name: value for name, value in vars(objective).items() if value},
-            **({"teacher": teacher} if teacher else {}),
-        },
-    }
-
-
-def model_spec(config: TrainConfig) -> dict[str, str]:
-    """ModelSpec entries that model managers show."""
-    output = config.output
-    entries = {"title": output.title or output.name, "author": output.author, "license": output.license,
-               "description": f"EMMA {config.module.condition} module"}
-    return {f"modelspec.{key}": value for key, value in entries.items() if value}
+    return begin(config, Frozen(parts.backbone, parts.connector, base, encoder, teacher, places), data, accelerator, folder)
 
 
 def encoded(
     config: TrainConfig, parts: Parts, examples: Sequence[Example], folder: Path, processes: Processes, bars: bool
 ) -> tuple[Prepared | OwnLatents, Mapping[str, torch.Tensor], list[Mapping[str, torch.Tensor]]]:
     """The data, encoded by all processes; texts and references of the sample pictures."""
-    if config.teacher.own_latents:
-        check_own_latents(config)
     options = options_of(config) if config.what == "module" else None
     cache = Path(config.data.cache) if config.data.cache else folder / "cache"
     encoders = encoders_of(parts, config)
@@ -231,8 +152,7 @@ def encoded(
     references = []
     parts.place(REFERENCE_ENCODER)
     for path in config.report.sample_references:
-        features, _ = encode_pictures(parts.reference_encoder, picture_tensor(open_picture(Path(path))), None, options)
-        references.append({name: tensor[0] for name, tensor in features.items()})
+        references += encode_references(config, parts.reference_encoder, picture_tensor(open_picture(Path(path))))
     return data, texts, references
 
 

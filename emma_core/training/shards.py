@@ -51,11 +51,11 @@ class ShardMember:
         return self.shard.is_file()
 
     def resolve(self) -> ShardMember:
-        """Itself: a shard is listed once."""
+        """The member itself, as a shard is listed once: two names of a `Path` may be one file."""
         return self
 
     def read_bytes(self) -> bytes:
-        """Its content.
+        """The member's content.
 
         Raises:
             OSError: the shard cannot be read, or ends before.
@@ -98,7 +98,7 @@ class Processes:
 
     @classmethod
     def of_run(cls) -> Processes:
-        """Those that torch.distributed connects. To be called by all of them."""
+        """The processes that torch.distributed connects; all of them have to call it."""
         from torch import distributed
 
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):

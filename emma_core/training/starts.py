@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -92,14 +92,29 @@ def _begin_blocks(module: GatedResampler, connector: Connector, kind: str, gate_
         projection.bias.zero_()
 
 
+def check_start(start: ModuleConfig, name: str, config: TrainConfig, connector: Connector) -> None:
+    """Refuse a module to start from that has other blocks or reads other features than the run's, before data are encoded.
+
+    Raises:
+        TrainingConfigError: what it has, and what the run has.
+    """
+    tokens = {feature: spec.tokens_per_vector for feature, spec in start.features.items()}
+    wanted = wanted_features(config)
+    if (start.width, start.layers, tokens) != (connector.width, connector.layers, wanted):
+        raise _other_start(start, name, connector.width, connector.layers, wanted)
+
+
 @torch.no_grad()
 def _continue_from(module: GatedResampler, start: GatedResampler, name: str) -> None:
     own, other = module.state_dict(), start.state_dict()
     shapes = {key: tuple(value.shape) for key, value in own.items()}
     if shapes != {key: tuple(value.shape) for key, value in other.items()}:
-        raise TrainingConfigError(
-            f"{name} has width {start.config.width}, {start.config.layers} blocks and the features "
-            f"{', '.join(start.config.features)}; this run has width {module.config.width}, {module.config.layers} blocks and "
-            f"{', '.join(module.config.features)}. Start from a module of the same sizes, or from none."
-        )
+        raise _other_start(start.config, name, module.config.width, module.config.layers, module.config.features)
     module.load_state_dict(other)
+
+
+def _other_start(start: ModuleConfig, name: str, width: int, layers: int, features: Iterable[str]) -> TrainingConfigError:
+    return TrainingConfigError(
+        f"{name} has width {start.width}, {start.layers} blocks and the features {', '.join(start.features)}; this run has "
+        f"width {width}, {layers} blocks and {', '.join(features)}. Start from a module of the same sizes, or from none."
+    )

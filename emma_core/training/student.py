@@ -20,8 +20,19 @@ from .config import ObjectiveConfig
 from .draws import Batch, BatchRow, TrainingSet
 from .losses import row_weights, squared_errors, target_of
 
-# (noised latent, timestep, context without reference, rows) -> the target in place of the noise
-TeacherTarget = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[BatchRow]], torch.Tensor]
+
+@dataclass(frozen=True)
+class TeacherTarget:
+    """What a teacher says of the rows of a batch, in place of the noise.
+
+    Args:
+        kind: what the teacher is, for the module's metadata.
+        predict: noised latents (B, 4, h, w), timesteps (B,), the student's tokens without references (B, K, W) and the rows
+            -> what the student is to predict (B, 4, h, w), in float32 and without a gradient.
+    """
+
+    kind: str
+    predict: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[BatchRow]], torch.Tensor]
 
 
 def tokens_of_texts(
@@ -117,7 +128,7 @@ class Student:
     def _taught(self, data, batch: Batch, noised_B4hw, timestep_B, device) -> torch.Tensor:
         with torch.no_grad():
             plain_BKW = self.context(data, batch, device, with_reference=False)
-            return self.teacher(noised_B4hw, timestep_B, plain_BKW, batch.rows)
+            return self.teacher.predict(noised_B4hw, timestep_B, plain_BKW, batch.rows)
 
     def _places(self, batch: Batch, device) -> torch.Tensor | None:
         if self.places is None:

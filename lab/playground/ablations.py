@@ -28,15 +28,15 @@ from emma_core.files.connector_file import save_connector
 from emma_core.files.module_file import save_module
 from emma_core.model.assembly import Assembly, Reference
 from emma_core.model.gated_resampler import GatedResampler
+from emma_core.training.beginning import encoder_metadata, model_spec
 from emma_core.training.config import TrainConfig
 from emma_core.training.draws import BatchRow, TrainingSet
 from emma_core.training.examples import read_examples
-from emma_core.training.parts import encoder_metadata
 from emma_core.training.prepare import Prepared
-from emma_core.training.runs import begin, encoded, model_spec, run
+from emma_core.training.runs import begin_run, encoded, run
 from emma_core.training.shards import Processes
 from emma_core.training.starts import begin_module
-from emma_core.training.student import Student, tokens_of_texts
+from emma_core.training.student import Student, TeacherTarget, tokens_of_texts
 from emma_core.training.trainer import Trainer
 
 from .labelled import GUIDANCE_HELP, label_target, load_labelled
@@ -114,16 +114,16 @@ class GroupTrainer(Trainer):
 def unfrozen_beginning(teacher: Path | None, guidance: float = 1.0):
     """`begin` for a module that learns together with its connector; `guidance` multiplies what the teacher's label changes."""
     def begin_unfrozen(config: TrainConfig, parts: Parts, data: Prepared, accelerator, folder: Path) -> Trainer:
-        student = begin(config, parts, data, accelerator, folder).student
+        student = begin_run(config, parts, data, accelerator, folder).student
         if teacher:
             frozen = copy.deepcopy(student.connector)
             told = label_target(load_labelled(teacher), {config.module.condition: data.group}, guidance)
 
-            def target(noised_B4hw, timestep_B, _, rows: Sequence[BatchRow]) -> torch.Tensor:
+            def predict(noised_B4hw, timestep_B, _, rows: Sequence[BatchRow]) -> torch.Tensor:
                 context_BKW = tokens_of_texts(frozen, [data.text(row.caption) for row in rows], timestep_B)
-                return told(noised_B4hw, timestep_B, context_BKW, rows)
+                return told.predict(noised_B4hw, timestep_B, context_BKW, rows)
 
-            student = replace(student, teacher=target)
+            student = replace(student, teacher=TeacherTarget(told.kind, predict))
         student.connector.requires_grad_(True)
         learning = nn.ModuleDict({"module": student.module, "connector": student.connector})
         return GroupTrainer(config, Group(**vars(student), parts=learning), data, accelerator, folder)
@@ -145,11 +145,11 @@ def joint_beginning(face_list: Path, teacher: Path | None, face_start: Path | No
         examples, _ = read_examples(face_config.data)
         face_data, *_ = encoded(face_config, parts, examples, folder, Processes.of_run(), bars=False)
         features = face_data.features(face_data.references(0)[0], 0)
-        described = encoder_metadata(face_config, parts.reference_encoder, tuple(features))
+        described = encoder_metadata(face_config, parts.reference_encoder.description, tuple(features))
         generator = torch.Generator().manual_seed(config.train.seed)
         face = begin_module(face_config, parts.connector, {name: one.shape[-1] for name, one in features.items()}, described,
                             generator)
-        student = begin(config, parts, data, accelerator, folder).student
+        student = begin_run(config, parts, data, accelerator, folder).student
         face.config = face.config.replace(training=student.module.config.training, file_metadata=model_spec(face_config))
         if teacher:
             student = replace(student, teacher=label_target(

@@ -87,7 +87,7 @@ def choose_trials(data: EmojiPeople, count: int, seed: int, split: str = TRIPLES
 
 
 def shuffled_trials(trials: Sequence[Trial], rows: Sequence[EmojiPicture], seed: int) -> list[Trial]:
-    """The same references, given to other targets: each at random to one of another vendor, another tone, another caption."""
+    """Trials whose references were given to other targets: each at random to one of another vendor, tone and caption."""
     chance = random.Random(seed)
     shuffled = []
     for trial in trials:

@@ -14,7 +14,6 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from emma_core.text.encoder import load_text_encoder
 from emma_core.training.config import TrainConfig
 from emma_core.training.draws import BatchRow, captions_of_few_lengths
 from emma_core.training.prepare import Prepared
-from emma_core.training.runs import begin, run
+from emma_core.training.runs import begin_run, run
 from emma_core.training.student import TeacherTarget, tokens_of_texts
 from emma_core.training.trainer import Trainer
 
@@ -120,7 +119,7 @@ def label_target(
         guidance: what the labels change is multiplied by it.
         shown: kind of label -> strength of each row's reference; by default the row's own strength.
     """
-    def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
+    def predict(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
         untold = {kind: torch.full((len(rows),), number_of(kind, None)) for kind in LABELS}
         strengths = shown(rows) if shown else {kind: [row.strength for row in rows] for kind in groups}
         told = {kind: torch.tensor([number_of(kind, group(row.target) if strength else None)
@@ -131,7 +130,7 @@ def label_target(
             return named_B4hw
         return torch.lerp(teacher(noised_B4hw, timestep_B, context_BKW, untold), named_B4hw, guidance)
 
-    return target
+    return TeacherTarget("the base, taught the labels", predict)
 
 
 def caption_target(parts: Parts, data: Prepared) -> TeacherTarget:
@@ -139,28 +138,22 @@ def caption_target(parts: Parts, data: Prepared) -> TeacherTarget:
     groups = sorted({example.group for example in data.examples})
     texts = dict(zip(groups, parts.text_encoder.encode(groups), strict=True))
 
-    def target(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
+    def predict(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
         named_BKW = tokens_of_texts(parts.connector, [texts[data.group(row.target)] for row in rows], timestep_B)
         shown_B11 = torch.tensor([row.strength > 0 for row in rows])[:, None, None]
         return parts.backbone.predict_noise(noised_B4hw, timestep_B, torch.where(shown_B11, named_BKW, context_BKW))
 
-    return target
+    return TeacherTarget("the base, told the caption", predict)
 
 
 def distilling(condition: str, teacher: Path | None, guidance: float):
-    """`begin` of a run whose target is the teacher's prediction."""
+    """`begin_run` of a run whose target is the teacher's prediction."""
     def begin_distilling(config: TrainConfig, parts: Parts, data: Prepared, accelerator, folder: Path) -> Trainer:
         if condition == "object":
             target = caption_target(parts, data)
         else:
             target = label_target(load_labelled(teacher), {condition: data.group}, guidance)
-        trainer = begin(config, parts, data, accelerator, folder)
-        trainer.student = replace(trainer.student, teacher=target)
-        module = trainer.student.module
-        taught = {"teacher": "the base, told the caption" if condition == "object" else "the base, taught the labels"}
-        training = {**module.config.training, "recipe": {**module.config.training["recipe"], **taught}}
-        module.config = module.config.replace(training=training)
-        return trainer
+        return begin_run(config, parts, data, accelerator, folder, target)
 
     return begin_distilling
 

@@ -40,16 +40,16 @@ class ReferencePicker:
         self.vendors = sorted(self._of_vendor)
 
     def style(self, target: EmojiPicture, chance: random.Random) -> int:
-        """Another emoji of the target's vendor, in any tone."""
+        """A reference of the style: another emoji of the target's vendor, in any tone."""
         return self._another(self._of_vendor[target.vendor], target, chance)
 
     def face(self, target: EmojiPicture, chance: random.Random, other_vendor: bool = False) -> int:
-        """Another person of the target's tone, by a random vendor; with `other_vendor` never by the target's own."""
+        """A reference of the face: another person of the target's tone, by any vendor, or by another one than the target's."""
         vendors = [name for name in self.vendors if not (other_vendor and name == target.vendor)]
         return self._another(self._of_tone[target.tone, chance.choice(vendors)], target, chance)
 
     def object(self, target: EmojiPicture, chance: random.Random) -> int:
-        """The same emoji in any tone, by a vendor whose drawings are not made of the target's."""
+        """A reference of the object: the same emoji in any tone, by a vendor whose drawings are not made of the target's."""
         family = _FAMILIES[target.vendor]
         return chance.choice([position for position in self._of_emoji[target.emoji]
                               if _FAMILIES[self._rows[position].vendor] != family])

@@ -10,15 +10,12 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from emma_core.base.backbones import Backbone, load_playground
 from emma_core.base.pipeline import Pipeline, pipeline_for
-from emma_core.encoders.base import encode_pictures
-from emma_core.encoders.matching import check_for_module
-from emma_core.encoders.options import EncodeOptions
+from emma_core.encoders.matching import encode_for_module
 from emma_core.encoders.playground import PlaygroundReferenceEncoder, load_playground_encoder
 from emma_core.files.connector_file import load_connector
 from emma_core.files.module_file import load_module
 from emma_core.model.assembly import Assembly, Reference
 from emma_core.model.gated_resampler import GatedResampler
-from emma_core.model.reference_features import combine_features
 from emma_core.playground import PLAYGROUND, PLAYGROUND_DIR
 from emma_core.text.encoder import load_text_encoder
 
@@ -43,10 +40,7 @@ class World:
             ReferenceMismatchError: the module was trained with another encoder.
         """
         module = self.modules[condition]
-        options = EncodeOptions(tuple(module.config.features))
-        features, _ = encode_pictures(self.encoder, image_BHW3, mask_BHW, options)
-        reference = combine_features(features, "concat", self.encoder.description)
-        check_for_module(reference, module.config)
+        reference, _ = encode_for_module(self.encoder, module.config, image_BHW3, mask_BHW)
         return Reference(module, reference.features)
 
     def assembly(self, references: dict[str, torch.Tensor]) -> Assembly:

@@ -10,7 +10,7 @@ from test_adaface import weights_of
 
 from emma_core.encoders import adaface, clip_vision
 from emma_core.encoders.families import CLIP_TOWERS
-from emma_core.encoders.loading import encoder_kind, load_encoder, load_encoders
+from emma_core.encoders.loading import check_gives, encoder_kind, load_encoder, load_encoders
 from emma_core.encoders.playground import PlaygroundEncoder
 from emma_core.encoders.weights import weights_path
 from emma_core.errors import EncoderFileError
@@ -60,7 +60,7 @@ def test_an_encoder_that_cannot_give_what_is_needed_is_not_even_read(tmp_path, k
     for module, load in ((clip_vision, "load_clip_vision"), (adaface, "load_adaface")):
         monkeypatch.setattr(module, load, lambda path: pytest.fail("the weights were read"))
     with pytest.raises(EncoderFileError, match=found):
-        load_encoder(tmp_path / "any.safetensors", features=features)
+        check_gives(tmp_path / "any.safetensors", features)
 
 
 def test_of_several_encoders_the_name_is_for_those_of_open_clip(tmp_path):

@@ -123,7 +123,8 @@ def test_pictures_are_those_of_the_modules_assembled(world):
     of_row = {(line["row"], line["reference"], line["prompt"]): line for line in lines_of(world / "results")}
     for (row, reference, prompt), line in of_row.items():
         image_1HW3 = picture_tensor(open_picture(world / "references" / reference))
-        assembly = playground.assembly({"style": image_1HW3, "face": image_1HW3} if row != "text only" else {})
+        conditions = ("style", "face") if row != "text only" else ()
+        assembly = Assembly(playground.encode_reference(condition, image_1HW3) for condition in conditions)
         [wanted] = generate(playground.pipeline, [Request(prompt, assembly, seed=line["seed"])], Sampling(2, 4.0))
         found = np.asarray(picture_of(world / "results", line), dtype=np.float32) / 255
         assert np.abs(found - wanted.numpy()).max() <= 1.01 / 255, (row, reference, prompt)

@@ -126,7 +126,7 @@ def test_the_teacher_predicts_what_the_merged_base_does(tmp_path, folder, backbo
     lora = write(tmp_path / "a.safetensors", changes(backbone.unet), layout)
     merged = load_backbone(BaseConfig(str(folder), lora=lora)).predict_noise(*inputs())
     plain = backbone.predict_noise(*inputs())
-    taught = load_teacher(TeacherConfig(lora=lora), BaseConfig(str(folder)), backbone).predict(*inputs())
+    taught = load_teacher(TeacherConfig(lora=lora), backbone).predict(*inputs())
     assert (merged - plain).abs().max() > 0.05 * plain.abs().max()
     assert (taught - merged).abs().max() <= 1e-4 * merged.abs().max()
     assert torch.equal(backbone.predict_noise(*inputs()), plain), "the base stays as it is"

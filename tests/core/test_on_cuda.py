@@ -5,7 +5,6 @@ import torch
 from fake_cuda import CUDA, fake_cuda
 from PIL import Image
 
-from emma_core.base import text_to_image
 from emma_core.base.backbones import Backbone
 from emma_core.base.config import BaseConfig, EllaConfig
 from emma_core.base.pipeline import Request, Sampling
@@ -84,8 +83,8 @@ def test_a_small_card_holds_only_what_is_at_work(tmp_path, monkeypatch, pictures
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_pictures_from_text_and_a_reference(monkeypatch, precision):
-    for where, check in ((matching, "check_encoder"), (text_to_image, "check_for_module")):  # fingerprints are of values
-        monkeypatch.setattr(where, check, lambda *parts, **options: None)
+    for check in ("check_encoder", "check_for_module"):  # fingerprints are of values
+        monkeypatch.setattr(matching, check, lambda *parts, **options: None)
     seen: dict[str, set[str]] = {}
     with fake_cuda(monkeypatch):
         base = TextToImage(BaseConfig(), EllaConfig(), [str(PLAYGROUND_DIR / "encoder.safetensors")], "", precision, CUDA)

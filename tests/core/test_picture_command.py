@@ -13,6 +13,7 @@ from playground_world import load_world
 from emma_core import Assembly
 from emma_core.__main__ import main
 from emma_core.base.pipeline import Request, Sampling, generate
+from emma_core.commands import generate as command
 from emma_core.files.picture_file import open_picture, picture_tensor
 from emma_core.playground import PLAYGROUND_DIR
 
@@ -59,14 +60,19 @@ def test_a_picture_tells_what_it_shows_and_is_never_overwritten(tmp_path, capsys
     (["--module", STYLE, str(NOTO), "1", "man cook"], "found 4 words; .* Prompts stand before the first --module"),
     (["--module", STYLE, "no.png"], "names 'no.png', which is no file. Check the path"),
     (["--module", STYLE, str(NOTO), "strong"], "the strength 'strong' is no number"),
+    (["--module", STYLE, str(NOTO), "nan"], "the strength 'nan' is no number"),
+    (["--sampling.width_px", "500"], "500 x 128 pixels; wanted .* multiples of 8"),
     (["--module", str(NOTO), str(NOTO)], "style-noto.png"),
     (["--module", STYLE, STYLE], "emma-style.safetensors is no picture that can be read"),
     (["--out", STYLE], "emma-style.safetensors' is a file; wanted a folder"),
     (["--count", "0"], "--count 0; wanted 1 or more"),
     (["--encoder.files", "no-such-file", "--module", STYLE, str(NOTO)], "no-such-file"),
-    (["--base.checkpoint", "no-such-file.safetensors"], "ella.file|ella.text_encoder|no-such-file"),
+    (["--base.checkpoint", "no-such-file.safetensors"], "ella.file is not set"),
+    (["--base.vae", "no-such-file.safetensors"], "base.vae = 'no-such-file.safetensors' does not exist"),
+    (["--ella.text_encoder", "no-such-folder"], "ella.text_encoder = 'no-such-folder' does not exist"),
 ])
-def test_mistakes_are_told_in_one_line_and_nothing_is_written(tmp_path, capsys, arguments, message):
+def test_mistakes_are_told_in_one_line_before_anything_is_loaded_or_written(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(command, "TextToImage", lambda *parts: pytest.fail("models were loaded"))
     assert main(["generate", "man cook", "--out", str(tmp_path / "out"), *QUICK, *arguments]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1

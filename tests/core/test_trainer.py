@@ -18,6 +18,7 @@ from emma_core.training.checkpoints import checkpoints, load_checkpoint
 from emma_core.training.draws import Draws, captions_of_few_lengths
 from emma_core.training.losses import TimestepBuckets, row_weights, target_of
 from emma_core.training.starts import begin_module
+from emma_core.training.student import TeacherTarget
 from emma_core.training.trainer import gain_of_reference, rate_factor
 
 
@@ -217,7 +218,7 @@ def test_a_teachers_prediction_is_the_target(tmp_path):
         seen.append((context.requires_grad, len(context), len(rows)))
         return torch.zeros_like(noised)
 
-    trainer = tiny_trainer(tmp_path, tiny_config(train__steps=60), teacher=teacher)
+    trainer = tiny_trainer(tmp_path, tiny_config(train__steps=60), teacher=TeacherTarget("a test", teacher))
     losses = []
     trainer.run(lambda progress: losses.append(progress.loss))
     assert set(seen) == {(False, 4, 4)}

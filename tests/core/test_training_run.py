@@ -235,7 +235,7 @@ def test_frozen_parts_have_no_gradient_after_a_run(pictures, tmp_path):
     from emma_core.training.losses import TimestepBuckets
     from emma_core.training.parts import encoders_of, load_parts, options_of
     from emma_core.training.prepare import prepare
-    from emma_core.training.runs import begin
+    from emma_core.training.runs import begin_run
 
     config = resolve({}, "small-card", {"data.folder": str(pictures), "data.resolution_px": 128, "data.workers": 0,
                                         "train.precision": "fp32", "train.batch": 2, "train.accumulate": 1})
@@ -243,7 +243,7 @@ def test_frozen_parts_have_no_gradient_after_a_run(pictures, tmp_path):
     frozen = [*parts.backbone.parameters(), *parts.connector.parameters(), *parts.text_encoder.model.parameters()]
     examples, _ = read_examples(config.data)
     data = prepare(examples, config.data, config.encoder, encoders_of(parts, config), options_of(config), tmp_path)
-    trainer = begin(config, parts, data, Accelerator(cpu=True), tmp_path)
+    trainer = begin_run(config, parts, data, Accelerator(cpu=True), tmp_path)
     trainer.optimizer.zero_grad = lambda *rest, **more: None  # the gradients of the update stay to be looked at
     trainer.update(TimestepBuckets())
     assert all(value.grad is None and not value.requires_grad for value in frozen)

@@ -15,7 +15,8 @@ from emma_core.base.schedule import alphas_cumprod
 from emma_core.encoders.families import CLIP_TOWERS
 from emma_core.errors import EmmaWarning, FileError, ReferenceMismatchError, TrainingConfigError
 from emma_core.training.config import TeacherConfig
-from emma_core.training.teachers import load_teacher, sample_latents
+from emma_core.training.own_latents import sample_latents
+from emma_core.training.teachers import load_teacher
 
 WIDTH = 128
 
@@ -162,18 +163,22 @@ def test_the_text_encoder_part_of_a_lora_is_left_out_with_a_warning(tmp_path, ba
     assert torch.equal(both.predict_noise(*inputs(WIDTH)), alone.predict_noise(*inputs(WIDTH)))
 
 
-def test_no_teacher_is_none_and_two_are_refused(lora):
-    assert load_teacher(TeacherConfig(), BaseConfig()) is None
+def test_no_teacher_is_none_and_two_are_refused(lora, backbone):
+    assert load_teacher(TeacherConfig(), backbone) is None
     with pytest.raises(TrainingConfigError, match="both given"):
-        load_teacher(TeacherConfig(lora=str(lora), ip_adapter=str(lora)), BaseConfig())
+        load_teacher(TeacherConfig(lora=str(lora), ip_adapter=str(lora)), backbone)
     with pytest.raises(TrainingConfigError, match="needs teacher.ip_image_encoder"):
-        load_teacher(TeacherConfig(ip_adapter=str(lora)), BaseConfig())
+        load_teacher(TeacherConfig(ip_adapter=str(lora)), backbone)
+    with pytest.raises(TrainingConfigError, match="teacher.ip_image_encoder = 'none' does not exist"):
+        load_teacher(TeacherConfig(ip_adapter=str(lora), ip_image_encoder="none"), backbone)
+    with pytest.raises(TrainingConfigError, match="teacher.lora = 'none.safetensors' does not exist"):
+        load_teacher(TeacherConfig(lora="none.safetensors"), backbone)
 
 
 def test_lora_of_scale_zero_is_the_base_bit_for_bit_and_of_scale_one_is_not(lora, backbone):
     wanted = backbone.predict_noise(*inputs(WIDTH))
-    off = load_teacher(TeacherConfig(lora=str(lora), scale=0.0), BaseConfig(), backbone)
-    on = load_teacher(TeacherConfig(lora=str(lora)), BaseConfig(), backbone)
+    off = load_teacher(TeacherConfig(lora=str(lora), scale=0.0), backbone)
+    on = load_teacher(TeacherConfig(lora=str(lora)), backbone)
     assert torch.equal(off.predict(*inputs(WIDTH)), wanted)
     assert (on.predict(*inputs(WIDTH)) - wanted).abs().max() > 1e-2
     assert torch.equal(backbone.predict_noise(*inputs(WIDTH)), wanted)
@@ -182,22 +187,22 @@ def test_lora_of_scale_zero_is_the_base_bit_for_bit_and_of_scale_one_is_not(lora
 def test_both_layouts_of_a_lora_teach_what_the_merged_base_predicts(lora, backbone):
     merged = load_backbone(BaseConfig(lora=str(lora))).predict_noise(*inputs(WIDTH))
     for path in (lora, lora.with_name("diffusers.safetensors")):
-        taught = load_teacher(TeacherConfig(lora=str(path)), BaseConfig(), backbone).predict(*inputs(WIDTH))
+        taught = load_teacher(TeacherConfig(lora=str(path)), backbone).predict(*inputs(WIDTH))
         torch.testing.assert_close(taught, merged, rtol=1e-3, atol=1e-4)
 
 
 def test_scale_multiplies_the_lora(lora, backbone):
     layers = lora_layers(backbone.unet)
     save_file(kohya_lora(layers, alpha=0.5), lora.with_name("half.safetensors"))
-    wanted = load_teacher(TeacherConfig(lora=str(lora.with_name("half.safetensors"))), BaseConfig(), backbone)
-    found = load_teacher(TeacherConfig(lora=str(lora), scale=0.5), BaseConfig(), backbone)
+    wanted = load_teacher(TeacherConfig(lora=str(lora.with_name("half.safetensors"))), backbone)
+    found = load_teacher(TeacherConfig(lora=str(lora), scale=0.5), backbone)
     torch.testing.assert_close(found.predict(*inputs(WIDTH)), wanted.predict(*inputs(WIDTH)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_teacher_shares_the_base_and_leaves_it_plain(lora):
     backbone = load_backbone(BaseConfig())
     names = list(backbone.unet.state_dict())
-    teacher = load_teacher(TeacherConfig(lora=str(lora)), BaseConfig(), backbone)
+    teacher = load_teacher(TeacherConfig(lora=str(lora)), backbone)
     assert list(backbone.unet.state_dict()) == names
     own = {value.data_ptr() for value in teacher._backbone.unet.parameters()}
     assert {value.data_ptr() for value in backbone.unet.parameters()} <= own
@@ -212,29 +217,23 @@ def test_of_several_loras_each_row_is_taught_by_its_own(lora, backbone, tmp_path
     folder.mkdir()
     save_file(kohya_lora(lora_layers(backbone.unet), alpha=0.5), folder / "ada.safetensors")
     shutil.copyfile(lora, folder / "bob.safetensors")
-    both = load_teacher(TeacherConfig(lora=str(folder)), BaseConfig(), backbone)
+    both = load_teacher(TeacherConfig(lora=str(folder)), backbone)
     assert both.groups == ("ada", "bob")
     found = both.predict(*inputs(WIDTH), {"lora_B": torch.tensor([1, 0])})
     for row, name in enumerate(("bob", "ada")):
-        alone = load_teacher(TeacherConfig(lora=str(folder / f"{name}.safetensors")), BaseConfig(), backbone)
+        alone = load_teacher(TeacherConfig(lora=str(folder / f"{name}.safetensors")), backbone)
         torch.testing.assert_close(found[row], alone.predict(*inputs(WIDTH))[row], rtol=1e-4, atol=1e-5)
     assert (found - backbone.predict_noise(*inputs(WIDTH))).abs().amax((1, 2, 3)).min() > 1e-3
 
 
-def test_a_folder_without_loras_is_refused(tmp_path):
+def test_a_folder_without_loras_is_refused(tmp_path, backbone):
     with pytest.raises(TrainingConfigError, match="without .safetensors files; wanted a LoRA for each"):
-        load_teacher(TeacherConfig(lora=str(tmp_path)), BaseConfig())
-
-
-def test_without_a_loaded_base_the_teacher_loads_it(lora, backbone):
-    alone = load_teacher(TeacherConfig(lora=str(lora)), BaseConfig()).predict(*inputs(WIDTH))
-    shared = load_teacher(TeacherConfig(lora=str(lora)), BaseConfig(), backbone).predict(*inputs(WIDTH))
-    assert torch.equal(alone, shared)
+        load_teacher(TeacherConfig(lora=str(tmp_path)), backbone)
 
 
 def test_an_image_prompt_adds_its_own_attention(tmp_path, image_encoder, backbone):
     tensors = plain_adapter(backbone.unet)
-    teacher = load_teacher(adapter_config(tmp_path, image_encoder, tensors, scale=0.7), BaseConfig(), backbone)
+    teacher = load_teacher(adapter_config(tmp_path, image_encoder, tensors, scale=0.7), backbone)
     layer = next(name.removesuffix(".processor") for name in backbone.unet.attn_processors if "attn2" in name)
     seen = []
     for unet in (backbone.unet, teacher._backbone.unet):
@@ -261,17 +260,17 @@ def test_an_image_prompt_adds_its_own_attention(tmp_path, image_encoder, backbon
 @pytest.mark.parametrize("adapter", [plain_adapter, plus_adapter])
 def test_the_reference_is_what_tells_an_ip_adapter(tmp_path, image_encoder, backbone, adapter):
     config = adapter_config(tmp_path, image_encoder, adapter(backbone.unet))
-    teacher = load_teacher(config, BaseConfig(), backbone)
+    teacher = load_teacher(config, backbone)
     base = backbone.predict_noise(*inputs(WIDTH))
     first, second = (teacher.predict(*inputs(WIDTH), teacher.encode_reference(picture(seed))) for seed in (1, 2))
     assert (first - second).abs().max() > 1e-4 and (first - base).abs().max() > 1e-2
     assert torch.equal(teacher.predict(*inputs(WIDTH)), base)
-    off = load_teacher(adapter_config(tmp_path, image_encoder, adapter(backbone.unet), scale=0.0), BaseConfig(), backbone)
+    off = load_teacher(adapter_config(tmp_path, image_encoder, adapter(backbone.unet), scale=0.0), backbone)
     torch.testing.assert_close(off.predict(*inputs(WIDTH), off.encode_reference(picture(1))), base, rtol=1e-3, atol=1e-4)
 
 
 def test_rows_without_reference_get_the_bases_prediction(tmp_path, image_encoder, backbone):
-    teacher = load_teacher(adapter_config(tmp_path, image_encoder, plain_adapter(backbone.unet)), BaseConfig(), backbone)
+    teacher = load_teacher(adapter_config(tmp_path, image_encoder, plain_adapter(backbone.unet)), backbone)
     reference = teacher.encode_reference(picture(1))
     every = teacher.predict(*inputs(WIDTH), reference)
     mixed = teacher.predict(*inputs(WIDTH), reference | {"present_B": torch.tensor([False, True])})
@@ -282,7 +281,7 @@ def test_rows_without_reference_get_the_bases_prediction(tmp_path, image_encoder
 
 @pytest.mark.parametrize("adapter", [plain_adapter, plus_adapter])
 def test_an_ip_adapter_reads_what_it_was_trained_on(tmp_path, image_encoder, backbone, adapter):
-    teacher = load_teacher(adapter_config(tmp_path, image_encoder, adapter(backbone.unet)), BaseConfig(), backbone)
+    teacher = load_teacher(adapter_config(tmp_path, image_encoder, adapter(backbone.unet)), backbone)
     # whole 8-bit values, which preparing a picture keeps
     image = torch.randint(0, 256, (1, TINY.input_px, TINY.input_px, 3), generator=torch.Generator().manual_seed(0)) / 255
     mean, deviation = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
@@ -316,18 +315,18 @@ BAD_ADAPTERS = [
 def test_ip_adapters_that_do_not_fit_are_refused(tmp_path, image_encoder, backbone, change, message):
     config = adapter_config(tmp_path, image_encoder, change(plain_adapter(backbone.unet)))
     with pytest.raises(FileError, match=message):
-        load_teacher(config, BaseConfig(), backbone)
+        load_teacher(config, backbone)
 
 
 def test_a_pickled_ip_adapter_is_refused(tmp_path, image_encoder, backbone):
     torch.save({"image_proj": {}}, tmp_path / "ip.bin")
     config = TeacherConfig(ip_adapter=str(tmp_path / "ip.bin"), ip_image_encoder=str(image_encoder))
     with pytest.raises(FileError, match="pickled PyTorch file"):
-        load_teacher(config, BaseConfig(), backbone)
+        load_teacher(config, backbone)
 
 
 def test_references_of_another_size_are_refused(tmp_path, image_encoder, backbone):
-    teacher = load_teacher(adapter_config(tmp_path, image_encoder, plain_adapter(backbone.unet)), BaseConfig(), backbone)
+    teacher = load_teacher(adapter_config(tmp_path, image_encoder, plain_adapter(backbone.unet)), backbone)
     with pytest.raises(ReferenceMismatchError, match=r"got shape \(1, 1, 16\).* wanted \(2, vectors, 16\)"):
         teacher.predict(*inputs(WIDTH), teacher.encode_reference(picture(1, rows=1)))
     with pytest.raises(ReferenceMismatchError, match="got nothing"):

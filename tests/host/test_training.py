@@ -29,6 +29,16 @@ def training(pack_import, monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
+def beginning(pack_import):
+    return pack_import("emma_core.training.beginning")
+
+
+@pytest.fixture(scope="module")
+def training_set(pack_import):
+    return pack_import("host.training_set")
+
+
+@pytest.fixture(scope="module")
 def errors(pack_import):
     return pack_import("emma_core.errors")
 
@@ -233,9 +243,9 @@ def test_model_and_ella_stay_bit_identical(train, tiny):
     assert json.dumps(model.model_options, default=str, sort_keys=True) == options
 
 
-def test_latents_are_scaled_as_the_unet_reads_them(training, tiny):
+def test_latents_are_scaled_as_the_unet_reads_them(training_set, tiny):
     samples = noise((1, 4, 8, 8), 31)
-    assert torch.equal(training._scaled(tiny.model(), samples), samples * 0.18215)
+    assert torch.equal(training_set._scaled(tiny.model(), samples), samples * 0.18215)
 
 
 def test_lists_of_sizes_and_shared_inputs_are_taken(train):
@@ -247,10 +257,10 @@ def test_lists_of_sizes_and_shared_inputs_are_taken(train):
                                                      "sizes_px": {"64x64": 2, "128x64": 1}}
 
 
-def test_every_latent_has_its_own_text_and_reference(training):
+def test_every_latent_has_its_own_text_and_reference(training_set):
     rows = [torch.full((4, 2, 3), float(index)) for index in range(3)]
-    own = training.GraphSet(tuple(rows), tuple(row[:1, :, :2] for row in rows), tuple({"global": row[0]} for row in rows))
-    shared = training.GraphSet(tuple(rows), own.texts[1:2], own.features_of_references[2:])
+    own = training_set.GraphSet(tuple(rows), tuple(row[:1, :, :2] for row in rows), tuple({"global": row[0]} for row in rows))
+    shared = training_set.GraphSet(tuple(rows), own.texts[1:2], own.features_of_references[2:])
     for index in range(3):
         assert own.text(own.captions(index)[0])[0, 0, 0] == index
         assert own.features(own.references(index)[0], 0)["global"][0, 0] == index
@@ -259,10 +269,10 @@ def test_every_latent_has_its_own_text_and_reference(training):
     assert own.bucket(0) == (24, 16)
 
 
-def test_settings_reach_the_run(train, training, monkeypatch):
+def test_settings_reach_the_run(train, beginning, monkeypatch):
     seen = []
-    real = training.Trainer
-    monkeypatch.setattr(training, "Trainer", lambda config, *rest: seen.append(config) or real(config, *rest))
+    real = beginning.Trainer
+    monkeypatch.setattr(beginning, "Trainer", lambda config, *rest: seen.append(config) or real(config, *rest))
     train(steps=1, batch=1, accumulate=3, rate=2e-4, gate_rate=7.0, seed=2 ** 63, timestep_power=0.6, inverse_snr=9.0,
           average=0.5, checkpoint_every=17)
     config = seen[0]
@@ -353,12 +363,22 @@ def test_start_module_of_other_sizes_is_refused(train, tiny, errors):
         train(start=tiny.module("style", {"global": (20, 4)}))
 
 
-def test_teacher_is_the_target(training, tiny, train, monkeypatch):
+def test_metadata_tell_what_was_used_and_no_more(train, tiny, encoder):
+    """The preset weighs places, and the node cannot: what pictures have in common is not wired into it."""
+    begun = train(steps=1)[0].module.config.training["recipe"]
+    assert begun["blocks"] == "ella" and not {"place_weight", "teacher", "start"} & set(begun)
+    start = tiny.module("style", {"global": (256, 4)}, encoder=dict(encoder.encoder.description))
+    settings = {"start": start, "teacher_model": tiny.model(seed=8), "teacher_positive": [[noise((1, 5, WIDTH), 60), {}]]}
+    taught = train(steps=1, name="taught", **settings)[0].module.config.training["recipe"]
+    assert taught["teacher"] == "MODEL (BaseModel)" and len(taught["start"]) == 64 and "blocks" not in taught
+
+
+def test_teacher_is_the_target(beginning, tiny, train, monkeypatch):
     """The target of a row is the teacher's own prediction under that row's own conditioning, and the loss is measured on it."""
     teacher, conditioning = with_lora(tiny.model(seed=8)), [[noise((1, 5, WIDTH), 60), {}], [noise((1, 9, WIDTH), 61), {}]]
     made = []
-    real = training.Student
-    monkeypatch.setattr(training, "Student", lambda *parts: made.append(real(*parts)) or made[-1])
+    real = beginning.Student
+    monkeypatch.setattr(beginning, "Student", lambda *parts: made.append(real(*parts)) or made[-1])
     losses = train(teacher_model=teacher, teacher_positive=conditioning, steps=1, rate=0.0)[1]["loss"]
     student = made[0]
     assert len(losses) == 1
@@ -369,7 +389,7 @@ def test_teacher_is_the_target(training, tiny, train, monkeypatch):
         target: int
 
     with torch.no_grad():
-        found = student.teacher(noised, timestep_B, None, [Target(1), Target(0)])
+        found = student.teacher.predict(noised, timestep_B, None, [Target(1), Target(0)])
     comfy.model_management.load_models_gpu([teacher])
     for row, entry in enumerate((1, 0)):
         sigma = teacher.model.model_sampling.sigmas[timestep_B[row:row + 1]]
@@ -487,6 +507,9 @@ REFUSALS = {
     "width of the model": ("ConnectorMismatchError", {"model": "wide"},
                            r"cross-attention of width 32; the ELLA makes tokens of width 64"),
     "inpainting": ("TrainingConfigError", {"model": "inpainting"}, r"reads 9 channels; wanted 4"),
+    "start": ("TrainingConfigError", {"start": "object module"},
+              r"has width 64, 2 blocks and the features global, local; this run has .* global. Start from"),
+    "name": ("FileError", {"name": "../outside"}, "cannot be a name in .*Give a name"),
     "settings": ("SettingsError", {"steps": 0}, r"train\.steps = 0; wanted 1 to any"),
 }
 
@@ -494,13 +517,15 @@ REFUSALS = {
 def host_models(tiny, value):
     """MODELs are made when a test runs."""
     made = {"model": lambda: tiny.model(), "velocity": lambda: with_velocity(tiny.model()),
+            "object module": lambda: tiny.module("object", {"global": (24, 1), "local": (20, 1)}),
             "wide": lambda: tiny.model(sizes={**UNET, "context_dim": 32}),
             "inpainting": lambda: tiny.model(sizes={**UNET, "in_channels": 9})}
     return made[value]() if isinstance(value, str) and value in made else value
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals_say_what_was_found(train, tiny, errors, tmp_path, case):
+def test_refusals_say_what_was_found_before_anything_is_encoded(train, tiny, errors, encoder, tmp_path, monkeypatch, case):
+    monkeypatch.setattr(encoder.encoder, "encode", lambda *pictures: pytest.fail("a reference was encoded"))
     kind, changes, message = REFUSALS[case]
     with pytest.raises(getattr(errors, kind), match=message):
         train(**{key: host_models(tiny, value) for key, value in changes.items()})

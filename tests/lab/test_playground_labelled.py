@@ -68,9 +68,9 @@ def test_the_teacher_is_told_the_label_of_rows_with_a_reference_only(kind, wante
         return {"style": "twemoji", "face": "medium-light"}[kind]
 
     rows = [labelled.BatchRow(0, False, "man cook", 7, 0, strength) for strength in (1.0, 0.0)]
-    assert labelled.label_target(Echo(), {kind: group})(None, None, None, rows).tolist() == wanted
+    assert labelled.label_target(Echo(), {kind: group}).predict(None, None, None, rows).tolist() == wanted
     untold = torch.tensor([[4.0, 5.0], [4.0, 5.0]])
-    found = labelled.label_target(Echo(), {kind: group}, guidance=2.0)(None, None, None, rows)
+    found = labelled.label_target(Echo(), {kind: group}, guidance=2.0).predict(None, None, None, rows)
     torch.testing.assert_close(found, untold + 2 * (torch.tensor(wanted) - untold))
 
 

@@ -1,0 +1,87 @@
+"""Everything about a run's settings that can be refused before a picture is looked at or a model is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from ..base.config import check_files, spec_of
+from ..encoders.loading import check_gives, suggestion
+from ..errors import TrainingConfigError
+from ..files.module_file import read_module_config
+from ..playground import PLAYGROUND, PLAYGROUND_DIR
+from .buckets import buckets
+from .config import TrainConfig
+from .own_latents import check_own_latents, read_prompts
+from .starts import wanted_features
+from .teachers import teacher_kind
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse settings that are missing, do not go together, or name files that are not there.
+
+    Raises:
+        SettingsError: which key, and what to set.
+        FileError: a file that another kind of file was wanted in place of.
+    """
+    if not config.output.folder:
+        raise TrainingConfigError("output.folder is not set. Name a folder for checkpoints, samples and the result.")
+    _check_numbers(config)
+    if config.teacher.own_latents:
+        check_own_latents(config)
+        read_prompts(config.teacher.prompts)
+    teacher_kind(config.teacher)
+    check_files(config.base, config.ella, _further_files(config), new_ella=config.what == "ella")
+    if config.what == "module":
+        _check_module(config)
+    if config.report.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise TrainingConfigError("report.tensorboard is on, but TensorBoard is not installed. Run `pip install tensorboard`, "
+                                  "or switch it off: log.jsonl and loss.png hold the same.")
+
+
+def encoder_file(config: TrainConfig) -> Path:
+    """The reference encoder that the settings name, or the playground's own.
+
+    Raises:
+        TrainingConfigError: none is named.
+    """
+    own = PLAYGROUND_DIR / "encoder.safetensors" if config.base.checkpoint == PLAYGROUND else ""
+    path = config.encoder.file or own
+    if not path:
+        raise TrainingConfigError("encoder.file is not set; wanted the reference encoder of a "
+                                  f"{config.module.condition} module: {suggestion(wanted_features(config))}. Name the file or "
+                                  "folder.")
+    return Path(path)
+
+
+def _further_files(config: TrainConfig) -> list[tuple[str, str]]:
+    files = [("module.start", config.module.start), ("encoder.file", config.encoder.file)] if config.what == "module" else []
+    return files + [("report.sample_references", path) for path in config.report.sample_references]
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    step_px, cell_px = config.data.bucket_step_px, spec_of(config.base).pixels_per_latent
+    buckets(config.data)
+    if step_px % cell_px:
+        raise TrainingConfigError(f"data.bucket_step_px = {step_px}; wanted a multiple of {cell_px}, the pixels of one latent. "
+                                  f"Choose {max(1, step_px // cell_px) * cell_px}.")
+    objective = config.objective
+    drops = {key: getattr(objective, key) for key in ("drop_text", "drop_reference", "drop_both")}
+    if sum(drops.values()) > 1:
+        raise TrainingConfigError(f"{', '.join(f'objective.{key} = {share:g}' for key, share in drops.items())} are shares of "
+                                  f"the rows and add up to {sum(drops.values()):g}; wanted 1 at most. Lower one.")
+
+
+def _check_module(config: TrainConfig) -> None:
+    features = wanted_features(config)
+    check_gives(encoder_file(config), features, config.encoder.open_clip_model or None)
+    if config.module.start:
+        found = {name: spec.tokens_per_vector for name, spec in read_module_config(config.module.start).features.items()}
+        if found != features:
+            raise TrainingConfigError(f"module.start = {config.module.start!r} reads {_in_words(found)} (tokens per vector), "
+                                      f"the module of this run {_in_words(features)}. Start from a module of the same "
+                                      "features, or from none.")
+
+
+def _in_words(features: dict[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in features.items())

@@ -1,0 +1,226 @@
+"""What is wired into Train EMMA Module, checked, and as a training set in memory.
+
+Shapes: B rows, N text tokens of width D, K cross-attention tokens of width W, V vectors of a feature, latents 4 x h x w.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ..emma_core.encoders.base import check_features
+from ..emma_core.errors import ConnectorMismatchError, TrainingConfigError, TrainingDataError
+from ..emma_core.files.tensor_file import fingerprint_of_weights
+from ..emma_core.training.config import TrainConfig
+from ..emma_core.training.parts import encode_references, options_of
+from ..emma_core.training.starts import check_start
+from .denoiser import context_width_of, prediction_of
+from .images import rgb_pictures
+from .loaded import LoadedConnector, LoadedEncoder, LoadedModule
+from .payload import KEY
+from .text_rows import LENGTHS, text_rows
+
+LATENT_PX = 8
+
+
+@dataclass(frozen=True, eq=False)
+class GraphSet:
+    """A training set in memory; one text or one reference serves all latents.
+
+    Args:
+        latents: (4, h, w) each, as the UNet reads them.
+        texts: (1, N, D) each.
+        features_of_references: name -> (V, D) each.
+    """
+
+    latents: tuple[torch.Tensor, ...]
+    texts: tuple[torch.Tensor, ...]
+    features_of_references: tuple[Mapping[str, torch.Tensor], ...]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def bucket(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels."""
+        height, width = self.latents[index].shape[1:]
+        return LATENT_PX * width, LATENT_PX * height
+
+    def group(self, index: int) -> str:
+        """All are one group."""
+        return ""
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Texts have no words here, only numbers."""
+        return (f"conditioning {index % len(self.texts) + 1}",)
+
+    def references(self, index: int) -> tuple[int, ...]:
+        return (index % len(self.features_of_references),)
+
+    def variants(self, reference: int) -> int:
+        return 1
+
+    def latent(self, index: int, flipped: bool = False) -> torch.Tensor:
+        return self.latents[index].flip(-1) if flipped else self.latents[index]
+
+    def text(self, caption: str) -> torch.Tensor:
+        return self.texts[int(caption.rpartition(" ")[2]) - 1]
+
+    def features(self, reference: int, variant: int) -> dict[str, torch.Tensor]:
+        return dict(self.features_of_references[reference])
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, for the module's metadata."""
+        sizes = [self.bucket(index) for index in range(len(self))]
+        return {"pictures": len(self), "captions": len(self.texts), "references": len(self.features_of_references),
+                "sizes_px": {f"{width}x{height}": sizes.count((width, height)) for width, height in sorted(set(sizes))}}
+
+    def fingerprint(self) -> str:
+        """Of everything in it."""
+        tensors = {f"latent {index}": value for index, value in enumerate(self.latents)}
+        tensors |= {f"text {index}": value for index, value in enumerate(self.texts)}
+        tensors |= {f"reference {index} {name}": value for index, features in enumerate(self.features_of_references)
+                    for name, value in features.items()}
+        return fingerprint_of_weights(tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingInputs:
+    """What is wired into the node.
+
+    Args:
+        model: MODEL.
+        ella: ELLA.
+        latents: LATENTs.
+        positive: CONDITIONINGs of T5.
+        images: IMAGEs of references.
+        encoder: EMMA_ENCODER or CLIP_VISION.
+        start: EMMA_MODULE to go on from, or None.
+        teacher_model, teacher_positive: MODEL and its CONDITIONINGs, or None and nothing.
+    """
+
+    model: Any
+    ella: LoadedConnector
+    latents: Sequence[dict]
+    positive: Sequence[list]
+    images: Sequence[torch.Tensor]
+    encoder: Any
+    start: LoadedModule | None = None
+    teacher_model: Any = None
+    teacher_positive: Sequence[list] = ()
+
+
+def training_set(inputs: TrainingInputs, config: TrainConfig, encoder: LoadedEncoder) -> GraphSet:
+    """The node's inputs as a training set; everything is checked before a reference is encoded.
+
+    Raises:
+        TrainingDataError: no latents, other channels, other numbers of texts or references.
+        TrainingConfigError: a MODEL of another kind, half a teacher, a teacher that does not fit the MODEL or its text, a
+            module to start from that is of another size.
+        ConnectorMismatchError: the MODEL or the text has another width than the ELLA.
+        ImageInputError, ReferenceMismatchError: see the encoders.
+    """
+    _check_models(inputs)
+    if inputs.start is not None:
+        start = inputs.start.module
+        check_start(start.config, start.name, config, inputs.ella.connector)
+    latents = [normal(row) for latent in inputs.latents for row in _scaled(inputs.model, latent["samples"])]
+    if not latents:
+        raise TrainingDataError("there are no latents to learn from; wanted one or more. Encode pictures with VAE Encode.")
+    texts = _texts(inputs, len(latents))
+    teacher_contexts(inputs, len(latents))
+    pictures = [rgb_pictures(image) for image in inputs.images]
+    _check_count("reference pictures", sum(map(len, pictures)), len(latents))
+    check_features(encoder.encoder, options_of(config))
+    references = [one for image_BHW3 in pictures for one in _encoded(image_BHW3, encoder, config)]
+    _check_count("references", len(references), len(latents))
+    return GraphSet(tuple(latents), tuple(texts), tuple(references))
+
+
+def teacher_contexts(inputs: TrainingInputs, latents: int) -> list[torch.Tensor]:
+    """(1, K, W) of each entry of the teacher's conditioning; none without a teacher.
+
+    Raises:
+        TrainingConfigError: another width than the teacher reads.
+        TrainingDataError: neither one entry for all latents nor one for each.
+    """
+    if inputs.teacher_model is None:
+        return []
+    contexts = _entries(inputs.teacher_positive, "teacher's")
+    _check_count("entries of the teacher's conditioning", len(contexts), latents)
+    width = context_width_of(inputs.teacher_model)
+    for context_1KW in contexts:
+        if context_1KW.shape[-1] != width:
+            raise TrainingConfigError(f"the teacher's conditioning has width {context_1KW.shape[-1]}, its MODEL reads {width}. "
+                                      "Encode it with the CLIP of the teacher's checkpoint.")
+    return contexts
+
+
+def normal(tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 copy on the CPU that autograd takes, also of an inference tensor."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone().to("cpu", torch.float32)
+
+
+def _check_models(inputs: TrainingInputs) -> None:
+    if (inputs.teacher_model is None) != (not inputs.teacher_positive):
+        lacking = "teacher_positive" if inputs.teacher_model is not None else "teacher_model"
+        raise TrainingConfigError(f"a teacher needs both teacher_model and teacher_positive; {lacking} is not wired. Wire it, "
+                                  "or remove the other.")
+    prediction, width, tokens = prediction_of(inputs.model), context_width_of(inputs.model), inputs.ella.connector.width
+    if width != tokens:
+        name = type(inputs.model.model).__name__
+        raise ConnectorMismatchError(f"this MODEL ({name}) has a cross-attention of width {width}; the ELLA makes tokens of "
+                                     f"width {tokens}. Use a checkpoint of the family this ELLA was made for.")
+    if inputs.teacher_model is not None and prediction_of(inputs.teacher_model) != prediction:
+        raise TrainingConfigError(f"the teacher predicts {prediction_of(inputs.teacher_model)}, the MODEL {prediction}; wanted "
+                                  "the same. Use two checkpoints of one kind.")
+
+
+def _texts(inputs: TrainingInputs, latents: int) -> list[torch.Tensor]:
+    texts, wanted = _entries(inputs.positive, "positive"), inputs.ella.connector.config.text_dim
+    for text_1ND in texts:
+        if text_1ND.shape[-1] != wanted:
+            raise ConnectorMismatchError(
+                f"the positive conditioning has width {text_1ND.shape[-1]}, the ELLA reads text features of width {wanted}. "
+                "Encode the texts with the CLIP of Load ELLA Text Encoder, not with the checkpoint's CLIP.")
+    _check_count("conditioning entries", len(texts), latents)
+    return texts
+
+
+def _scaled(model, samples_B4hw: torch.Tensor) -> torch.Tensor:
+    if samples_B4hw.ndim != 4 or samples_B4hw.shape[1] != 4:
+        raise TrainingDataError(f"latents of shape {tuple(samples_B4hw.shape)}; wanted (pictures, 4, height, width). Encode "
+                                "the pictures with the VAE of an SD1.5 checkpoint.")
+    if not torch.isfinite(samples_B4hw).all():
+        raise TrainingDataError("a latent holds NaN or infinite values; wanted numbers. A VAE in float16 is a common cause: "
+                                "start ComfyUI with --fp32-vae and encode again.")
+    return model.model.process_latent_in(samples_B4hw.float())
+
+
+def _entries(conditionings: Sequence[list], what: str) -> list[torch.Tensor]:
+    """(1, N, D) of every row of every entry."""
+    found = []
+    for text_BND, options in (entry for conditioning in conditionings for entry in conditioning):
+        if text_BND is None or KEY in options.get("model_conds", {}):
+            kind = "no text features" if text_BND is None else "tokens of EMMA Connector"
+            raise ConnectorMismatchError(f"the {what} conditioning holds {kind}; wanted what a CLIP Text Encode node gives. "
+                                         "Wire that node into Train EMMA Module.")
+        found += map(normal, text_rows(text_BND, options.get(LENGTHS)))
+    return found
+
+
+def _check_count(what: str, found: int, latents: int) -> None:
+    if found not in (1, latents):
+        raise TrainingDataError(f"{found} {what} for {latents} latents; wanted 1 for all, or {latents}. Give each latent its "
+                                "own, in the same order.")
+
+
+def _encoded(image_BHW3: torch.Tensor, encoder, config: TrainConfig) -> list[dict[str, torch.Tensor]]:
+    def after_chunk(done: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    found = encode_references(config, encoder.encoder, image_BHW3, cache=encoder.cache, at_once=encoder.encoder.at_once(),
+                              after_chunk=after_chunk)
+    return [{name: normal(tensor) for name, tensor in features.items()} for features in found]
