@@ -31,7 +31,8 @@ from emma_core.training.draws import Draws  # noqa: E402
 from emma_core.training.examples import read_examples  # noqa: E402
 from emma_core.training.losses import TimestepBuckets  # noqa: E402
 from emma_core.training.parts import load_parts, options_of  # noqa: E402
-from emma_core.training.prepare import Prepared, prepare  # noqa: E402
+from emma_core.training.prepare import prepare  # noqa: E402
+from emma_core.training.prepared import Prepared  # noqa: E402
 from emma_core.training.runs import begin_run  # noqa: E402
 from emma_core.training.student import Student  # noqa: E402
 from emma_core.training.trainer import gates_of  # noqa: E402

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange, repeat
 
 from ..errors import ImageInputError
 from ..model.addition import TokenTerms, joined
@@ -102,7 +103,7 @@ def generate(
     for start in range(0, len(requests), at_once):
         for latent_14hw in _sample(pipeline, requests[start:start + at_once], sampling).split(1):
             image_13HW = pipeline.decode(latent_14hw)
-            parts.append(((image_13HW + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).cpu())
+            parts.append(rearrange(((image_13HW + 1) / 2).clamp(0, 1), "b c h w -> b h w c").cpu())
     return torch.cat(parts)
 
 
@@ -125,7 +126,7 @@ def _sample(pipeline: Pipeline, requests: Sequence[Request], sampling: Sampling)
 def _predict(pipeline: Pipeline, latent_B4hw: torch.Tensor, timestep: torch.Tensor, both: TokenTerms) -> torch.Tensor:
     """What the positives and then the negatives predict, (2B, 4, h, w); at most 2B evaluations at once."""
     at_once = 2 * len(latent_B4hw)
-    latent_N4hw = torch.cat([latent_B4hw] * 2)[both.rows]
+    latent_N4hw = repeat(latent_B4hw, "b c h w -> (sides b) c h w", sides=2)[both.rows]
     predicted = [pipeline.predict_noise(latent_A4hw, timestep.to(latent_A4hw.device).expand(len(latent_A4hw)), context_AKW)
                  for latent_A4hw, context_AKW in zip(latent_N4hw.split(at_once), both.stacked.split(at_once), strict=True)]
     return both.added(torch.cat(predicted))

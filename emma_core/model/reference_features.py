@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from ..errors import ReferenceMismatchError
 
@@ -85,7 +86,7 @@ def _checked(features: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]
 
 
 def _concat(x_RVD: torch.Tensor) -> torch.Tensor:
-    return x_RVD.flatten(0, 1).unsqueeze(0)
+    return rearrange(x_RVD, "r v d -> 1 (r v) d")
 
 
 def _average(x_RVD: torch.Tensor) -> torch.Tensor:

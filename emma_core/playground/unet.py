@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 
 
 class PlainAttention:
@@ -20,9 +21,9 @@ class PlainAttention:
         k_BHMd = self._heads(attn.to_k(context), attn.heads)
         v_BHMd = self._heads(attn.to_v(context), attn.heads)
         weight_BHNM = torch.softmax(q_BHNd @ k_BHMd.transpose(-1, -2), dim=-1)
-        out_BNC = (weight_BHNM @ v_BHMd).transpose(1, 2).flatten(2)
+        out_BNC = rearrange(weight_BHNM @ v_BHMd, "b h n d -> b n (h d)")
         return attn.to_out[1](attn.to_out[0](out_BNC))
 
     @staticmethod
     def _heads(x_BNC: torch.Tensor, heads: int) -> torch.Tensor:
-        return x_BNC.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return rearrange(x_BNC, "b n (h d) -> b h n d", h=heads)

@@ -19,7 +19,7 @@ from ..files.picture_file import open_picture, picture_tensor
 from ..files.tensor_file import check_finite, check_shapes, read_tensors
 from .config import TeacherConfig
 from .draws import BatchRow
-from .prepare import Prepared
+from .prepared import Prepared
 from .student import TeacherTarget
 from .teacher import Teacher, TeacherKind
 

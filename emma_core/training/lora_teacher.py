@@ -15,7 +15,7 @@ from ..base.lora import LoraSwitch
 from ..errors import TrainingConfigError
 from .config import TeacherConfig
 from .draws import BatchRow
-from .prepare import Prepared
+from .prepared import Prepared
 from .student import TeacherTarget
 from .teacher import Teacher, TeacherKind
 

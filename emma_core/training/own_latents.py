@@ -16,7 +16,7 @@ from ..errors import TrainingConfigError
 from ..model.assembly import Assembly
 from ..model.connector import Connector
 from .config import TrainConfig
-from .prepare import Prepared
+from .prepared import Prepared
 from .shards import Processes, fill
 from .store import FeatureStore, Filling
 from .teachers import named_kinds

@@ -5,37 +5,35 @@ Shapes: B pictures of height H and width W in pixels, h x w their latents; N tok
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageOps
 
 from ..base.parts import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER
 from ..encoders.base import Encoded, PictureEncoder, ReferenceEncoder, check_features
 from ..encoders.options import EncodeOptions, Framing
 from ..encoders.pictures import Preparation, prepare_pictures
-from ..errors import ImageInputError, TrainingDataError, TrainingError
+from ..errors import ImageInputError, TrainingDataError
 from ..files.picture_file import open_mask, open_picture
 from .buckets import bucket_of, fit, random_crop
 from .config import DataConfig, EncoderConfig
 from .examples import Example, PictureSet, Problem, contents_of, listing, require
+from .prepared import Prepared, Tensors, key_of, text_key
 from .shards import Processes, Source, fill, in_workers
 from .store import FeatureStore, Filling
 
 BATCH = 8
-MEMORY_BYTES = 2 << 30
 _VERSION = 1  # of how pictures are resized and cropped here
 
 Progress = Callable[[str, int, int], None]
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,104 +78,6 @@ class PictureJob:
     crop_seed: str = ""
     mirrored: bool = False
     extra: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A training set by index: targets 0 to len - 1, then references that are no targets.
-
-    Args:
-        examples, sizes_px: of the targets.
-        pictures: targets and references under one index.
-        latent_keys: of each target; a second one is mirrored.
-        variant_keys: of each reference.
-        stores: of latents, texts and features; the last is None where nothing is learnt from references.
-        left_out: how many augmentations could not be encoded, for instance without a face.
-        memory: entries by key that need not be read again.
-    """
-
-    examples: tuple[Example, ...]
-    sizes_px: tuple[tuple[int, int], ...]
-    pictures: PictureSet
-    latent_keys: tuple[tuple[str, ...], ...]
-    variant_keys: Mapping[int, tuple[str, ...]]
-    stores: tuple[FeatureStore, FeatureStore, FeatureStore | None]
-    left_out: int = 0
-    memory: dict[str, Tensors] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @property
-    def reference_set(self) -> Prepared:
-        """The prepared pictures that references come from."""
-        return self
-
-    def latent(self, index: int, flipped: bool = False) -> torch.Tensor:
-        """(4, h, w) of a target; mirrored ones are there if `data.flip` is set."""
-        return self._entry(self.stores[0], self.latent_keys[index][flipped])["latent"]
-
-    def bucket(self, index: int) -> tuple[int, int]:
-        """Width and height in pixels that a target is trained at."""
-        return self.sizes_px[index]
-
-    def group(self, index: int) -> str:
-        """What a target's references have in common with it: an identity, a style."""
-        example = self.examples[index]
-        return example.name if example.group is None else example.group
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self.examples[index].captions
-
-    def text(self, caption: str) -> torch.Tensor:
-        """(1, N, D) of a caption of the set, or of ""."""
-        return self._entry(self.stores[1], _text_key(caption))["text"]
-
-    def references(self, index: int) -> tuple[int, ...]:
-        """Indices of the pictures that may be a target's reference."""
-        return self.pictures.references(index)
-
-    def variants(self, reference: int) -> int:
-        """How many variants a reference has: 0 is the whole picture, then mirrored and cropped ones."""
-        return len(self.variant_keys.get(reference, ()))
-
-    def features(self, reference: int, variant: int = 0) -> Tensors:
-        """Feature name -> (V, D)."""
-        return self._entry(self.stores[2], self.variant_keys[reference][variant])
-
-    def summary(self) -> dict[str, Any]:
-        """Counts, for a module's metadata: no names, no paths."""
-        captions = [caption for example in self.examples for caption in example.captions]
-        groups = {example.group for example in self.examples} - {None}
-        return {"pictures": len(self), "groups": len(groups),
-                "captions": len(captions), "distinct_captions": len(set(captions)), "references": len(self.variant_keys),
-                "reference_variants": sum(map(len, self.variant_keys.values())), "variants_left_out": self.left_out,
-                "sizes_px": {f"{width}x{height}": self.sizes_px.count((width, height))
-                             for width, height in sorted(set(self.sizes_px))}}
-
-    def hold(self, most_bytes: int = MEMORY_BYTES) -> bool:
-        """Keep everything in memory if it is no more than ``most_bytes``; else it is read when needed.
-
-        Returns:
-            False if entries were damaged: they are missing from their store then.
-        """
-        texts = {"", *(caption for example in self.examples for caption in example.captions)}
-        keys_of = ([key for keys in self.latent_keys for key in keys], [_text_key(caption) for caption in texts],
-                   [key for keys in self.variant_keys.values() for key in keys])
-        wanted = [(store, keys) for store, keys in zip(self.stores, keys_of, strict=True) if store is not None]
-        if sum(store.nbytes(keys) for store, keys in wanted) > most_bytes:
-            return True
-        sound = True
-        for store, keys in wanted:
-            for key in keys:
-                try:
-                    self.memory[key] = store.get(key)
-                except TrainingError:
-                    sound = False
-        return sound
-
-    def _entry(self, store: FeatureStore | None, key: str) -> Tensors:
-        return self.memory[key] if key in self.memory else store.get(key)
 
 
 def prepare(
@@ -260,7 +160,7 @@ class _Preparing:
 
     def _latent_jobs(self, index: int, size: tuple[int, int]) -> list[PictureJob]:
         picture = self.pictures.pictures[index]
-        return [PictureJob(_key(self.looks[picture].digest, *size, mirrored), self._label(index), picture, size=size,
+        return [PictureJob(key_of(self.looks[picture].digest, *size, mirrored), self._label(index), picture, size=size,
                     mirrored=mirrored) for mirrored in (False, True)[:1 + self.data.flip]]
 
     def _reference_jobs(self, index: int) -> list[PictureJob]:
@@ -275,11 +175,11 @@ class _Preparing:
         for number in range(0 if of_faces else self.data.reference_crops):
             seed = f"{content} crop {number}"
             variants.append((seed, self.data.reference_flip and random.Random(f"{seed} mirrored").random() < 0.5))
-        return [PictureJob(_key(content, seed, mirrored), self._label(index), picture, mask, crop_seed=seed, mirrored=mirrored,
-                    extra=place > 0) for place, (seed, mirrored) in enumerate(variants)]
+        return [PictureJob(key_of(content, seed, mirrored), self._label(index), picture, mask, crop_seed=seed,
+                           mirrored=mirrored, extra=place > 0) for place, (seed, mirrored) in enumerate(variants)]
 
     def _texts(self) -> None:
-        captions = {_text_key(text): text for text in ["", *(text for item in self.examples for text in item.captions)]}
+        captions = {text_key(text): text for text in ["", *(text for item in self.examples for text in item.captions)]}
 
         def encode(keys: Sequence[str], filling: Filling) -> None:
             if keys:
@@ -325,7 +225,8 @@ class _Preparing:
             self.problems[job.label] = fault
 
     def _encode_latents(self, batch: list[tuple[PictureJob, tuple]]) -> list[tuple[Tensors, str]]:
-        pixels_B3HW = torch.from_numpy(np.stack([parts[0] for _, parts in batch])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels_BHW3 = torch.from_numpy(np.stack([parts[0] for _, parts in batch]))
+        pixels_B3HW = rearrange(pixels_BHW3, "b h w c -> b c h w").float() / 127.5 - 1
         return [({"latent": latent_4hw}, "") for latent_4hw in self.encoders.encode_latents(pixels_B3HW)]
 
     def _reference_ways(self) -> tuple[Callable, Callable]:
@@ -402,11 +303,3 @@ def _batches(items: Iterable[tuple[PictureJob, tuple]]) -> Iterator[list[tuple[P
         batch.append(item)
     if batch:
         yield batch
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
-
-
-def _text_key(caption: str) -> str:
-    return _key("caption", caption)

@@ -11,6 +11,7 @@ import torch
 from ..base.parts import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Parts
 from ..drawing import thumbnails
 from ..files.picture_file import open_picture, picture_tensor
+from ..model.gated_resampler import GatedResampler
 from .beginning import Frozen, begin
 from .checks import check
 from .config import TrainConfig
@@ -19,7 +20,8 @@ from .identity import check_folder
 from .own_latents import OwnLatents, own_latents
 from .parts import encode_references, encoders_of, load_parts, options_of, prepare_precision
 from .places import place_weights
-from .prepare import Prepared, prepare
+from .prepare import prepare
+from .prepared import Prepared
 from .reports import Reporter, bucket_name
 from .samples import Sampler
 from .shards import Processes
@@ -82,16 +84,21 @@ def run(
         sampler = Sampler(parts.backbone, config.report, texts, references, data.bucket(0))
         reporter = Reporter(config, trainer, sampler if config.report.sample_every else None, bar)
         trainer.run(reporter)
-    if trainer.student.module is not None and accelerator.is_main_process:
+    module = trainer.student.module
+    if module is not None and accelerator.is_main_process:
         if config.output.thumbnail:
-            module = trainer.student.module
-            metadata = {**module.config.file_metadata, thumbnails.KEY: thumbnails.data_uri(sampler.picture(trainer))}
-            module.config = module.config.replace(file_metadata=metadata)
-            trainer.save_result()
+            _add_thumbnail(trainer, module, sampler.picture(trainer))
         gain = gain_of_reference(trainer)
         reporter.log.write(step=trainer.step, **gain)
         say(gain_in_words(gain))
     return folder / f"{config.output.name}.safetensors"
+
+
+def _add_thumbnail(trainer: Trainer, module: GatedResampler, picture_HW3: torch.Tensor) -> None:
+    """Save the module once more, with a picture in its metadata."""
+    metadata = {**module.config.file_metadata, thumbnails.KEY: thumbnails.data_uri(picture_HW3)}
+    module.config = module.config.replace(file_metadata=metadata)
+    trainer.save_result()
 
 
 def gain_in_words(gain: Mapping[str, list[float | None]]) -> str:

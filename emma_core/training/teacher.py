@@ -18,7 +18,7 @@ import torch
 
 from ..base.backbones import Backbone
 from .config import TeacherConfig
-from .prepare import Prepared
+from .prepared import Prepared
 from .student import TeacherTarget
 
 

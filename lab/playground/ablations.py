@@ -32,7 +32,7 @@ from emma_core.training.beginning import encoder_metadata, model_spec
 from emma_core.training.config import TrainConfig
 from emma_core.training.draws import BatchRow, TrainingSet
 from emma_core.training.examples import read_examples
-from emma_core.training.prepare import Prepared
+from emma_core.training.prepared import Prepared
 from emma_core.training.runs import begin_run, encoded, run
 from emma_core.training.shards import Processes
 from emma_core.training.starts import begin_module

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 
 from emma_core.base.pipeline import Request, Sampling, generate
@@ -172,7 +173,7 @@ class Generation:
             references = [replace(self._reference(world, condition, getattr(trial, condition)), strength=strength)
                           for condition, strength in line.strengths.items()]
             requests.append(Request(row.caption if line.told else CATEGORY, Assembly(references), seed=trial.seed))
-        return generate(world.pipeline, requests, self._sampling).permute(0, 3, 1, 2) * 2 - 1
+        return rearrange(generate(world.pipeline, requests, self._sampling), "b h w c -> b c h w") * 2 - 1
 
     def _reference(self, world: World, condition: str, position: int) -> Reference:
         key = (world.modules[condition], position)
@@ -248,7 +249,7 @@ def save_sheet(image_B3HW: torch.Tensor, path: Path) -> None:
     shown = ((image_B3HW[:SHEET_PICTURES] + 1) * 127.5).clamp(0, 255).round().byte()
     empty = shown.new_full((-len(shown) % SHEET_COLUMNS, *shown.shape[1:]), 255)
     lines = [torch.cat(list(line), dim=2) for line in torch.cat([shown, empty]).split(SHEET_COLUMNS)]
-    Image.fromarray(torch.cat(lines, dim=1).permute(1, 2, 0).numpy()).save(path)
+    Image.fromarray(rearrange(torch.cat(lines, dim=1), "c h w -> h w c").numpy()).save(path)
 
 
 @dataclass(frozen=True)

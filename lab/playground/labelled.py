@@ -28,7 +28,7 @@ from emma_core.playground import PLAYGROUND_DIR, load_autoencoder, load_unet
 from emma_core.text.encoder import load_text_encoder
 from emma_core.training.config import TrainConfig
 from emma_core.training.draws import BatchRow, captions_of_few_lengths
-from emma_core.training.prepare import Prepared
+from emma_core.training.prepared import Prepared
 from emma_core.training.runs import begin_run, run
 from emma_core.training.student import TeacherTarget, tokens_of_texts
 from emma_core.training.trainer import Trainer

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from emma_core.files.tensor_file import write_atomically
 from emma_core.training.averaging import AveragedWeights, cosine_rate
@@ -21,7 +22,7 @@ __all__ = [
 
 def to_float(images_NHWC: np.ndarray) -> torch.Tensor:
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(images_NHWC, order="C")).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return rearrange(torch.from_numpy(np.array(images_NHWC, order="C")), "n h w c -> n c h w").float() / 127.5 - 1
 
 
 def random_shift(image_B3HW: torch.Tensor, most_px: int, generator: torch.Generator) -> torch.Tensor:

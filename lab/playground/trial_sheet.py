@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from PIL import Image
 
 from emma_core.base.pipeline import Sampling
@@ -27,7 +28,7 @@ REFERENCES = ("style reference", "face reference", "wanted")
 
 def draw_trials(generation: Generation, data: EmojiPeople, trials: list[Trial]) -> Image.Image:
     """A row for each trial."""
-    columns = [(generation.pictures(trials, line).permute(0, 2, 3, 1) + 1) / 2 for line in LINES]
+    columns = [(rearrange(generation.pictures(trials, line), "b c h w -> b h w c") + 1) / 2 for line in LINES]
     rows = []
     for index, trial in enumerate(trials):
         shown = [torch.from_numpy(data.images_NHWC[position].copy()).float() / 255

@@ -9,11 +9,11 @@ import json
 import time
 
 import comfy.model_management
-import comfy.model_sampling
 import comfy.supported_models
 import folder_paths
 import pytest
 import torch
+from model_variants import made_in_inference_mode, with_lora, with_velocity
 from PIL import Image
 from safetensors import safe_open
 from tiny_models import TEXT_DIM, UNET, WIDTH, empty_latent, fill_, noise
@@ -79,129 +79,6 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 def assert_same(found, wanted):
     assert set(found) == set(wanted) and all(torch.equal(found[name], value) for name, value in wanted.items())
-
-
-def made_in_inference_mode(tiny, **options):
-    """A MODEL as the host's loaders make it, inside a node."""
-    with torch.inference_mode():
-        model = tiny.model(**options)
-    assert all(value.is_inference() for value in model.model.diffusion_model.parameters())
-    return model
-
-
-def with_lora(model, strength: float = 0.5):
-    """A clone with a patched cross-attention."""
-    patched = model.clone()
-    keys = [f"diffusion_model.{name}" for name, _ in model.model.diffusion_model.named_parameters() if "attn2.to_v" in name]
-    added = {key: (noise(tuple(model.model.state_dict()[key].shape), 50),) for key in keys}
-    assert set(patched.add_patches(added, strength)) == set(keys)
-    return patched
-
-
-def with_velocity(model):
-    class Velocity(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
-        pass
-
-    patched = model.clone()
-    patched.add_object_patch("model_sampling", Velocity(model.model.model_config))
-    return patched
-
-
-@pytest.mark.parametrize(("prepare", "prediction"), [(lambda model: model, "eps"), (with_lora, "eps"), (with_velocity, "v")])
-@pytest.mark.parametrize("timesteps", [(0, 0), (1, 500), (999, 20)])
-def test_denoiser_is_the_hosts_apply_model(training, tiny, prepare, prediction, timesteps):
-    """Our prediction turned into a picture is the host's own denoised picture, at its sigma."""
-    model = prepare(tiny.model())
-    timestep_B = torch.tensor(timesteps)
-    noised, context = noise((2, 4, 8, 8), 33), noise((2, 9, WIDTH), 34)
-    denoiser = training.HostDenoiser(model, CPU, torch.float32)
-    assert denoiser.prediction == prediction
-    with torch.no_grad():
-        predicted = denoiser.predict_noise(noised, timestep_B, context)
-    comfy.model_management.load_models_gpu([model])
-    sampling = model.get_model_object("model_sampling")
-    sigma = sampling.sigmas[timestep_B]
-    scaled = noised * (sigma ** 2 + 1).sqrt()[:, None, None, None]
-    with torch.no_grad():
-        wanted = model.model.apply_model(scaled, sigma, c_crossattn=context)
-    kept = denoiser.alphas_cumprod_T[timestep_B][:, None, None, None]
-    if prediction == "eps":
-        found = (noised - (1 - kept).sqrt() * predicted) / kept.sqrt()
-    else:
-        found = kept.sqrt() * noised - (1 - kept).sqrt() * predicted
-    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-
-
-def test_lora_changes_what_the_denoiser_predicts(training, tiny):
-    noised, context = noise((1, 4, 8, 8), 33), noise((1, 9, WIDTH), 34)
-    model = tiny.model()
-    plain, patched = (training.HostDenoiser(one, CPU, torch.float32).predict_noise(noised, torch.tensor([500]), context)
-                      for one in (model, with_lora(model)))
-    assert (plain - patched).abs().max() > 1e-3 * plain.abs().max()
-
-
-def test_alphas_are_those_of_sd15(training, tiny):
-    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
-    found = training.HostDenoiser(tiny.model(), CPU, torch.float32).alphas_cumprod_T
-    torch.testing.assert_close(found.double(), (1 - betas).cumprod(0), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_reaches_the_context_of_a_model_made_in_a_node(training, tiny, checkpointing):
-    """The gradient is the slope of the prediction, with or without checkpointing."""
-    with torch.inference_mode():  # as the host runs nodes
-        model = made_in_inference_mode(tiny)
-        with torch.inference_mode(False), torch.enable_grad():
-            denoiser = training.HostDenoiser(model, CPU, torch.float64, checkpointing)
-            context = noise((1, 9, WIDTH), 34).double().requires_grad_()
-            noised, timestep, direction = noise((1, 4, 8, 8), 33), torch.tensor([700]), noise((1, 9, WIDTH), 35).double()
-            (slope,) = torch.autograd.grad(denoiser.predict_noise(noised, timestep, context).double().square().sum(), context)
-
-            def value(step: float) -> float:
-                with torch.no_grad():
-                    predicted = denoiser.predict_noise(noised, timestep, context + step * direction)
-                return predicted.double().square().sum().item()
-
-    measured = (value(1e-3) - value(-1e-3)) / 2e-3
-    assert (slope * direction).sum().item() == pytest.approx(measured, rel=1e-2)
-
-
-def test_checkpointing_keeps_patches_that_know_their_block(training, tiny):
-    """The second pass sees the block that the first saw: gradients are those without checkpointing."""
-    factors, gradients = {"input": 1.0, "middle": 2.0, "output": 3.0}, []
-    model = tiny.model().clone()
-    model.set_model_attn2_output_patch(lambda output, options: output * factors[options["block"][0]])
-    for checkpointing in (False, True):
-        context = noise((1, 9, WIDTH), 34).requires_grad_()
-        denoiser = training.HostDenoiser(model, CPU, torch.float32, checkpointing)
-        predicted = denoiser.predict_noise(noise((1, 4, 8, 8), 33), torch.tensor([700]), context)
-        gradients += torch.autograd.grad(predicted.square().sum(), context)
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
-
-
-def test_attention_without_backward_pass_is_not_used(training, tiny, monkeypatch):
-    import comfy.ldm.modules.attention
-
-    def no_backward(q, *arguments, **options):
-        raise AssertionError("the host's attention was called")
-
-    monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", comfy.ldm.modules.attention.wrap_attn(no_backward))
-    monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention_masked",
-                        comfy.ldm.modules.attention.wrap_attn(no_backward))
-    context = noise((1, 9, WIDTH), 34).requires_grad_()
-    predicted = training.HostDenoiser(tiny.model(), CPU, torch.float32).predict_noise(
-        noise((1, 4, 8, 8), 33), torch.tensor([700]), context)
-    assert torch.autograd.grad(predicted.sum(), context)[0].abs().max() > 0
-
-
-def test_patch_without_gradients_is_refused(training, tiny, errors):
-    model = tiny.model()
-    model.model_options["transformer_options"]["optimized_attention_override"] = (
-        lambda chosen, q, k, v, *rest, **more: torch.zeros_like(q).detach())
-    denoiser = training.HostDenoiser(model, CPU, torch.float32)
-    assert not any(value.requires_grad for value in denoiser.network.parameters())
-    with pytest.raises(errors.TrainingError, match="lets no gradients through its cross-attention"):
-        denoiser.predict_noise(noise((1, 4, 8, 8), 33), torch.tensor([7]), noise((1, 9, WIDTH), 34).requires_grad_())
 
 
 def test_run_gives_a_module_that_learnt(train, tiny, training):
@@ -552,24 +429,6 @@ def test_connected_conditioning_is_refused(train, run_node, tiny, errors):
     positive = run_node("EMMAConnector", model=tiny.model(), ella=ella, positive=texts(1), negative=texts(1))[1]
     with pytest.raises(errors.ConnectorMismatchError, match="positive conditioning holds tokens of EMMA Connector"):
         train(ella=ella, positive=positive)
-
-
-@pytest.mark.parametrize(("kind", "name"), [("X0", "X0"), ("CONST", "CONST"), ("EDM", "EDM")])
-def test_other_predictions_are_refused_by_name(training, tiny, errors, kind, name):
-    class Other(comfy.model_sampling.ModelSamplingDiscrete, getattr(comfy.model_sampling, kind)):
-        pass
-
-    model = tiny.model().clone()
-    model.add_object_patch("model_sampling", Other(model.model.model_config))
-    with pytest.raises(errors.TrainingConfigError, match=rf"\(BaseModel, EPS\) predicts by {name}; wanted EPS or V_PREDICTION"):
-        training.HostDenoiser(model, CPU, torch.float32)
-
-
-def test_sampling_without_timesteps_is_refused(training, tiny, run_node, errors):
-    model = run_node("ModelSamplingContinuousEDM", model=tiny.model(), sampling="v_prediction", sigma_max=120.0,
-                     sigma_min=0.002)[0]
-    with pytest.raises(errors.TrainingConfigError, match="does not count timesteps 0 to 999"):
-        training.HostDenoiser(model, CPU, torch.float32)
 
 
 def test_missing_accelerate_is_explained(train, errors, monkeypatch):
