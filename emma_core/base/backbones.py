@@ -25,6 +25,7 @@ from .lora import merge_lora
 from .sd15_files import load_folder, load_single_file
 from .spec import PLAYGROUND_SPEC, BaseSpec
 
+PLAYGROUND_UNET = "unet.safetensors"
 _PIXELS_AT_ONCE = 1 << 20  # that are encoded together: four pictures of 512 x 512
 
 
@@ -116,7 +117,7 @@ class Backbone:
 
 
 def load_backbone(config: BaseConfig, dtype: torch.dtype = torch.float32) -> Backbone:
-    """The model that `config` names: `playground`, a diffusers folder, or a single .safetensors file.
+    """The model that `config` names: `playground`, another folder of its layout, a diffusers folder, or a .safetensors file.
 
     Args:
         config: its `vae` replaces the autoencoder; its `lora` becomes part of the UNet.
@@ -131,7 +132,8 @@ def load_backbone(config: BaseConfig, dtype: torch.dtype = torch.float32) -> Bac
         backbone = _backbone(load_playground(with_autoencoder=not config.vae), config, PLAYGROUND)
     else:
         path = Path(config.checkpoint)
-        load = load_folder if path.is_dir() else load_single_file
+        is_playground = (path / PLAYGROUND_UNET).is_file()  # a diffusers folder has a folder `unet` in its place
+        load = load_playground if is_playground else load_folder if path.is_dir() else load_single_file
         backbone = _backbone(load(path, with_autoencoder=not config.vae), config, path.name)
     if config.lora:
         merge_lora(backbone.unet, Path(config.lora))
@@ -149,10 +151,10 @@ def load_playground(folder: Path = PLAYGROUND_DIR, with_autoencoder: bool = True
     from ..playground.files import load_unet
     from ..playground.unet import PlainAttention
 
-    unet: Any = load_unet(folder / "unet.safetensors")
+    unet: Any = load_unet(folder / PLAYGROUND_UNET)
     unet.set_attn_processor(PlainAttention())
     own = load_own(PLAYGROUND_SPEC.latent_scale, folder / "autoencoder.safetensors") if with_autoencoder else None
-    return LoadedBase(unet, own, PLAYGROUND_SPEC, sha256_of_file(folder / "unet.safetensors"))
+    return LoadedBase(unet, own, PLAYGROUND_SPEC, sha256_of_file(folder / PLAYGROUND_UNET))
 
 
 def _backbone(model: LoadedBase, config: BaseConfig, name: str) -> Backbone:

@@ -36,6 +36,7 @@ CLIP_TOWERS = {
     "clip-vit-l-14": ClipTower("CLIP ViT-L/14", 1024, 24, 14, 224, 768, 16, 4096, "quick_gelu"),
     "clip-vit-l-14-336": ClipTower("CLIP ViT-L/14 at 336 px", 1024, 24, 14, 336, 768, 16, 4096, "quick_gelu"),
     "clip-vit-bigg-14": ClipTower("CLIP ViT-bigG/14", 1664, 48, 14, 224, 1280, 16, 8192, "gelu"),
+    "clip-miniature": ClipTower("the CLIP of SD1.5 in miniature", 160, 5, 8, 64, 128, 5, 640, "quick_gelu"),  # lab/miniature
 }
 
 
