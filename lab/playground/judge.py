@@ -72,14 +72,14 @@ def load_judge(path: Path) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
-def _blemished(image_B3SS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def blemished(image_B3SS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Noise, and half of the pictures blurred: generated pictures are not as crisp as drawn ones."""
-    batch = len(image_B3SS)
+    batch, device = len(image_B3SS), image_B3SS.device
     blurred_B3SS = F.avg_pool2d(F.pad(image_B3SS, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    blurs_B111 = torch.rand(batch, 1, 1, 1, generator=generator) < BLUR_SHARE
-    level_B111 = MOST_NOISE * torch.rand(batch, 1, 1, 1, generator=generator)
+    blurs_B111 = torch.rand(batch, 1, 1, 1, generator=generator, device=device) < BLUR_SHARE
+    level_B111 = MOST_NOISE * torch.rand(batch, 1, 1, 1, generator=generator, device=device)
     return torch.where(blurs_B111, blurred_B3SS, image_B3SS) + level_B111 * torch.randn(
-        image_B3SS.shape, generator=generator)
+        image_B3SS.shape, generator=generator, device=device)
 
 
 def train_judge(data: EmojiPeople, steps: int, seed: int, log: TimedLog) -> Judge:
@@ -91,7 +91,7 @@ def train_judge(data: EmojiPeople, steps: int, seed: int, log: TimedLog) -> Judg
     for step in range(steps):
         set_rate(optimizer, cosine_rate(step, steps, WARMUP_STEPS))
         picked = torch.randint(len(images), (BATCH,), generator=generator)
-        image = _blemished(augmented(images[picked], generator), generator)
+        image = blemished(augmented(images[picked], generator), generator)
         with torch.autocast("cpu", torch.bfloat16):
             scores = judge(image)
         losses = [F.cross_entropy(scores[label].float(), wanted[label][picked], label_smoothing=LABEL_SMOOTHING)

@@ -49,7 +49,7 @@ def captions_of(row: EmojiPicture, empty_share: float, category_share: float, ch
     return wordings_of_category() if draw < empty_share + category_share else wordings(row)
 
 
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> Tokenizer:
     """A Unigram tokenizer in T5's manner; single letters stay in it, so an unknown word becomes pieces."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -58,7 +58,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=VOCABULARY, special_tokens=[PAD, EOS, UNK], unk_token=UNK, initial_alphabet=list(_LETTERS),
+        vocab_size=vocabulary, special_tokens=[PAD, EOS, UNK], unk_token=UNK, initial_alphabet=list(_LETTERS),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)

@@ -44,8 +44,9 @@ def noised(unit_B4hw: torch.Tensor, generator: torch.Generator) -> tuple[torch.T
 
 
 def draw_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
-    """(B,) with more of the noisy ones."""
-    return (torch.rand(count, generator=generator) ** TIMESTEP_POWER * TIMESTEPS).long().clamp(max=TIMESTEPS - 1)
+    """(B,) with more of the noisy ones, on the generator's device."""
+    share_B = torch.rand(count, generator=generator, device=generator.device) ** TIMESTEP_POWER
+    return (share_B * TIMESTEPS).long().clamp(max=TIMESTEPS - 1)
 
 
 def weights_of_timesteps() -> torch.Tensor:

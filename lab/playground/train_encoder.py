@@ -71,13 +71,16 @@ def labels_of(data: EmojiPeople) -> tuple[dict[str, torch.Tensor], dict[str, int
 
 
 def augmented(image_B3SS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Moved by up to 8%, scaled by 0.8 to 1.15, half of them mirrored; white beyond the edge."""
-    batch = len(image_B3SS)
+    """Moved by up to 8%, scaled by 0.8 to 1.15, half of them mirrored; white beyond the edge.
+
+    The generator is on the pictures' device.
+    """
+    batch, device = len(image_B3SS), image_B3SS.device
 
     def between(low: float, high: float) -> torch.Tensor:
-        return low + (high - low) * torch.rand(batch, generator=generator)
+        return low + (high - low) * torch.rand(batch, generator=generator, device=device)
 
-    theta_B23 = torch.zeros(batch, 2, 3)
+    theta_B23 = torch.zeros(batch, 2, 3, device=device)
     scale_B = 1 / between(0.8, 1.15)
     mirror_B = torch.where(between(0, 1) < 0.5, -1.0, 1.0)
     theta_B23[:, 0, 0], theta_B23[:, 1, 1] = scale_B * mirror_B, scale_B
