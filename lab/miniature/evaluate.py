@@ -1,0 +1,183 @@
+"""`python -m lab.miniature.evaluate --data DIR --files DIR --runs DIR --states DIR --out DIR`: what do the modules do?
+
+On held-out (concept, style, tone) triples or whole (role, style) pairs, and on pictures of the sets that nothing has learnt
+from. A judge says style, tone and concept; CLIP-I is the likeness to the wanted style's pictures in the world's own CLIP, above
+what it is to all styles' on average. Every line has the same noise. A run can be stopped and called again.
+
+Shapes: B pictures of H x W pixels, P width of CLIP's projection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from emma_core.base.pipeline import Sampling
+from emma_core.model.addition import BLOCKS, PREDICTIONS, WAYS, Addition
+from lab.playground.evaluate import ASSEMBLING, Score, bootstrapped, save_sheet, with_gates
+from lab.playground.training import to_float
+
+from .captions import category_of, full_caption
+from .dataset import UNSEEN_SPLIT, Pictures, load
+from .judge import load_judge
+from .scores import Scorer, Table
+from .train_clip import load_clip
+from .trials import SPLITS, Trial, choose_trials, shuffled
+from .world import World, load_world
+
+CLIP_I = "clip-i"
+_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table.
+
+    Args:
+        name: as the table shows it.
+        shown: condition -> name of the module that takes its reference, at strength 1 or the one given.
+        prompt: "name", "all" (name, tone and style: what words reach through ELLA), or "category".
+        unseen: targets and style references are of sets that nothing has learnt from.
+        misled: the references are of other targets.
+        gates: factor on the global gates A and F.
+        assemble: name of a way to assemble inside the blocks, of ASSEMBLING.
+        added: where the references are added up, of WAYS.
+    """
+
+    name: str
+    shown: Mapping[str, str | tuple[str, float]]
+    prompt: str = "name"
+    unseen: bool = False
+    misled: bool = False
+    gates: float = 1.0
+    assemble: str = "sum"
+    added: str = BLOCKS
+
+    @property
+    def references(self) -> dict[str, tuple[str, float]]:
+        """Condition -> name of the module and its strength."""
+        return {condition: (given, 1.0) if isinstance(given, str) else given for condition, given in self.shown.items()}
+
+
+BOTH = {"style": "style", "face": "face"}
+LINES = (
+    Line("text only", {}),
+    Line("words for all, through ELLA", {}, prompt="all"),
+    Line("+ style", {"style": "style"}),
+    Line("+ style, shuffled references", {"style": "style"}, misled=True),
+    Line("+ style, distilled from the IP-Adapter", {"style": "distilled"}),
+    Line("+ face", {"face": "face"}),
+    *(Line(f"assembled, {way}", BOTH, assemble=way) for way in ASSEMBLING),
+    *(Line(f"assembled, added up in the {way}", BOTH, added=way) for way in WAYS if way != BLOCKS),
+    Line("assembled, added up in the predictions, style at 1.25", {**BOTH, "style": ("style", 1.25)}, added=PREDICTIONS),
+    Line("assembled, shuffled references", BOTH, misled=True),
+    Line("assembled, gates zero", BOTH, gates=0.0),
+    Line("category only", {}, prompt="category"),
+    Line("category only + object", {"object": "object"}, prompt="category"),
+    Line("category only + object + style + face", {**BOTH, "object": "object"}, prompt="category"),
+    Line("unseen style: text only", {}, unseen=True),
+    Line("unseen style: + style", {"style": "style"}, unseen=True),
+    Line("unseen style: + style, shuffled references", {"style": "style"}, unseen=True, misled=True),
+    Line("unseen style: + style, distilled", {"style": "distilled"}, unseen=True),
+)
+PROMPTS = {"name": lambda row: row.names[0], "all": full_caption, "category": category_of}
+
+
+class StyleLikeness:
+    """CLIP-I of pictures to the set of a style."""
+
+    def __init__(self, clip, data: Pictures, device: str):
+        self._clip, self._device = clip, device
+        self._styles = sorted({row.style for row in data.rows})
+        means = []
+        for style in self._styles:
+            positions = [position for position, row in enumerate(data.rows) if row.style == style][::4]
+            means.append(F.normalize(self._features(to_float(data.images_NHWC[positions])).mean(0), dim=0))
+        self._mean_KP = torch.stack(means)
+
+    @torch.no_grad()
+    def _features(self, image_B3SS: torch.Tensor) -> torch.Tensor:
+        small = (F.avg_pool2d(part.to(self._device), 2) for part in image_B3SS.split(_CHUNK))
+        return torch.cat([self._clip.image_features(part) for part in small])
+
+    def of(self, image_B3SS: torch.Tensor, styles: Sequence[str]) -> torch.Tensor:
+        """(B,) likeness to each picture's wanted style, above the mean likeness to all."""
+        likeness_BK = self._features(image_B3SS) @ self._mean_KP.T
+        wanted_B1 = torch.tensor([[self._styles.index(style)] for style in styles], device=likeness_BK.device)
+        return (likeness_BK.gather(1, wanted_B1)[:, 0] - likeness_BK.mean(1)).cpu()
+
+
+class Evaluation:
+    """Draws and scores lines."""
+
+    def __init__(self, world: World, scorer: Scorer, likeness: StyleLikeness, sampling: Sampling):
+        self.world, self.scorer, self.likeness, self.sampling = world, scorer, likeness, sampling
+
+    def pictures(self, line: Line, trials: Sequence[Trial]) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1]."""
+        rows, shown = self.world.data.rows, {}
+        for condition, (name, strength) in line.references.items():
+            module = self.world.modules[name]
+            shown[condition] = (module if line.gates == 1.0 else with_gates(module, line.gates), strength)
+        references = shuffled(trials, rows, seed=1) if line.misled else trials
+        prompts = [PROMPTS[line.prompt](rows[trial.target]) for trial in trials]
+        return self.world.draw(prompts, references, shown, replace(self.world.pipeline, assemble=ASSEMBLING[line.assemble]),
+                               Addition(line.added), self.sampling)
+
+    def score(self, image_B3SS: torch.Tensor, trials: Sequence[Trial]) -> dict[str, Score]:
+        """The judge's verdicts, and CLIP-I."""
+        targets = [trial.target for trial in trials]
+        rows = [self.world.data.rows[target] for target in targets]
+        likeness_B = self.likeness.of(image_B3SS, [row.style for row in rows]).numpy()
+        return {**self.scorer.score(image_B3SS, targets), CLIP_I: bootstrapped(likeness_B, [row.concept for row in rows])}
+
+
+def wanted_lines(modules: Sequence[str]) -> list[Line]:
+    """The lines whose modules are there."""
+    return [line for line in LINES if all(name in modules for name, _ in line.references.values())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--files", type=Path, required=True, help="folder of `python -m lab.miniature.export`")
+    parser.add_argument("--runs", type=Path, required=True, help="folder with ella/ and emma-<name>/, runs of the trainer")
+    parser.add_argument("--states", type=Path, required=True, help="folder with clip.pt and judge.pt")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the scores and sheets")
+    parser.add_argument("--modules", nargs="*", default=["style", "face", "object", "distilled"])
+    parser.add_argument("--split", choices=SPLITS, default=SPLITS[0])
+    parser.add_argument("--pictures", type=int, default=96)
+    parser.add_argument("--guidance", type=float, default=Sampling.guidance)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--seed", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    data, sampling = load(options.data), Sampling(guidance=options.guidance)
+    world = load_world(options.files, options.runs, options.modules, data, options.device)
+    clip, _ = load_clip(options.states / "clip.pt", options.device)
+    evaluation = Evaluation(world, Scorer(load_judge(options.states / "judge.pt", data, options.device), data),
+                            StyleLikeness(clip, data, options.device), sampling)
+    settings = {"split": options.split, "pictures": options.pictures, "guidance": sampling.guidance, "steps": sampling.steps,
+                "seed": options.seed}
+    table = Table(options.out / f"scores-{options.split}.json", settings, extra=(CLIP_I,))
+    trials = {unseen: choose_trials(data, options.pictures, options.seed, UNSEEN_SPLIT if unseen else options.split)
+              for unseen in (False, True)}
+    for unseen, aimed in trials.items():
+        name = f"real pictures{' of unseen styles' if unseen else ''}"
+        table.add(name, evaluation.score(to_float(data.images_NHWC[[trial.target for trial in aimed]]), aimed))
+    for line in wanted_lines(options.modules):
+        if line.name not in table:
+            pictures = evaluation.pictures(line, trials[line.unseen])
+            save_sheet(pictures, options.out / f"{re.sub('[^a-z0-9.+]+', '-', line.name.lower())}.png")
+            table.add(line.name, evaluation.score(pictures, trials[line.unseen]))
+    print(table.markdown())
+
+
+if __name__ == "__main__":
+    main()

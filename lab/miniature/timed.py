@@ -1,0 +1,169 @@
+"""Training for a given time: rate by the clock, averaged weights, checkpoints, log. A run that was stopped goes on.
+
+A run may be lengthened: called again with more minutes, it goes on at the rate that the clock then gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from emma_core.errors import TrainingError
+
+AVERAGE_DECAY = 0.999
+WARMUP_STEPS, COOLING = 100, 0.25  # the rate stays at its height and falls in the last quarter of the time
+LOG_EVERY, CHECKPOINT_SECONDS = 50, 180.0
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, minutes: float) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `python -m lab.miniature.dataset`")
+    parser.add_argument("--state", type=Path, required=True, help="checkpoint, to go on from too; its log lies beside it")
+    parser.add_argument("--minutes", type=float, default=minutes, help="of the whole run, all sittings together")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def begin(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    options.state.parent.mkdir(parents=True, exist_ok=True)
+
+
+class Log:
+    """One JSON line per report, to the screen and to a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, **values) -> None:
+        line = json.dumps(values)
+        print(line, flush=True)
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+
+def rate_factor(step: int, share: float) -> float:
+    """Warm-up by steps, a plateau, then down in a straight line to a twentieth."""
+    return min(1.0, (step + 1) / WARMUP_STEPS, 0.05 + 0.95 * (1 - share) / COOLING)
+
+
+def read_state(state: Path, device: str = "cpu") -> dict:
+    """A checkpoint: model, average, optimizer, step, spent, about."""
+    return torch.load(state, map_location=device, weights_only=True)
+
+
+class TimedRun:
+    """Trains what requires gradients in ``model`` until ``options.minutes`` are spent.
+
+    Args:
+        model: on its device already.
+        options: of `add_run_arguments`.
+        rate: the highest.
+        about: kept in the checkpoint: what is needed to build the model again.
+    """
+
+    def __init__(
+        self, model: nn.Module, options: argparse.Namespace, rate: float, weight_decay: float = 0.01, about: dict | None = None
+    ):
+        self.model, self.options, self.rate = model, options, rate
+        self.learning = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.learning.values(), lr=rate, weight_decay=weight_decay, fused=True)
+        self.average = {name: tensor.detach().clone() for name, tensor in self.learning.items()}
+        self.step, self.spent, self.stopped, self.about = 0, 0.0, False, about or {}
+        self.log = Log(options.state.with_suffix(".jsonl"))
+        if options.state.exists():
+            self._resume(read_state(options.state, options.device))
+
+    def _resume(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.step, self.spent = state["step"], state["spent"]
+        self.average.update({name: tensor for name, tensor in state["average"].items() if name in self.average})
+        if len(state["optimizer"]["param_groups"][0]["params"]) == len(self.learning):
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def run(self, loss_of_batch: Callable[[torch.Generator], dict[str, torch.Tensor]]) -> None:
+        """``loss_of_batch`` draws a batch; its "loss" is what is made smaller, whatever else it gives is logged.
+
+        Ends at the time, or after the update at work when the process is asked to end (SIGTERM, SIGINT); saves in both cases.
+
+        Raises:
+            TrainingError: the loss is not finite; the last checkpoint stays.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(self, "stopped", True))
+        generator = torch.Generator(self.options.device).manual_seed(self.options.seed + self.step)
+        seconds, started, saved = self.options.minutes * 60, time.monotonic() - self.spent, time.monotonic()
+        found: dict[str, list[torch.Tensor]] = {}
+        while self.spent < seconds and not self.stopped:
+            self._update(loss_of_batch(generator), found)
+            self.spent = time.monotonic() - started
+            if self.step % LOG_EVERY == 0:
+                self._report(found)
+                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    saved = time.monotonic()
+                    self.save()
+        if found:
+            self._report(found)
+        self.save()
+
+    def _report(self, found: dict[str, list[torch.Tensor]]) -> None:
+        means = {name: torch.stack(values).nanmean().item() for name, values in found.items()}  # a part may be empty
+        if not math.isfinite(means["loss"]):
+            raise TrainingError(f"the loss is {means['loss']} before update {self.step}: lower the rate and go on from the "
+                                "last checkpoint.")
+        self.log.write(step=self.step, minutes=round(self.spent / 60, 2),
+                       **{name: round(mean, 5) for name, mean in means.items()})
+        found.clear()
+
+    def _update(self, losses: dict[str, torch.Tensor], found: dict[str, list[torch.Tensor]]) -> None:
+        factor = rate_factor(self.step, self.spent / (self.options.minutes * 60))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * factor
+        self.optimizer.zero_grad()
+        losses["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(self.learning.values(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(AVERAGE_DECAY, self.step / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), list(self.learning.values()), 1 - decay)
+        for name, value in losses.items():
+            found.setdefault(name, []).append(value.detach())
+
+    def save(self) -> None:
+        """The checkpoint, whole or not at all."""
+        temporary = self.options.state.with_suffix(".partial")
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average,
+                    "step": self.step, "spent": self.spent, "about": self.about}, temporary)
+        temporary.replace(self.options.state)
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """The model gets its averaged weights (the checkpoint has both)."""
+        for name, tensor in self.learning.items():
+            tensor.copy_(self.average[name])
+        self.model.eval()
+
+
+def save_slim(state: Path, out: Path) -> None:
+    """The averaged model alone, in half precision: enough to use it, not to train it further."""
+    saved = read_state(state)
+    model = {name: tensor.half() if tensor.is_floating_point() else tensor
+             for name, tensor in {**saved["model"], **saved["average"]}.items()}
+    torch.save({**saved, "model": model, "average": {}, "optimizer": None}, out)
+
+
+def load_averaged(model: nn.Module, state: Path, device: str = "cpu") -> nn.Module:
+    """The model with the averaged weights of a checkpoint, frozen."""
+    saved = read_state(state, device)
+    model.load_state_dict({**saved["model"], **saved["average"]})
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,109 @@
+"""`python -m lab.miniature.train_clip --data DIR --state FILE`: the tiny CLIP, contrastive, from pictures and their captions.
+
+`--vision-only` keeps the text tower as it is (a base may have grown up with it) and lets the vision tower learn on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from lab.playground.judge import blemished
+from lab.playground.train_encoder import augmented
+
+from .captions import captions_of, full_caption
+from .clip import TinyCLIP, token_ids, train_tokenizer, trimmed
+from .dataset import PAIR, TRAIN, TRIPLE, Pictures, load
+from .feed import Feed, caption_tokens, one_caption
+from .timed import TimedRun, add_run_arguments, begin, load_averaged
+
+BATCH, RATE, TONED_LESS = 160, 1e-3, 4
+MOST_SCALE = 4.6052  # CLIP's own bound on the temperature: 1 / 0.01
+_CAPTIONS_FOR_TOKENIZER = 12
+
+
+def saved_or_new_tokenizer(path: Path, data: Pictures):
+    """A resumed run must keep its tokenizer: trained again, it might differ."""
+    from tokenizers import Tokenizer
+
+    if not path.exists():
+        chance = random.Random(0)
+        texts = [captions_of(row, chance) for row in data.rows for _ in range(_CAPTIONS_FOR_TOKENIZER)]
+        train_tokenizer([*texts, *(name for row in data.rows for name in row.names)]).save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+def load_clip(state: Path, device: str) -> tuple[TinyCLIP, object]:
+    """A trained CLIP, frozen, and its tokenizer."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(state.with_suffix(".tokenizer.json")))
+    return load_averaged(TinyCLIP(tokenizer), state, "cpu").to(device), tokenizer
+
+
+def contrast(image_BP: torch.Tensor, text_BP: torch.Tensor, ids_BN: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss, both ways. Rows of the same words are each other's right answer as well."""
+    logit_BB = scale.exp() * image_BP @ text_BP.T
+    same_BB = (ids_BN[:, None] == ids_BN).all(-1).float()
+    wanted_BB = same_BB / same_BB.sum(1, keepdim=True)
+    return (F.cross_entropy(logit_BB, wanted_BB) + F.cross_entropy(logit_BB.T, wanted_BB)) / 2
+
+
+@torch.no_grad()
+def retrieval(clip: TinyCLIP, tokenizer, feed: Feed, data: Pictures, positions: list[int], device: str) -> float:
+    """Share of pictures whose full caption is nearest among those of all ``positions``."""
+    wanted = [full_caption(data.rows[position]) for position in positions]
+    texts = sorted(set(wanted))
+    text_KP = torch.cat([clip.text_features(chunk) for chunk in token_ids(tokenizer, texts).to(device).split(128)])
+    position_N = torch.tensor(positions, device=device)
+    image_NP = torch.cat([clip.image_features(feed.small(chunk)) for chunk in position_N.split(128)])
+    found = (image_NP @ text_KP.T).argmax(1).tolist()
+    return sum(texts[number] == text for number, text in zip(found, wanted, strict=True)) / len(wanted)
+
+
+def train(options: argparse.Namespace) -> None:
+    begin(options)
+    data, device = load(options.data), options.device
+    tokenizer = saved_or_new_tokenizer(options.state.with_suffix(".tokenizer.json"), data)
+    captions_NKL = caption_tokens(data, tokenizer, options.data / "captions.safetensors").to(device)
+    seen = data.positions(TRAIN)
+    feed = Feed(data, seen, [1 / (1 + TONED_LESS * bool(data.rows[position].tone)) for position in seen], device)
+    clip = TinyCLIP(tokenizer).to(device)
+    if options.vision_only:
+        for part in (clip.text, clip.logit_scale):
+            part.requires_grad_(False)
+    run = TimedRun(clip, options, RATE)
+
+    def loss_of_batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        position_B = feed.draw(options.batch, generator)
+        ids_BL = one_caption(captions_NKL, position_B, generator)
+        image_B3SS = blemished(augmented(feed.small(position_B), generator), generator)
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=MOST_SCALE)
+        with torch.autocast(device, torch.bfloat16):
+            image_BP = clip.image_features(image_B3SS)
+            text_BP = clip.text_features(trimmed(ids_BL, tokenizer))
+        return {"loss": contrast(image_BP, text_BP, ids_BL, clip.logit_scale)}
+
+    run.run(loss_of_batch)
+    run.use_average()
+    for split in (PAIR, TRIPLE):
+        positions = data.positions(split)[::3]
+        found = retrieval(clip, tokenizer, feed, data, positions, device)
+        run.log.write(split=split, pictures=len(positions), retrieval=round(found, 4))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_arguments(parser, minutes=8)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--vision-only", action="store_true", help="the text tower stays as it is in the state")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The second world as one object, from the folder that `export` wrote and the runs of the trainer.
+
+Shapes: B pictures of H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from emma_core.base.backbones import Backbone, load_playground
+from emma_core.base.pipeline import Pipeline, Request, Sampling, generate, pipeline_for
+from emma_core.encoders.base import encode_pictures
+from emma_core.encoders.clip_vision import ClipVisionEncoder, load_clip_vision
+from emma_core.encoders.matching import check_for_module
+from emma_core.encoders.options import EncodeOptions
+from emma_core.files.connector_file import load_connector
+from emma_core.files.module_file import load_module
+from emma_core.model.addition import Addition
+from emma_core.model.assembly import Assembly, Reference
+from emma_core.model.gated_resampler import GatedResampler
+from emma_core.model.reference_features import combine_features
+from emma_core.text.encoder import load_text_encoder
+
+from .dataset import Pictures
+from .trials import Trial
+
+
+@dataclass(frozen=True)
+class World:
+    """The pipeline on ELLA, modules by name, the reference encoder; features of references are kept."""
+
+    pipeline: Pipeline
+    modules: Mapping[str, GatedResampler]
+    encoder: ClipVisionEncoder
+    data: Pictures
+    device: str
+    known: dict = field(default_factory=dict)
+
+    def reference(self, module: GatedResampler, position: int, strength: float) -> Reference:
+        """A picture of the data as a module's reference.
+
+        Raises:
+            ReferenceMismatchError: the module was trained with another encoder.
+        """
+        options = EncodeOptions(tuple(module.config.features))
+        key = (position, options.features)
+        if key not in self.known:
+            image_1HW3 = torch.from_numpy(self.data.images_NHWC[position].copy())[None].float() / 255
+            features, _ = encode_pictures(self.encoder, image_1HW3, None, options)
+            combined = combine_features(features, "concat", self.encoder.description)
+            check_for_module(combined, module.config)
+            self.known[key] = {name: tensor.to(self.device) for name, tensor in combined.features.items()}
+        return Reference(module, self.known[key], strength)
+
+    def draw(
+        self, prompts: Sequence[str], trials: Sequence[Trial], shown: Mapping[str, tuple[GatedResampler, float]],
+        pipeline: Pipeline, addition: Addition, sampling: Sampling,
+    ) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1], a picture for each trial.
+
+        Args:
+            shown: condition -> the module that takes the trial's reference of it, and its strength.
+            pipeline: the world's own, or one that assembles in another way.
+        """
+        requests = []
+        for prompt, trial in zip(prompts, trials, strict=True):
+            references = [self.reference(module, getattr(trial, condition), strength)
+                          for condition, (module, strength) in shown.items()]
+            requests.append(Request(prompt, Assembly(references, addition), seed=trial.seed))
+        at_once = 16 if self.device == "cpu" else 256
+        return generate(pipeline, requests, sampling, at_once).permute(0, 3, 1, 2) * 2 - 1
+
+
+def load_world(files: Path, runs: Path, names: Sequence[str], data: Pictures, device: str) -> World:
+    """Base, ELLA and the modules `emma-<name>` of the trainer's runs.
+
+    Raises:
+        FileError: a part is missing or damaged.
+    """
+    model = load_playground(files)
+    backbone = Backbone(model.unet, model.autoencoder, model.spec, files.name, model.sha256).to(device)
+    connector = load_connector(runs / "ella" / "ella.safetensors", device=device)
+    encode = load_text_encoder(files / "t5.safetensors", torch.float32, device).encode
+    modules = {name: load_module(runs / f"emma-{name}" / f"emma-{name}.safetensors", device=device) for name in names}
+    return World(pipeline_for(backbone, connector, encode), modules, load_clip_vision(files / "clip_vision.safetensors"),
+                 data, device)

@@ -1,0 +1,72 @@
+"""What the modules of the second world are asked for, and what travels to another machine."""
+
+import tarfile
+
+import numpy as np
+import pytest
+
+from lab.miniature.dataset import TRAIN, UNSEEN_SPLIT, Pictures, Row, build, load
+from lab.miniature.pack import PART_BYTES, join, slim_packages, split, write_tar
+from lab.miniature.styles import LEARNT, UNSEEN
+from lab.miniature.trials import choose_trials, shuffled
+
+FAMILIES = {style.word: style.family for style in (*LEARNT, *UNSEEN)}
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Twelve people in two tones by all sets; every fifth held out, of two families."""
+    rows = []
+    for style in (*LEARNT, *UNSEEN):
+        for number in range(12):
+            for tone in ("light", "dark"):
+                heldout = number % 5 == 0 and style.family in ("noto", "twemoji")
+                split = UNSEEN_SPLIT if style in UNSEEN else "heldout-triple" if heldout else TRAIN
+                rows.append(Row(f"c{number}", (f"woman {number}",), "People & Body", "person-role", "", "woman", tone,
+                                style.word, split))
+    empty = np.zeros((len(rows), 2, 2, 3), np.uint8)
+    return Pictures(empty, empty.transpose(0, 3, 1, 2), rows)
+
+
+@pytest.mark.parametrize("split", ["heldout-triple", UNSEEN_SPLIT])
+def test_references_tell_what_they_should_and_nothing_else(data, split):
+    trials = choose_trials(data, 16, seed=1, split=split)
+    assert len(trials) == 16
+    for trial in trials:
+        target, style, face, thing = (data.rows[getattr(trial, name)] for name in ("target", "style", "face", "object"))
+        assert target.split == split
+        assert style.style == target.style and style.concept != target.concept
+        assert face.tone == target.tone and face.concept != target.concept
+        assert FAMILIES[face.style] != FAMILIES[target.style] != FAMILIES[thing.style] and thing.concept == target.concept
+        assert {face.split, thing.split} == {TRAIN}
+
+
+def test_shuffled_references_tell_something_else(data):
+    trials = choose_trials(data, 16, seed=1)
+    assert len(trials) == 16
+    for trial, misled in zip(trials, shuffled(trials, data.rows, seed=2), strict=True):
+        target = data.rows[trial.target]
+        assert misled.target == trial.target and misled.seed == trial.seed
+        assert data.rows[misled.style].style != target.style
+        assert data.rows[misled.object].concept != target.concept
+
+
+def test_packed_sources_give_the_very_same_pictures(miniature_packages, miniature_data, tmp_path):
+    write_tar(slim_packages(miniature_packages), tmp_path / "sources.tar.xz")
+    with tarfile.open(tmp_path / "sources.tar.xz") as tar:
+        tar.extractall(tmp_path / "packages", filter="data")
+    build(tmp_path / "packages", tmp_path / "data")
+    first, second = load(miniature_data), load(tmp_path / "data")
+    assert first.rows == second.rows
+    assert np.array_equal(first.images_NHWC, second.images_NHWC)
+
+
+def test_a_folder_comes_back_from_its_parts(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    content = np.random.default_rng(0).bytes(PART_BYTES + 1000)
+    (folder / "inner" / "weights").write_bytes(content)
+    parts = split(folder, tmp_path / "parts")
+    assert len(parts) == 2 and all(path.stat().st_size <= PART_BYTES for path in parts)
+    join(tmp_path / "parts", tmp_path / "back")
+    assert (tmp_path / "back" / "inner" / "weights").read_bytes() == content
