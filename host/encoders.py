@@ -16,6 +16,7 @@ import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
+from einops import rearrange
 
 from ..emma_core.encoders.base import Encoded, FeatureCache, PictureEncoder, ReferenceEncoder
 from ..emma_core.encoders.clip_vision import (
@@ -66,7 +67,7 @@ class HostClipVision(PictureEncoder):
 
     def features_of(self, seen_B3SS, options) -> dict[str, torch.Tensor]:
         # pictures that have the right size already are only normalised by the host
-        output = self._clip_vision.encode_image(seen_B3SS.permute(0, 2, 3, 1), crop=True)
+        output = self._clip_vision.encode_image(rearrange(seen_B3SS, "b c h w -> b h w c"), crop=True)
         local = output["penultimate_hidden_states" if options.layer == "penultimate" else "last_hidden_state"]
         return {"global": output["image_embeds"][:, None], "local": local}
 

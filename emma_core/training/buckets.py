@@ -50,11 +50,11 @@ def look_at(source: Source, is_mask: bool = False) -> Look:
 
 
 def content_of(source: Source) -> Look:
-    """The same of a picture that was decoded before, from its header."""
+    """Size and digest of a picture that was decoded before, its size from the header."""
     try:
         content = source.read_bytes()
         return Look(picture_size(io.BytesIO(content)), hashlib.sha256(content).hexdigest())
-    except Exception as found:  # as above
+    except Exception as found:  # each of Pillow's formats raises kinds of its own for damage
         return Look(fault=f"cannot be read any more ({found}); check the file")
 
 

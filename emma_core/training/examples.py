@@ -47,7 +47,7 @@ class Example:
     size_px: tuple[int, int] = field(default=(0, 0), compare=False)
 
     def files(self) -> tuple[Source, ...]:
-        """All that it reads."""
+        """Every file that the example needs: picture, references, masks."""
         return tuple(file for file in (self.picture, *self.references, self.mask, *self.reference_masks) if file)
 
 

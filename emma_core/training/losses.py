@@ -59,6 +59,6 @@ class TimestepBuckets:
         self.counts.index_add_(0, bucket_B, torch.ones(len(bucket_B)))
 
     def means(self) -> list[float | None]:
-        """None where no row fell."""
+        """The mean of each bucket; None where no row fell into it."""
         pairs = zip(self.sums.tolist(), self.counts.tolist(), strict=True)
         return [total / count if count else None for total, count in pairs]
