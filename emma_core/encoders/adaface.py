@@ -8,7 +8,8 @@ Shapes: B faces, C channels, 112 x 112 pixels.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import EncoderFileError, ImageInputError
+from ..errors import EmmaWarning, EncoderFileError, ImageInputError
+from ..files.plain_file import read_text
 from ..files.tensor_file import check_finite, check_shapes, fingerprint_of_weights, integers_in, read_weights
 from .base import ReferenceEncoder
 from .kinds import EncoderKind
@@ -29,7 +31,12 @@ BLOCKS_OF_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: 
 _STAGE_WIDTHS = (64, 128, 256, 512)
 _FINAL_CELLS = 7 * 7
 _WHAT = "an AdaFace IR-18, 34, 50 or 101"
-_BLOCK = re.compile(r"body\.(\d+)\.")
+_BLOCK = re.compile(r"body\.([0-9]{1,4})\.")
+_FIRST = "input_layer.0.weight"
+_CVLFACE = "net."  # the author's newer collection (github.com/mk-minchul/CVLface) calls the backbone so
+_CVLFACE_CONFIGS = ("config.json", "model.yaml", "pretrained_model/model.yaml")
+_COLOURS = re.compile(r"""["']?color_space["']?\s*:\s*["']?(RGB|BGR)\b""")
+_LARGEST_CONFIG = 1 << 20  # bytes
 
 
 class _Block(nn.Module):
@@ -100,7 +107,11 @@ def load_adaface(path: str | Path, operations: ModuleType | type = nn) -> AdaFac
         EncoderFileError: not such a file, a pickle that holds more than tensors, missing or misshapen weights.
     """
     path = Path(path)
-    tensors = _backbone(read_weights(path, _WHAT, EncoderFileError))
+    found = read_weights(path, _WHAT, EncoderFileError)
+    prefix = _prefix_in(found) or ""
+    tensors = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+    if prefix.endswith(_CVLFACE):
+        tensors = _blue_first(tensors, path)
     blocks = {int(match.group(1)) for key in tensors if (match := _BLOCK.match(key))}
     layers = {sum(counts): layers for layers, counts in BLOCKS_OF_STAGES.items()}.get(len(blocks))
     if layers is None:
@@ -117,15 +128,27 @@ def load_adaface(path: str | Path, operations: ModuleType | type = nn) -> AdaFac
     return encoder.eval().requires_grad_(False)
 
 
-def _backbone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the ``model.`` of the training code, and without its classification head."""
-    if any(key.startswith("model.") for key in tensors):
-        return {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+def _prefix_in(names: Iterable[str]) -> str | None:
+    """What stands before the backbone's names: "model." of the training code, "model.net." or "net." of CVLface, or nothing."""
+    return min((key.removesuffix(_FIRST) for key in names if key.endswith(_FIRST)), key=len, default=None)
+
+
+def _blue_first(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Weights for blue-green-red, as AdaFace has them; a CVLface model says in a file beside it which way round it reads."""
+    for beside in (path.parent / name for name in _CVLFACE_CONFIGS):
+        if beside.is_file():
+            order = _COLOURS.search(read_text(beside, "a CVLface configuration", EncoderFileError, _LARGEST_CONFIG))
+            if order:
+                flipped = order[1] == "RGB" and tensors[_FIRST].ndim == 4
+                return {**tensors, _FIRST: tensors[_FIRST].flip(1)} if flipped else dict(tensors)
+    warnings.warn(f"{path.name} has CVLface's names. Which way round it reads colours stands in the {_CVLFACE_CONFIGS[0]} "
+                  "published with it, which is not beside it: blue-green-red is taken, as AdaFace reads. Put that file into "
+                  "the same folder to be sure.", EmmaWarning, stacklevel=3)
     return dict(tensors)
 
 
 def _recognises(shapes: Shapes) -> bool:
-    return any(key.removeprefix("module.").removeprefix("model.") == "input_layer.0.weight" for key in shapes)
+    return _prefix_in(shapes) is not None
 
 
 def _load(path: Path, open_clip_model: str | None) -> ReferenceEncoder:

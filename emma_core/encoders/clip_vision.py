@@ -173,13 +173,13 @@ def clip_shapes(tower: ClipTower) -> dict[str, tuple[int, ...]]:
 def _from_open_clip(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     if key in _OPEN_CLIP_NAMES:
         return {_OPEN_CLIP_NAMES[key]: tensor}
-    if key == "proj":
+    if key == "proj" and tensor.ndim == 2:
         return {"visual_projection.weight": tensor.t().contiguous()}
     block = _OPEN_CLIP_BLOCK.fullmatch(key)
     if block is None:
         return {f"visual.{key}": tensor}  # another kind of tower: named as it is, so that a message can show it
     prefix, rest = f"vision_model.encoder.layers.{block[1]}", block[2]
-    if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
+    if rest in ("attn.in_proj_weight", "attn.in_proj_bias") and tensor.ndim and tensor.shape[0] % 3 == 0:
         kind = rest.rpartition("_")[2]
         return {f"{prefix}.self_attn.{part}_proj.{kind}": piece.contiguous()
                 for part, piece in zip("qkv", tensor.chunk(3), strict=True)}
@@ -193,11 +193,13 @@ def _is_vision(key: str) -> bool:
 
 def _sizes_of(tensors: Mapping[str, torch.Tensor]) -> tuple[int, int, int, int, int]:
     """Hidden, layers, patch, vectors, projected; 0 where the tensor is not there."""
-    shape = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    patches = shape.get("vision_model.embeddings.patch_embedding.weight", (0,) * 4)
     layers = {match[1] for key in tensors if (match := _LAYER.match(key))}
-    positions = shape.get("vision_model.embeddings.position_embedding.weight", (0, 0))
-    projected = shape.get("visual_projection.weight", (0, 0))
+
+    def sides(key: str) -> tuple[int, ...]:
+        return tuple(tensors[key].shape) or (0,) if key in tensors else (0,)
+
+    patches = sides("vision_model.embeddings.patch_embedding.weight")
+    positions, projected = sides("vision_model.embeddings.position_embedding.weight"), sides("visual_projection.weight")
     return patches[0], len(layers), patches[-1], positions[0], projected[0]
 
 

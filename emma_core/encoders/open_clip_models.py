@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from ..errors import EncoderFileError, ImageInputError
+from ..errors import EncoderFileError, ImageInputError, short
 from ..files.tensor_file import check_finite, fingerprint_of_weights, integers_in, open_weights
 from .base import PictureEncoder
 from .kinds import EncoderKind
@@ -163,8 +163,9 @@ def _own_names(keys: list[str], name: str) -> dict[str, str]:
         return visual
     if "conv1.weight" in plain.values() or any(own.startswith("trunk.") for own in plain.values()):
         return plain
-    raise EncoderFileError(f"{name} holds no picture tower of open_clip (its tensors: {', '.join(keys[:3])}, ...); wanted "
-                           f"{_WHAT}. Where a model is published in several layouts, take {_PUBLISHED[0]}.")
+    some = ", ".join(map(short, keys[:3]))
+    raise EncoderFileError(f"{name} holds no picture tower of open_clip (its tensors: {some}, ...); wanted {_WHAT}. Where "
+                           f"a model is published in several layouts, take {_PUBLISHED[0]}.")
 
 
 def _bytes_per_picture(model: nn.Module, size_px: int, is_map: bool) -> int:

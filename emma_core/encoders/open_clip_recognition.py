@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import EmmaWarning, EncoderFileError
+from ..errors import EmmaWarning, EncoderFileError, short
+from ..files.json_file import entry_of, read_json
 from .pictures import Preparation
 from .weights import Shapes
 
@@ -31,6 +31,7 @@ _NOT_TRAINING = {"timm_model_pretrained": False, "timm_drop": 0.0, "timm_drop_pa
                  "output_tokens": False}
 _SMALLEST_TEXT = {"width": 64, "heads": 1, "layers": 1, "vocab_size": 1}
 _PROJECTIONS = {"linear": "head.proj.weight", "mlp": "head.mlp.fc2.weight"}  # of timm's models
+_MOST_LAYERS, _LARGEST_SIZE, _MOST_STAGES = 256, 1 << 15, 8
 _TIMM_OUTPUTS = (*_PROJECTIONS.values(), "trunk.head.weight", "trunk.head.fc.weight", "trunk.norm.weight")
 
 
@@ -98,18 +99,35 @@ def declared_tower(config_path: Path, model_name: str | None = None) -> Tower:
             ``model_name``.
     """
     where = f"{config_path.parent.name}/{config_path.name}"
+    advice = "Download it again from where the weights come from."
+    config = read_json(config_path, "the configuration of an open_clip model", EncoderFileError, advice=advice)
+    model = entry_of(config, "model_cfg", dict, where, EncoderFileError)
+    vision = entry_of(model, "vision_cfg", dict, f"{where}: model_cfg", EncoderFileError)
+    _check_sizes({**vision, "embed_dim": entry_of(model, "embed_dim", int, f"{where}: model_cfg", EncoderFileError)}, where)
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        declared = _tower_of(_CUSTOM, config["model_cfg"], config.get("preprocess_cfg", {}), where)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as found:
-        raise EncoderFileError(f"{where} does not describe an open_clip model ({type(found).__name__}: {found}). Download it "
-                               "again from where the weights come from.") from found
+        declared = _tower_of(_CUSTOM, model, entry_of(config, "preprocess_cfg", dict, where, EncoderFileError, {}), where)
+    except EncoderFileError:
+        raise
+    except Exception as found:  # open_clip has no common error for values of other kinds
+        raise EncoderFileError(f"{where} does not describe an open_clip model ({type(found).__name__}: {short(str(found))}). "
+                               f"{advice}") from found
     known = [named_tower(model_name)] if model_name else _known_towers()
     equal = [tower for tower in known if tower.build == declared.build]
     if model_name and not equal:
         raise EncoderFileError(f"{where} declares another model than {model_name}. Leave the model name empty.")
     equal.sort(key=lambda tower: tower.preparation != declared.preparation)
     return replace(declared, name=equal[0].name) if equal else declared
+
+
+def _check_sizes(sizes: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes that no tower has: building it would take for ever, before a tensor is compared."""
+    for key, value in sizes.items():
+        numbers = value if isinstance(value, list) else [value]
+        most = _MOST_LAYERS if key == "layers" else _LARGEST_SIZE
+        odd = [number for number in numbers if isinstance(number, int | float) and not 0 <= number <= most]
+        if odd or len(numbers) > _MOST_STAGES:
+            raise EncoderFileError(f"{where}: {short(key)} is {short(value)}; wanted numbers from 0 to {most}. Download it "
+                                   "again from where the weights come from.")
 
 
 def recognised_tower(shapes: Shapes, file_name: str) -> Tower:
@@ -171,7 +189,8 @@ def built_on_meta(tower: Tower) -> nn.Module:
             whole = open_clip.CLIP(tower.embed_dim, open_clip.CLIPVisionCfg(**tower.vision),
                                    open_clip.CLIPTextCfg(**_SMALLEST_TEXT), tower.quick_gelu)
     except Exception as found:  # open_clip, timm and torch have no common error for sizes that do not go together
-        raise EncoderFileError(f"the installed open_clip cannot build the picture tower of {tower.name} ({found}). Update it "
+        reason = short(str(found), 300)
+        raise EncoderFileError(f"the installed open_clip cannot build the picture tower of {tower.name} ({reason}). Update it "
                                "(pip install -U open_clip_torch timm), or correct the configuration.") from found
     return whole.visual
 
@@ -250,9 +269,9 @@ def _may_fit(tower: Tower, shapes: Shapes) -> bool:
         return _may_fit_timm(tower, shapes)
     if not isinstance(vision["layers"], int):
         return shapes.get("conv1.weight") == (vision["width"] // 2, 3, 3, 3)
-    patch_px, positions = vision["patch_size"], shapes.get("positional_embedding", (0,))
+    patch_px, positions = vision["patch_size"], _sides(shapes, "positional_embedding")
     return (shapes.get("conv1.weight") == (vision["width"], 3, patch_px, patch_px)
-            and shapes.get("proj", (0,))[-1] == tower.embed_dim and positions[0] == (size_px // patch_px) ** 2 + 1)
+            and _sides(shapes, "proj")[-1] == tower.embed_dim and positions[0] == (size_px // patch_px) ** 2 + 1)
 
 
 def _may_fit_timm(tower: Tower, shapes: Shapes) -> bool:
@@ -260,17 +279,22 @@ def _may_fit_timm(tower: Tower, shapes: Shapes) -> bool:
 
     first = getattr(timm.get_pretrained_cfg(tower.vision["timm_model_name"]), "first_conv", None) or ()
     stem = (first,) if isinstance(first, str) else first
-    out = next((shapes[key][0] for key in _TIMM_OUTPUTS if key in shapes), tower.embed_dim)
+    out = next((_sides(shapes, key)[0] for key in _TIMM_OUTPUTS if key in shapes), tower.embed_dim)
     ending = next((name for name, key in _PROJECTIONS.items() if key in shapes), None)
     projection = tower.vision["timm_proj"] if tower.vision["timm_proj"] in _PROJECTIONS else None
     is_pooled = any(key.startswith("trunk.attn_pool.") for key in shapes)
     kernel, positions = shapes.get("trunk.patch_embed.proj.weight"), shapes.get("trunk.pos_embed")
     # a kernel that does not read colours lies behind a convolutional stem and is no patch
-    is_grid = kernel is not None and positions is not None and kernel[1] == 3
+    is_grid = kernel is not None and positions is not None and len(kernel) == 4 and kernel[1] == 3 and len(positions) > 1
     grid_fits = not is_grid or positions[1] - (tower.preparation.size_px // kernel[-1]) ** 2 in (0, 1)
     ends_fit = out == tower.embed_dim and ending == projection and is_pooled == (tower.vision["timm_pool"] == "map")
     return (ends_fit and grid_fits and any(key.startswith("trunk.") for key in shapes)
             and all(f"trunk.{name}.weight" in shapes for name in stem))
+
+
+def _sides(shapes: Shapes, key: str) -> tuple[int, ...]:
+    """A tensor's shape; (0,) of one that is not there, or has no sides."""
+    return shapes.get(key) or (0,)
 
 
 def _differences(towers: list[Tower]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..errors import EncoderFileError
+from ..errors import EncoderFileError, short
 from ..files.tensor_file import PICKLE_SUFFIXES, open_weights
 
 WEIGHT_SUFFIXES = {".safetensors", ".sft", *PICKLE_SUFFIXES}
@@ -47,4 +47,4 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 def some(names: Iterable[str], most: int = 3) -> str:
     """The first names of many, in words."""
     listed = sorted(names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "") or "none"
+    return ", ".join(map(short, listed[:most])) + (f" and {len(listed) - most} more" if len(listed) > most else "") or "none"

@@ -79,7 +79,8 @@ def read_json(path: str | Path, what: str, error: type[EmmaError] = FileError, k
     return parse_json(read_text(path, what, error, most), str(path), error, kind, advice)
 
 
-def entry_of(entries: Any, key: str, kind: type[Kind], where: str, error: type[EmmaError], default: Any = ...) -> Kind:
+def entry_of(entries: Any, key: str, kind: type[Kind], where: str, error: type[EmmaError], default: Any = ...,
+             advice: str = "Get the file again.") -> Kind:
     """The value of a key in a JSON object, of the wanted kind; whole numbers count as numbers, true and false never.
 
     Args:
@@ -88,6 +89,7 @@ def entry_of(entries: Any, key: str, kind: type[Kind], where: str, error: type[E
         where: how messages call the object.
         error: exception type to raise.
         default: of a key that is not there; without it the key must be there.
+        advice: what to do about it.
     Raises:
         error: no such key, or a value of another kind.
     """
@@ -97,7 +99,7 @@ def entry_of(entries: Any, key: str, kind: type[Kind], where: str, error: type[E
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
         found = "is missing" if value is ... else f"is {json_kind(value)} ({short(value, 60)})"
-        raise error(f"{where}: {key} {found}, wanted {_NAMES[kind]}.")
+        raise error(f"{where}: {short(key)} {found}, wanted {_NAMES[kind]}. {advice}")
     return value
 
 

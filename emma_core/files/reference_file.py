@@ -7,15 +7,19 @@ One safetensors file: a tensor (R, V, D) for each feature under its name, and th
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from ..errors import ReferenceFileError, ReferenceMismatchError
+from ..model.module_config import check_encoder_kinds
 from ..model.reference_features import ReferenceFeatures
+from .json_file import entry_of, parse_json
 from .tensor_file import check_finite, read_tensors, write_atomically
 
 FORMAT_VERSION = 1
 _KEY = "emma_reference"
 _WHAT = "an encoded EMMA reference"
+_AGAIN = "Encode the picture and save it again."
 
 
 def save_reference(reference: ReferenceFeatures, path: str | Path) -> None:
@@ -42,17 +46,22 @@ def load_reference(path: str | Path) -> ReferenceFeatures:
     if _KEY not in metadata:
         raise ReferenceFileError(f"{name} has no `{_KEY}` metadata, so it is not {_WHAT}. Choose a file that Save Reference "
                                  "wrote.")
+    where = f"{name}: its `{_KEY}` metadata"
+    entry = parse_json(metadata[_KEY], where, ReferenceFileError, advice=_AGAIN)
+    version, per_frame, encoder = (entry_of(entry, key, kind, where, ReferenceFileError, advice=_AGAIN) for key, kind in
+                                   (("format_version", int), ("per_frame", bool), ("encoder", dict)))
     try:
-        entry = json.loads(metadata[_KEY])
-        version, per_frame, encoder = entry["format_version"], bool(entry["per_frame"]), dict(entry["encoder"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as found:
-        raise ReferenceFileError(f"{name}: its `{_KEY}` metadata cannot be read ({found!r}). Encode the picture and save it "
-                                 "again.") from found
+        check_encoder_kinds(encoder)
+    except TypeError as found:
+        raise ReferenceFileError(f"{where} has a value of the wrong kind ({found}). {_AGAIN}") from None
     if version != FORMAT_VERSION:
         raise ReferenceFileError(f"{name} has format version {version!r}, this version of ComfyUI-EMMA reads {FORMAT_VERSION}. "
                                  "Update ComfyUI-EMMA.")
     check_finite(tensors, name, ReferenceFileError)
+    # copies, as what was read lies in the file itself; of fp8, in which nothing can be computed, in float32
+    features = {key: tensor.to(torch.float32 if tensor.itemsize == 1 else tensor.dtype, copy=True)
+                for key, tensor in tensors.items()}
     try:
-        return ReferenceFeatures(tensors, encoder, per_frame)
+        return ReferenceFeatures(features, encoder, per_frame)
     except ReferenceMismatchError as found:
         raise ReferenceFileError(f"{name}: {found}") from found

@@ -26,7 +26,7 @@ from .pytorch_file import ARCHIVE, PICKLES, describe_pytorch_file
 _LARGEST_HEADER = 100_000_000
 _MOST_TENSORS = 100_000
 _MOST_DIMENSIONS = 8
-_LARGEST_SIDE = 1 << 31
+_MOST_NUMBERS = 1 << 48  # of one tensor, counting an empty side as one: torch cannot count much further
 _SHARED = 2  # times that the numbers of a file may be used by its tensors, as tied weights are
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth"}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -54,7 +54,7 @@ class TensorFile(ABC):
     def __init__(self, path: Path, stored: Mapping[str, Stored], metadata: Mapping[str, str], error: type[FileError]):
         self.path, self.stored, self._metadata, self._error = path, stored, metadata, error
         for name, about in stored.items():
-            if len(about.shape) > _MOST_DIMENSIONS or any(side >= _LARGEST_SIDE for side in about.shape):
+            if len(about.shape) > _MOST_DIMENSIONS or _count(tuple(side or 1 for side in about.shape)) > _MOST_NUMBERS:
                 raise error(f"{path.name}: {short(name)} has the shape {short(about.shape)}, which no weight has. Get the file "
                             "again from its author.")
 

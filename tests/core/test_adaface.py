@@ -11,7 +11,8 @@ from reference_answers import filled, read
 from safetensors.torch import save_file
 
 from emma_core.encoders.adaface import AdaFace, load_adaface
-from emma_core.errors import EncoderFileError, ImageInputError
+from emma_core.encoders.loading import encoder_kind
+from emma_core.errors import EmmaWarning, EncoderFileError, ImageInputError
 
 LEAST_COSINE = 0.9999
 
@@ -46,6 +47,41 @@ def test_published_checkpoint_layout_gives_the_same_weights(tmp_path, ir18):
     save_file(ir18, str(tmp_path / "adaface.safetensors"))
     first, second = load_adaface(tmp_path / "adaface.ckpt"), load_adaface(tmp_path / "adaface.safetensors")
     assert first.fingerprint == second.fingerprint and first.layers == 18
+
+
+@pytest.mark.parametrize("prefix", ["model.net.", "net.", "model.", "module.model.", ""])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_the_authors_names_of_all_times_give_the_same_encoder(tmp_path, ir18, prefix, name):
+    state = {f"{prefix}{key}": value for key, value in ir18.items()}
+    state |= {"head.kernel": torch.zeros(512, 10)} if prefix else {}
+    save_file(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    save_file(ir18, tmp_path / "plain.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"conf": {"color_space": "BGR"}, "model_type": "cvlface"}))
+    assert encoder_kind(tmp_path / name).name == "adaface"
+    plain, found = load_adaface(tmp_path / "plain.safetensors"), load_adaface(tmp_path / name)
+    assert found.fingerprint == plain.fingerprint
+    faces = torch.rand(2, 3, 112, 112)
+    assert all(torch.equal(a, b) for a, b in zip(found(faces), plain(faces), strict=True))
+
+
+@pytest.mark.parametrize(("file", "text"), [("config.json", '{"conf": {"color_space": "RGB"}}'),
+                                            ("model.yaml", "color_space: RGB\n")])
+def test_a_cvlface_model_of_red_first_is_turned_round(tmp_path, ir18, file, text):
+    save_file({f"model.net.{key}": value for key, value in ir18.items()}, tmp_path / "a.safetensors")
+    save_file(ir18, tmp_path / "plain.safetensors")
+    (tmp_path / file).write_text(text)
+    plain, found = load_adaface(tmp_path / "plain.safetensors"), load_adaface(tmp_path / "a.safetensors")
+    faces = torch.rand(2, 3, 112, 112)
+    torch.testing.assert_close(found(faces)[0], plain(faces.flip(1))[0], rtol=1e-4, atol=1e-5)
+    assert found.fingerprint != plain.fingerprint
+
+
+def test_a_cvlface_file_alone_says_what_it_lacks(tmp_path, ir18):
+    save_file({f"net.{key}": value for key, value in ir18.items()}, tmp_path / "a.safetensors")
+    save_file(ir18, tmp_path / "plain.safetensors")
+    with pytest.warns(EmmaWarning, match=r"stands in the config.json .* blue-green-red is taken"):
+        found = load_adaface(tmp_path / "a.safetensors")
+    assert found.fingerprint == load_adaface(tmp_path / "plain.safetensors").fingerprint
 
 
 def test_what_a_trainer_left_in_a_checkpoint_is_passed_over(tmp_path, ir18, monkeypatch):

@@ -262,7 +262,14 @@ def test_a_configuration_beside_other_files_is_not_theirs(tiny_folder, small):
 
 
 @pytest.mark.parametrize("config, message", [
-    ("{", "JSONDecodeError"), ("[]", "TypeError"), ({}, "KeyError: 'model_cfg'"),
+    ("{", "is not JSON"), ("[]", "is a list, wanted a JSON object"), ({}, "model_cfg is missing"),
+    ("[" * 100_000, "nested more than 64 deep"), ({"model_cfg": {"embed_dim": 8, "vision_cfg": [1]}}, "vision_cfg is a list"),
+    ({"model_cfg": tiny(layers=10**9)}, "layers is 1000000000; wanted numbers from 0 to 256"),
+    ({"model_cfg": tiny(layers=[1] * 100)}, "layers is .*; wanted numbers"),
+    ({"model_cfg": tiny(width=10**12)}, "width is 1000"), ({"model_cfg": tiny(mlp_ratio=1e300)}, "mlp_ratio is"),
+    ({"model_cfg": tiny(image_size=10**9)}, "image_size is 1000000000"),
+    ({"model_cfg": tiny(timm_model_name=["a"])}, "TypeError|cannot build"),
+    ({"model_cfg": tiny(patch_size=0)}, "Zero|cannot build"),
     ({"model_cfg": tiny(depth=3)}, "TypeError.*depth"), ({"model_cfg": tiny(image_size=[32, 64])}, "wanted a square"),
     ({"model_cfg": tiny(), "preprocess_cfg": {"mean": [0.5]}}, "wanted .* 3 numbers each"),
     ({"model_cfg": tiny(), "preprocess_cfg": {"std": [0.5, 0, 0.5]}}, "wanted .* 3 numbers each"),
@@ -371,13 +378,14 @@ def test_what_the_tower_cannot_give_is_refused(small):
         features_of(encoder, seen(256))
 
 
-def test_an_old_timm_is_refused_not_trusted(monkeypatch):
+def test_an_old_timm_is_refused_not_trusted(monkeypatch, tmp_path):
     tower = built_on_meta(named_tower("PE-Core-T-16-384"))
     owner = next(kind for kind in type(tower.trunk.rope).__mro__ if "init_non_persistent_buffers" in vars(kind))
     monkeypatch.delattr(owner, "init_non_persistent_buffers")
     weights = {key: torch.zeros(value.shape) for key, value in tower.state_dict().items()}
+    save_file(weights, tmp_path / "weights.safetensors")
     with pytest.raises(EncoderFileError, match="the installed timm cannot compute .*bands.*pip install -U timm"):
-        load_open_clip_encoder("weights.safetensors", "PE-Core-T-16-384", weights)
+        load_open_clip_encoder(tmp_path / "weights.safetensors", "PE-Core-T-16-384")
 
 
 @pytest.mark.parametrize("package", ["open_clip", "timm"])

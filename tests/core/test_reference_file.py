@@ -80,10 +80,12 @@ ENTRY = {"format_version": 1, "per_frame": False, "encoder": ENCODER}
 
 
 @pytest.mark.parametrize(("metadata", "found"), [
-    (None, "has no `emma_reference` metadata.*Save Reference"), ("{", "cannot be read"),
+    (None, "has no `emma_reference` metadata.*Save Reference"), ("{", "is not JSON .*Encode the picture"),
     (json.dumps({**ENTRY, "format_version": 2}), "format version 2, this version .* reads 1. Update"),
-    (json.dumps({"format_version": 1}), "cannot be read"), (json.dumps({**ENTRY, "encoder": 3}), "cannot be read"),
-    (json.dumps([1]), "cannot be read"),
+    (json.dumps({"format_version": 1}), "per_frame is missing"),
+    (json.dumps({**ENTRY, "encoder": 3}), "encoder is a whole number"),
+    (json.dumps([1]), "is a list, wanted a JSON object"), (json.dumps({**ENTRY, "per_frame": "no"}), "per_frame is text"),
+    (json.dumps({**ENTRY, "encoder": {"family": ["a"]}}), "value of the wrong kind"), ("[" * 10**5, "nested more than 64 deep"),
 ])
 def test_unreadable_metadata_is_refused(saved, metadata, found):
     save_file(load_file(saved), saved, metadata=None if metadata is None else {"emma_reference": metadata})
