@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..emma_core.model.addition import ADDITIONS, BLOCKS, RECOMMENDED
 from ..host import connecting
 from .types import Assembly, Ella, schema
 
@@ -31,6 +32,14 @@ class EMMAConnector(io.ComfyNode):
                 io.Conditioning.Input("clip_negative", optional=True,
                                       tooltip="The negative prompt encoded with the checkpoint's own CLIP. Give both or "
                                               "none: equal lengths sample in one pass."),
+                # graphs that were saved before it was there: web/old_graphs.js
+                io.Combo.Input("adding", options=list(ADDITIONS), default=RECOMMENDED, optional=True,
+                               tooltip="Where several references are added up; a single one is the same in all. early "
+                                       "predictions: at first each works alone and is added to the picture, and they stay "
+                                       "nearly as strong as alone for a little more time. predictions: the same to the end, "
+                                       "with one more evaluation of the model in every step for each reference. blocks: no "
+                                       "more time, but the references weaken each other. tokens: no more time either, and "
+                                       "in between."),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="Sample with this model; the one you gave stays as it was."),
@@ -41,8 +50,7 @@ class EMMAConnector(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, ella=None, assembly=None, clip_positive=None, clip_negative=None
+        cls, model, positive, negative, ella=None, assembly=None, clip_positive=None, clip_negative=None, adding=BLOCKS
     ) -> io.NodeOutput:
-        return io.NodeOutput(
-            *connecting.connect(model, ella, positive, negative, assembly, clip_positive, clip_negative)
-        )
+        return io.NodeOutput(*connecting.connect(
+            model, ella, positive, negative, assembly, clip_positive, clip_negative, ADDITIONS[adding]))

@@ -80,6 +80,14 @@ class Addition:
         return torch.where(early_B, self.way == way, self.then == way)
 
 
+# part of the sampling in which most of what the references change is decided
+EARLY_PERCENT = 0.2
+# as nodes and commands name them
+ADDITIONS = {BLOCKS: Addition(), TOKENS: Addition(TOKENS), PREDICTIONS: Addition(PREDICTIONS),
+             "early predictions": Addition(PREDICTIONS, EARLY_PERCENT)}
+RECOMMENDED = "early predictions"
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """Some rows, and how strong each reference is in them when they run alone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from graphs import PACK, read_graph
 from windows import open_saved, save_as, write_prompt
 
@@ -80,3 +81,28 @@ def test_values_of_version_0_1_land_in_their_widgets(editor):
         values, node_id = wanted[node["type"]], str(node["id"])
         assert {name: widgets[node_id].get(name) for name in values} == values, node["type"]
         assert {name: prompt[node_id]["inputs"].get(name) for name in values} == values, node["type"]
+
+
+@pytest.mark.parametrize("name", ["playground-0.1.json", "all-nodes-0.1.json"])
+def test_graphs_of_version_0_1_have_their_references_added_up_as_then(editor, name):
+    """The connector had no choice of it; what is saved after opening keeps the old way."""
+    old = read_graph(OLD / name)
+    connectors = [str(node["id"]) for node in old["nodes"] if node["type"] == "EMMAConnector"]
+    editor.load(old)
+    for _ in range(2):
+        prompt = editor.prompt()
+        assert connectors and {prompt[node]["inputs"]["adding"] for node in connectors} == {"blocks"}
+        editor.load(editor.saved())
+
+
+def test_a_new_connector_adds_up_in_the_better_way_and_keeps_what_is_chosen(editor):
+    editor.clear()
+    new, changed = editor.add_node("EMMAConnector"), editor.add_node("EMMAConnector")
+    editor.page.evaluate("""id => {
+        window.app.graph.getNodeById(id).widgets.find(widget => widget.name === "adding").value = "tokens";
+    }""", changed)
+    for _ in range(2):
+        widgets = editor.widgets()
+        assert widgets[str(new)]["adding"] == "early predictions" and widgets[str(changed)]["adding"] == "tokens"
+        editor.load(editor.saved())
+    assert not editor.new_complaints()

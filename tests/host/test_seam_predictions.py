@@ -78,6 +78,22 @@ def test_behind_their_part_of_the_sampling_references_cost_one_evaluation(spy, t
     assert len(early) == 3 * (6 - len(late)) and len(late) == 4
 
 
+WAYS = {"blocks": ("blocks", 1.0), "tokens": ("tokens", 1.0), "predictions": ("predictions", 1.0),
+        "early predictions": ("predictions", 0.2)}
+
+
+@pytest.mark.parametrize("adding", [None, *WAYS])
+def test_the_connector_node_adds_up_as_it_is_told(run_node, tiny, model, ella, ksample, pack_import, adding):
+    """A prompt without the input, as programs wrote it before there was one, has the sum in the blocks."""
+    inputs = {"model": model, "ella": ella, "positive": tiny.text(), "negative": tiny.text(1, seed=8),
+              "assembly": tiny.style_and_face()}
+    found = run_node("EMMAConnector", **inputs, **({"adding": adding} if adding else {}))
+    addition = pack_import("emma_core.model.addition").Addition(*WAYS[adding or "blocks"])
+    wanted = tiny.connecting.connect(model, ella, tiny.text(), tiny.text(1, seed=8), inputs["assembly"], None, None, addition)
+    assert torch.equal(ksample(*found, steps=6, scheduler="normal"), ksample(*wanted, steps=6, scheduler="normal"))
+    assert found[1][0][1]["model_conds"]["emma"].cond.assembly.addition == addition
+
+
 def test_patches_see_an_ordinary_positive_in_every_call(spy, sample, added):
     """Many index a pair by `cond_or_uncond`: never more than two lists, and the positive is the first."""
     sample(added, steps=STEPS)

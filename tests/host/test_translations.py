@@ -124,5 +124,6 @@ def test_help_in_other_languages_is_english(server, infos):
         assert help_page(server, info, "zh") != english
 
 
-def test_editor_loads_no_script_of_the_pack(server):
-    assert not [path for path in server.get_json("/extensions") if path.startswith(f"/extensions/{PACK.name}/")]
+def test_editor_loads_one_script_of_the_pack(server):
+    own = f"/extensions/{PACK.name}/"
+    assert [path for path in server.get_json("/extensions") if path.startswith(own)] == [f"{own}old_graphs.js"]
