@@ -1,0 +1,101 @@
+"""`python -m lab.playground.ceiling --data DIR --out FILE`: can any tokens say both a vendor and a tone to the frozen UNet?
+
+No module and no reference: for each pair of vendor and tone one free offset of all tokens, at a few timesteps with straight
+lines between, learnt on the training pictures. What pictures of held-out roles score with it is what modules that are added up
+in the tokens could reach at best, as far as one offset for all prompts goes.
+
+Shapes: B rows, P pairs, S knots, T timesteps, N text tokens of width D, K cross-attention tokens of width W.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import random
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from emma_core.files.connector_file import load_connector
+from emma_core.playground import PLAYGROUND_DIR, load_autoencoder, load_unet
+from emma_core.playground.unet import TIMESTEPS
+from emma_core.text.encoder import load_text_encoder
+from emma_core.training.draws import captions_of_few_lengths
+from emma_core.training.student import tokens_of_texts
+
+from ..emoji.dataset import Row, load
+from ..emoji.icons import VENDORS
+from ..emoji.people import TONES
+from .text import wordings
+from .timed_run import BATCH, Predicted, TimedRun, averaged, noised
+from .train_base import CONNECTOR, unit_latents
+
+PAIRS = [(vendor.name, tone) for vendor in VENDORS for tone in TONES.values()]
+KNOTS = 6  # at timesteps 0, 200 ... 1000
+RATE = 1e-2
+
+
+class Offsets(nn.Module):
+    """What is added to the connector's tokens for each pair of vendor and tone."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset_PSKW = nn.Parameter(torch.zeros(len(PAIRS), KNOTS, CONNECTOR.latents, CONNECTOR.width))
+
+    def forward(self, context_BKW: torch.Tensor, timestep_B: torch.Tensor, pair_B: torch.Tensor) -> torch.Tensor:
+        """The tokens with the offset of each row's pair at its timestep."""
+        place_B = timestep_B.float() / TIMESTEPS * (KNOTS - 1)
+        below_B = place_B.long().clamp(max=KNOTS - 2)
+        share_B11 = (place_B - below_B)[:, None, None]
+        return context_BKW + torch.lerp(self.offset_PSKW[pair_B, below_B], self.offset_PSKW[pair_B, below_B + 1], share_B11)
+
+
+def pair_of(row: Row) -> int:
+    """Number of a picture's pair."""
+    return PAIRS.index((row.vendor, row.tone))
+
+
+def load_offsets(checkpoint: Path) -> Offsets:
+    """The offsets as learnt, averaged over the last updates."""
+    return averaged(Offsets(), checkpoint)
+
+
+def train(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    folder, data = options.playground, load(options.data)
+    seen = data.positions("train")
+    latents = unit_latents(load_autoencoder(folder / "autoencoder.safetensors"), data)
+    connector, text_encoder = load_connector(folder / "ella.safetensors"), load_text_encoder(folder / "t5.safetensors")
+    text_of = functools.cache(lambda caption: text_encoder.encode([caption])[0])
+    unet, offsets = load_unet(folder / "unet.safetensors"), Offsets()
+
+    def predict(chance: random.Random, generator: torch.Generator) -> Predicted:
+        picked = chance.choices(seen, k=BATCH)
+        rows = [data.rows[position] for position in picked]
+        captions = captions_of_few_lengths([wordings(row) for row in rows], lambda caption: text_of(caption).shape[1], chance)
+        noised_B4hw, noise_B4hw, timestep_B = noised(latents[picked], generator)
+        with torch.no_grad():
+            context_BKW = tokens_of_texts(connector, [text_of(caption) for caption in captions], timestep_B)
+        context_BKW = offsets(context_BKW, timestep_B, torch.tensor([pair_of(row) for row in rows]))
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = unet(noised_B4hw, timestep_B, encoder_hidden_states=context_BKW, return_dict=False)[0]
+        return Predicted(predicted.float(), noise_B4hw, timestep_B)
+
+    TimedRun(offsets, options.out, options.minutes, options.rate, options.seed).run(predict)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `python -m lab.emoji build`")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
+    parser.add_argument("--playground", type=Path, default=PLAYGROUND_DIR)
+    parser.add_argument("--minutes", type=float, default=60, help="wall-clock time of the whole run")
+    parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--seed", type=int, default=0)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
