@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from emma_core.base.spec import PLAYGROUND_SPEC
 from emma_core.files.connector_file import load_connector
+from emma_core.model.strength_keyframes import TIMESTEPS
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder, load_unet
-from emma_core.playground.unet import TIMESTEPS
 from emma_core.text.encoder import load_text_encoder
 from emma_core.training.draws import captions_of_few_lengths
 from emma_core.training.student import tokens_of_texts
 
-from ..emoji.dataset import Row, load
+from ..emoji.dataset import EmojiPicture, load
 from ..emoji.icons import VENDORS
 from ..emoji.people import TONES
 from .text import wordings
@@ -51,7 +52,7 @@ class Offsets(nn.Module):
         return context_BKW + torch.lerp(self.offset_PSKW[pair_B, below_B], self.offset_PSKW[pair_B, below_B + 1], share_B11)
 
 
-def pair_of(row: Row) -> int:
+def pair_of(row: EmojiPicture) -> int:
     """Number of a picture's pair."""
     return PAIRS.index((row.vendor, row.tone))
 
@@ -66,7 +67,7 @@ def train(options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     folder, data = options.playground, load(options.data)
     seen = data.positions("train")
-    latents = unit_latents(load_autoencoder(folder / "autoencoder.safetensors"), data)
+    latents = unit_latents(load_autoencoder(PLAYGROUND_SPEC.latent_scale, folder / "autoencoder.safetensors"), data)
     connector, text_encoder = load_connector(folder / "ella.safetensors"), load_text_encoder(folder / "t5.safetensors")
     text_of = functools.cache(lambda caption: text_encoder.encode([caption])[0])
     unet, offsets = load_unet(folder / "unet.safetensors"), Offsets()
