@@ -29,7 +29,7 @@ from emma_core.base.pipeline import Request, Sampling, generate
 from emma_core.base.spec import PLAYGROUND_SPEC
 from emma_core.files.connector_file import load_connector
 from emma_core.files.module_file import load_module
-from emma_core.model.addition import TokenTerms
+from emma_core.model.addition import Addition, TokenTerms
 from emma_core.model.assembly import Assembly, Reference, terms_over_schedule
 from emma_core.model.gated_resampler import GatedResampler
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder
@@ -52,6 +52,7 @@ REPORT, TRIPLES = "scores.json", "heldout-triple"
 ASSEMBLING = {"sum": terms_over_schedule, **{
     name: lambda *arguments, tokens_of=tokens_of: [TokenTerms(tokens_BKW) for tokens_BKW in tokens_of(*arguments)]
     for name, tokens_of in {"average": averaged, "one after the other": sequential, "strongest gate": strongest}.items()}}
+SUM = Addition()
 SHEET_COLUMNS, SHEET_PICTURES = 16, 32
 
 
@@ -112,6 +113,7 @@ class Line:
         shuffled: the references are of other targets.
         gates: factor on all global gates A and F.
         assemble: name of a way to assemble, of ASSEMBLING.
+        addition: where the modules are added up.
         folder: modules, and an ELLA if there is one, that take the place of the playground's.
         unseen: targets and style references are of the vendor that nothing has learnt from.
     """
@@ -122,6 +124,7 @@ class Line:
     shuffled: bool = False
     gates: float = 1.0
     assemble: str = "sum"
+    addition: Addition = SUM
     folder: Path | None = None
     unseen: bool = False
 
@@ -161,24 +164,32 @@ class Generation:
     """Pictures of trials, a line of the table at a time; the noise of a trial is the same in every line."""
 
     def __init__(self, world: World, data: EmojiPeople, sampling: Sampling):
-        self._world, self._data, self._sampling = world, data, sampling
+        self.world, self.data, self.sampling = world, data, sampling
         self._known: dict[tuple[GatedResampler, int], Reference] = {}
 
     def pictures(self, trials: Sequence[Trial], line: Line) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1]."""
-        world = replaced(self._world, line)
-        requests = []
-        for trial in trials:
-            row = self._data.rows[trial.target]
-            references = [replace(self._reference(world, condition, getattr(trial, condition)), strength=strength)
-                          for condition, strength in line.strengths.items()]
-            requests.append(Request(row.caption if line.told else CATEGORY, Assembly(references), seed=trial.seed))
-        return rearrange(generate(world.pipeline, requests, self._sampling), "b h w c -> b c h w") * 2 - 1
+        world = replaced(self.world, line)
+        requests = [Request(self.prompt(trial, line.told), self.assembly(trial, line.strengths, line.addition, world),
+                            seed=trial.seed) for trial in trials]
+        return rearrange(generate(world.pipeline, requests, self.sampling), "b h w c -> b c h w") * 2 - 1
+
+    def prompt(self, trial: Trial, told: bool) -> str:
+        """Who is shown, or the category only."""
+        return self.data.rows[trial.target].caption if told else CATEGORY
+
+    def assembly(
+        self, trial: Trial, strengths: Mapping[str, float], addition: Addition = SUM, world: World | None = None
+    ) -> Assembly:
+        """A trial's references of some conditions; for the modules of another world, if one is given."""
+        references = [replace(self._reference(world or self.world, condition, getattr(trial, condition)), strength=strength)
+                      for condition, strength in strengths.items()]
+        return Assembly(references, addition)
 
     def _reference(self, world: World, condition: str, position: int) -> Reference:
         key = (world.modules[condition], position)
         if key not in self._known:
-            image_1HW3 = torch.from_numpy(self._data.images_NHWC[position].copy())[None].float() / 255
+            image_1HW3 = torch.from_numpy(self.data.images_NHWC[position].copy())[None].float() / 255
             self._known[key] = world.encode_reference(condition, image_1HW3)
         return self._known[key]
 
@@ -244,6 +255,11 @@ def table(scores: dict[str, dict[str, Score]]) -> str:
     return "\n".join(lines)
 
 
+def file_stem(line: str) -> str:
+    """A line's name, for its files."""
+    return re.sub("[^a-z0-9.+]+", "-", line.lower())
+
+
 def save_sheet(image_B3HW: torch.Tensor, path: Path) -> None:
     """The first pictures of a row, side by side."""
     shown = ((image_B3HW[:SHEET_PICTURES] + 1) * 127.5).clamp(0, 255).round().byte()
@@ -304,7 +320,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, dict[str, Score]]:
         hits = hits_of(judge, image_B3HW, {label: numbers[label][targets] for label in LABELS})
         emoji = [data.rows[target].emoji for target in targets]
         scores[name] = {label: bootstrapped(hit_B, emoji) for label, hit_B in hits.items()}
-        save_sheet(image_B3HW, options.out / f"{re.sub('[^a-z0-9.+]+', '-', name.lower())}.png")
+        save_sheet(image_B3HW, options.out / f"{file_stem(name)}.png")
         print(table({name: scores[name]}).splitlines()[-1], flush=True)
         values = {row: {label: vars(one) for label, one in score.items()} for row, score in scores.items()}
         (options.out / REPORT).write_text(json.dumps({**report, "scores": values}, indent=1) + "\n", encoding="utf-8")

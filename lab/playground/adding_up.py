@@ -1,0 +1,197 @@
+"""`python -m lab.playground.adding_up --data DIR --judge FILE --out DIR`: where and when modules are added up, and its cost.
+
+The ways of `adding_ways`, on the trials of `evaluate`, by the same judge, with the evaluations of the UNet counted: guidance
+alone takes two a step. The UNet runs in bfloat16 in every line. `--split train` has pictures to choose settings on.
+
+Shapes: B pictures, T timesteps, K tokens of width W, latents 4 x h x w.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from emma_core.base.pipeline import Sampling, initial_noise
+from emma_core.base.schedule import scheduler_for
+from emma_core.model.addition import TOKENS, Addition
+from emma_core.model.assembly import Assembly, tokens_over_schedule
+from emma_core.playground import PLAYGROUND_DIR
+
+from ..emoji.dataset import SPLITS, load
+from .adding_ways import (
+    TEXT,
+    Shown,
+    Way,
+    above,
+    alternating,
+    in_predictions,
+    keeping_corrections,
+    keeping_differences,
+    mean_of,
+    projected,
+    taking_turns,
+    together,
+)
+from .evaluate import ALL, SEED, TRIPLES, Generation, Trial, bootstrapped, choose_trials, file_stem, hits_of, table
+from .judge import load_judge
+from .train_encoder import LABELS, labels_of
+from .world import load_world
+
+PICTURES_AT_ONCE = 48
+
+
+class Sampler:
+    """DDIM as `emma_core.base.pipeline` does it, asking a way what the positive predicts.
+
+    Args:
+        generation: has the world, the references and the settings.
+        told: the prompt names who is shown; else it names the category only.
+    """
+
+    def __init__(self, generation: Generation, told: bool):
+        self._generation, self._told = generation, told
+        self._pipeline, self._sampling = generation.world.pipeline, generation.sampling
+        self._scheduler = scheduler_for(self._pipeline.spec.alphas_cumprod_T, self._pipeline.spec.prediction)
+        self._scheduler.set_timesteps(self._sampling.steps)
+        self.evaluations = 0  # of the UNet for one picture of the last batch
+
+    @torch.no_grad()
+    def latents(self, trials: Sequence[Trial], way: Way) -> torch.Tensor:
+        """(B, 4, h, w), of unit deviation."""
+        spec, steps_T = self._pipeline.spec, self._scheduler.timesteps
+        known = {None: torch.stack([self._tokens("", Assembly())] * len(trials), dim=1)}
+        noise_B4hw = torch.cat([initial_noise(trial.seed, self._sampling, spec) for trial in trials])
+        latent_B4hw = self._scheduler.add_noise(torch.zeros_like(noise_B4hw), noise_B4hw, steps_T[:1])
+        self.evaluations = 0
+
+        def tokens(shown: Shown | tuple[Shown, ...]) -> torch.Tensor:
+            if isinstance(shown, tuple):
+                return torch.cat([tokens(one) for one in shown], dim=2)
+            if shown not in known:
+                known[shown] = torch.stack([self._tokens_of(trial, shown) for trial in trials], dim=1)
+            return known[shown]
+
+        for step, timestep in enumerate(steps_T):
+            def ask(*each: Shown | tuple[Shown, ...], step=step, latent_B4hw=latent_B4hw) -> list[torch.Tensor]:
+                self.evaluations += len(each)
+                return [self._predict(latent_B4hw, steps_T[step], tokens(one)[step]) for one in each]
+
+            without_B4hw = self._predict(latent_B4hw, timestep, known[None][step])
+            with_text_B4hw = way(step, int(timestep), ask)
+            guided_B4hw = without_B4hw + self._sampling.guidance * (with_text_B4hw - without_B4hw)
+            latent_B4hw = self._scheduler.step(guided_B4hw, timestep, latent_B4hw).prev_sample
+        self.evaluations += len(steps_T)
+        return latent_B4hw
+
+    def pictures(self, trials: Sequence[Trial], way: Way) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1]."""
+        return torch.cat([self._pipeline.decode(latent_14hw) for latent_14hw in self.latents(trials, way).split(1)])
+
+    def _tokens_of(self, trial: Trial, shown: Shown) -> torch.Tensor:
+        assembly = self._generation.assembly(trial, dict(shown.strengths), Addition(shown.way))
+        return self._tokens(self._generation.prompt(trial, self._told), assembly)
+
+    def _tokens(self, prompt: str, assembly: Assembly) -> torch.Tensor:
+        text_1ND = self._pipeline.encode_text([prompt])[0]
+        return tokens_over_schedule(self._pipeline.connector, text_1ND, self._scheduler.timesteps, assembly)[:, 0]
+
+    def _predict(self, latent_B4hw: torch.Tensor, timestep: torch.Tensor, context_BKW: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self._pipeline.predict_noise(latent_B4hw, timestep.expand(len(latent_B4hw)), context_BKW).float()
+
+
+STYLE, FACE, OBJECT = (Shown(((condition, 1.0),)) for condition in ("style", "face", "object"))
+STYLE_2, FACE_2 = (Shown(((condition, 2.0),)) for condition in ("style", "face"))
+BOTH, ALL_THREE = STYLE + FACE, OBJECT + STYLE + FACE
+BOTH_TOKENS = replace(BOTH, way=TOKENS)
+EACH, EACH_OF_THREE = (STYLE, FACE), (OBJECT, STYLE, FACE)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: how it begins anew for a batch, and whether the prompt names who is shown or the category only."""
+
+    begin: Callable[[], Way]
+    told: bool = True
+
+
+def _until(limits: Sequence[int], name: str, way: Callable[[], Way], then: Shown, told: bool = True) -> dict[str, Line]:
+    return {f"{name} above {limit}": Line(lambda limit=limit: above(limit, way(), together(then)), told) for limit in limits}
+
+
+LINES: dict[str, Line] = {
+    "text only": Line(lambda: together(TEXT)),
+    "style alone": Line(lambda: together(STYLE)),
+    "face alone": Line(lambda: together(FACE)),
+    "blocks": Line(lambda: together(BOTH)),
+    "tokens": Line(lambda: together(BOTH_TOKENS)),
+    "predictions": Line(lambda: in_predictions(EACH)),
+    **_until((900, 850, 800, 700), "predictions", lambda: in_predictions(EACH), BOTH),
+    **_until((800,), "predictions, then tokens:", lambda: in_predictions(EACH), BOTH_TOKENS),
+    **_until((700,), "taking turns", lambda: taking_turns(EACH), BOTH),
+    **_until((600,), "differences kept", lambda: keeping_differences(EACH, {0, 1, 3, 5}), BOTH),
+    "corrections kept": Line(lambda: keeping_corrections(EACH, {0, 3}, BOTH)),
+    **_until((800,), "mean of each at twice", lambda: mean_of((STYLE_2, FACE_2)), BOTH),
+    "alternating, each at twice": Line(lambda: alternating((STYLE_2, FACE_2))),
+    "tokens joined": Line(lambda: together((STYLE, FACE))),
+    "face early": Line(lambda: above(700, together(BOTH), together(STYLE))),
+    "predictions, projected": Line(lambda: projected(EACH, 1.0)),
+    "predictions, shared once": Line(lambda: projected(EACH, 0.5)),
+    "person: text only": Line(lambda: together(TEXT), told=False),
+    "person: object alone": Line(lambda: together(OBJECT), told=False),
+    "person: blocks": Line(lambda: together(ALL_THREE), told=False),
+    "person: predictions against the text": Line(lambda: in_predictions(EACH_OF_THREE), told=False),
+    "person: predictions against the object": Line(lambda: in_predictions(EACH, OBJECT), told=False),
+    **_until((900, 850), "person: predictions against the text", lambda: in_predictions(EACH_OF_THREE), ALL_THREE, told=False),
+    **_until((900, 800), "person: predictions against the object", lambda: in_predictions(EACH, OBJECT), ALL_THREE, told=False),
+}
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Every line's hits, in a file of its own; what a file has already is kept."""
+    data, judge = load(options.data), load_judge(options.judge)
+    numbers, _ = labels_of(data)
+    generation = Generation(load_world(options.playground), data, Sampling())
+    trials = choose_trials(data, options.pictures, options.seed, options.split)
+    emoji = [data.rows[trial.target].emoji for trial in trials]
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.lines or LINES:
+        line = LINES[name]
+        sampler = Sampler(generation, line.told)
+        hits, evaluations = {}, 0
+        for start in range(0, len(trials), PICTURES_AT_ONCE):
+            part = trials[start:start + PICTURES_AT_ONCE]
+            path = options.out / f"{file_stem(name)}-{options.split}-{options.seed}-{start}-{len(part)}.npz"
+            if not path.exists():
+                wanted = {label: numbers[label][[trial.target for trial in part]] for label in LABELS}
+                found = hits_of(judge, sampler.pictures(part, line.begin()), wanted)
+                np.savez(path, evaluations=sampler.evaluations, **found)
+            with np.load(path) as known:
+                hits = {label: np.concatenate([hits.get(label, known[label][:0]), known[label]]) for label in (*LABELS, ALL)}
+                evaluations = int(known["evaluations"])
+        scores = {label: bootstrapped(hit_B, emoji) for label, hit_B in hits.items()}
+        print(table({f"{name} ({evaluations})": scores}).splitlines()[-1], flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `python -m lab.emoji build`")
+    parser.add_argument("--judge", type=Path, required=True, help="file of `python -m lab.playground.judge`")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the hits; a run that was stopped goes on with it")
+    parser.add_argument("--playground", type=Path, default=PLAYGROUND_DIR)
+    parser.add_argument("--pictures", type=int, default=96)
+    parser.add_argument("--split", choices=[SPLITS[0], TRIPLES], default=TRIPLES, help="train: to choose settings on")
+    parser.add_argument("--lines", nargs="+", choices=LINES, help="only these")
+    parser.add_argument("--seed", type=int, default=SEED)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    measure(options)
+
+
+if __name__ == "__main__":
+    main()
