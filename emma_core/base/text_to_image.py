@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..encoders.loading import load_encoders
 from ..encoders.matching import encode_for_module, encoder_for
 from ..files.module_file import load_module
-from ..files.tensor_file import write_atomically
+from ..files.writing import write_atomically
 from ..model.gated_resampler import GatedResampler
 from .config import BaseConfig, EllaConfig
 from .parts import AUTOENCODER, TEXT_ENCODER, UNET, load_base_parts

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..drawing.contact_sheet import SheetRow, draw_contact_sheet
-from ..files.tensor_file import write_atomically
+from ..files.writing import write_atomically
 from .config import ResultRow
 from .plan import Comparison
 from .references import ReferencePicture

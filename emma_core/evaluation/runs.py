@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..base.precision import precision_on
 from ..base.text_to_image import save_picture
-from ..files.tensor_file import write_atomically
+from ..files.writing import write_atomically
 from ..settings import toml_of
 from .coco import coco_captions, coco_references
 from .config import EvalConfig, ResultRow, ScoresConfig, check, resolve_evaluation, rows_of

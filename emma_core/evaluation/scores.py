@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..files.tensor_file import write_atomically
+from ..files.writing import write_atomically
 from .plan import Comparison
 from .references import ReferencePicture
 from .scorers import Scorer

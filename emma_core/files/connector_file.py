@@ -19,8 +19,8 @@ from .tensor_file import (
     count_blocks,
     read_tensors,
     sha256_of_file,
-    write_atomically,
 )
+from .writing import write_atomically
 
 _WHAT = "an ELLA connector (for instance ella-sd1.5-tsc-t5xl.safetensors)"
 _BLOCKS = "connector.perceiver_blocks."

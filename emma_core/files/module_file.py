@@ -18,7 +18,8 @@ from ..model.module_config import ModuleConfig
 from ..model.token_resampler import resampler_for
 from .json_file import parse_json
 from .state_names import to_file_names, to_layer_names
-from .tensor_file import check_finite, check_shapes, open_tensors, read_tensors, write_atomically
+from .tensor_file import check_finite, check_shapes, open_tensors, read_tensors
+from .writing import write_atomically
 
 _WHAT = "an EMMA module"
 _TIME_KEY = "blocks.0.ln_1.linear.weight"

@@ -14,7 +14,8 @@ from ..errors import ReferenceFileError, ReferenceMismatchError
 from ..model.module_config import check_encoder_kinds
 from ..model.reference_features import ReferenceFeatures
 from .json_file import entry_of, parse_json
-from .tensor_file import check_finite, read_tensors, write_atomically
+from .tensor_file import check_finite, read_tensors
+from .writing import write_atomically
 
 FORMAT_VERSION = 1
 _KEY = "emma_reference"

@@ -7,7 +7,6 @@ before it is compared with the tensors that are there, and no file is run.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -376,16 +375,3 @@ def fingerprint_of_weights(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{key}{tuple(value.shape)}".encode())
         digest.update(memoryview(value.view(torch.uint8).numpy() if value.ndim else value.numpy()))
     return digest.hexdigest()
-
-
-def write_atomically(path: str | Path, write) -> None:
-    """Call ``write(temporary_path)``, then put the result in place of ``path``: never a half-written file."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileError(f"{path} cannot be written: the folder {path.parent} does not exist. Make it, or choose another.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import FileError
-from ..files.tensor_file import check_finite, check_shapes, read_tensors, write_atomically
+from ..files.tensor_file import check_finite, check_shapes, read_tensors
+from ..files.writing import write_atomically
 from . import PLAYGROUND_DIR
 from .autoencoder import Autoencoder
 

@@ -1,20 +1,30 @@
-"""A run on disk: checkpoints that resume bit for bit, written atomically, the last few kept."""
+"""A run on disk: checkpoints that resume bit for bit, written atomically, with a sum of their bytes, the last few kept.
+
+A checkpoint is PyTorch's archive, followed by `_SUMMED` and the SHA-256 of all before it. The archive itself says that a
+sum follows, so that a damaged end is no checkpoint of the time before sums.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import TrainingError
-from ..files.tensor_file import write_atomically
+from ..files.writing import write_atomically
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
 FORMAT_VERSION = 1
+_SUMMED = b"EMMA SHA-256 of all before: "
+_BLOCK = 1 << 20
+_END = len(_SUMMED) + hashlib.sha256().digest_size
+_KINDS = {"step": int, "seconds": (int, float), "learning": dict, "optimizer": dict, "draws": dict, "average": dict,
+          "scaler": dict, "run": dict}
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
@@ -28,7 +38,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
     if broken:
         raise TrainingError(f"after update {step} the state holds NaN or infinite values ({broken}), so it was not saved; "
                             f"earlier checkpoints are in {folder}. Try a lower rate (train.rate).")
-    write_or_explain(path, lambda temporary: torch.save({"format_version": FORMAT_VERSION, **state}, temporary))
+    write_or_explain(path, lambda temporary: _write({"format_version": FORMAT_VERSION, **state, "summed": True}, temporary))
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
@@ -42,20 +52,19 @@ def _tensors(state: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str, t
             yield from _tensors(value, f"{place}{key} ")
 
 
-def write_or_explain(path: Path, write) -> None:
-    """`write_atomically`, with a full disk explained.
+def write_or_explain(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write_atomically`, with a disk that takes no more explained.
 
     Raises:
-        TrainingError: the disk is full; what stood at ``path`` is still there.
+        TrainingError: the disk is full, or cannot be written; what stood at ``path`` is still there.
     """
     try:
         write_atomically(path, write)
-    except (OSError, RuntimeError) as found:  # torch.save reports a short write as a RuntimeError
-        full = getattr(found, "errno", None) == errno.ENOSPC or "write" in str(found).lower() or "space" in str(found).lower()
-        if not full:
-            raise
-        raise TrainingError(f"{path.name} could not be written ({found}): the disk is full. Nothing was lost: earlier "
-                            f"checkpoints are in {path.parent}. Make room there and start again, the run goes on.") from found
+    except OSError as found:
+        full = found.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+        reason, remedy = ("the disk is full", "Make room") if full else (found.strerror or found, "Make it possible to write")
+        raise TrainingError(f"{path.name} could not be written: {reason}. Nothing was lost: earlier checkpoints are in "
+                            f"{path.parent}. {remedy} there and start again, the run goes on.") from found
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -64,17 +73,79 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's state, opened as tensors and plain values alone.
+    """A checkpoint's state, opened as tensors and plain values alone, compared with the sum of its bytes.
 
     Raises:
-        TrainingError: damaged, or of another version.
+        TrainingError: damaged, or of another version; the newest one before it that is whole is named.
     """
+    try:
+        return _read(path)
+    except _Damaged as found:
+        raise TrainingError(f"{path} cannot be read ({found}). Remove it: {_before(path)}.") from found
+
+
+class _Damaged(Exception):
+    """What is wrong with a checkpoint's bytes."""
+
+
+def _write(state: Mapping[str, Any], path: Path) -> None:
+    torch.save(state, path)
+    digest = _sha256(path, path.stat().st_size)
+    with open(path, "ab") as stream:
+        stream.write(_SUMMED + digest)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    summed = _check_sum(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as found:  # torch raises several kinds for a damaged file
-        raise TrainingError(f"{path} cannot be read ({type(found).__name__}). Remove it: the run then goes on from the "
-                            "checkpoint before it.") from found
+        raise _Damaged(type(found).__name__) from found
+    if not isinstance(state, dict):
+        raise _Damaged(f"it holds {type(state).__name__}, no training state")
+    if state.pop("summed", False) and not summed:
+        raise _Damaged("the sum at its end is damaged")
     if state.get("format_version") != FORMAT_VERSION:
         raise TrainingError(f"{path} has format version {state.get('format_version')!r}, this version of ComfyUI-EMMA reads "
                             f"{FORMAT_VERSION}. Finish the run with the version that began it.")
+    wrong = next((key for key, kind in _KINDS.items() if not isinstance(state.get(key), kind)), None)
+    if wrong:
+        raise _Damaged(f"its {wrong} is {type(state.get(wrong)).__name__}")
     return state
+
+
+def _check_sum(path: Path) -> bool:
+    """Whether a sum stands at the end of the file, and is right."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            stream.seek(max(0, size - _END))
+            end = stream.read()
+        if not end.startswith(_SUMMED):
+            return False
+        if _sha256(path, size - _END) != end[len(_SUMMED):]:
+            raise _Damaged("its bytes differ from those that were written: their sum is another")
+    except OSError as found:
+        raise _Damaged(found.strerror or str(found)) from found
+    return True
+
+
+def _sha256(path: Path, nbytes: int) -> bytes:
+    """Of the first ``nbytes`` of a file."""
+    digest, left = hashlib.sha256(), nbytes
+    with open(path, "rb") as stream:
+        while left > 0 and (block := stream.read(min(left, _BLOCK))):
+            digest.update(block)
+            left -= len(block)
+    return digest.digest()
+
+
+def _before(path: Path) -> str:
+    """What a run does without this checkpoint."""
+    for older in reversed([other for other in checkpoints(path.parent) if other.name < path.name]):
+        try:
+            _read(older)
+        except (_Damaged, TrainingError):
+            continue
+        return f"the run then goes on from {older.name}, the one before it, which is whole"
+    return "there is no whole one before it, so the run then begins anew"

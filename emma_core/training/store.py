@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..errors import EmmaWarning, FileError, TrainingError
-from ..files.tensor_file import open_tensors, write_atomically
+from ..files.tensor_file import open_tensors
+from ..files.writing import write_atomically
 
 MOST_OPEN = 64
 FLUSH_ENTRIES = 64

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from emma_core.files.tensor_file import write_atomically
+from emma_core.files.writing import write_atomically
 from emma_core.training.averaging import AveragedWeights, cosine_rate
 from emma_core.training.log import Log
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import math
+import os
 
 import pytest
 import torch
@@ -157,12 +158,73 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    tiny_trainer(tmp_path, tiny_config()).run()
-    path = checkpoints(tmp_path)[-1]
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(TrainingError, match="checkpoint-00000008.pt cannot be read.*Remove it"):
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A folder with the checkpoints of updates 2 and 4, the bytes of the newer one, and the run's settings."""
+    folder, config = tmp_path_factory.mktemp("run"), tiny_config(train__steps=4, report__save_every=2)
+    tiny_trainer(folder, config).run()
+    return folder, checkpoints(folder)[-1].read_bytes(), config
+
+
+def cut_short(content):
+    return content[:1000]
+
+
+def flipped_at(place: float):
+    def flipped(content):
+        at = int(place * (len(content) - 1))
+        return content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
+    return flipped
+
+
+@pytest.mark.parametrize("damage", [cut_short, *(flipped_at(index / 24) for index in range(25))])
+def test_a_damaged_checkpoint_is_named_with_the_one_before_it(two_checkpoints, damage):
+    folder, content, config = two_checkpoints
+    checkpoints(folder)[-1].write_bytes(damage(content))
+    with pytest.raises(TrainingError, match="checkpoint-00000004.pt cannot be read.*Remove it: the run then goes on from "
+                                            "checkpoint-00000002.pt, the one before it, which is whole"):
+        tiny_trainer(folder, config).resume()
+
+
+def test_without_a_whole_checkpoint_the_run_begins_anew(two_checkpoints, tmp_path):
+    _, content, config = two_checkpoints
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step:08d}.pt").write_bytes(flipped_at(0.5)(content))
+    with pytest.raises(TrainingError, match="Remove it: there is no whole one before it"):
+        tiny_trainer(tmp_path, config).resume()
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"format_version": 1, "step": 3}, {"format_version": 1, "step": "3"}])
+def test_a_checkpoint_that_holds_something_else_is_refused(tmp_path, state):
+    torch.save(state, tmp_path / "checkpoint-00000003.pt")
+    with pytest.raises(TrainingError, match="checkpoint-00000003.pt cannot be read"):
         tiny_trainer(tmp_path, tiny_config()).resume()
+
+
+def test_checkpoints_reach_the_disk_before_their_name_does(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda opened: (events.append(os.fstat(opened).st_ino), fsync(opened)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append(str(new)), replace(old, new)))
+    tiny_trainer(tmp_path, tiny_config(train__steps=1)).run()
+    path = checkpoints(tmp_path)[-1]
+    named = events.index(str(path))
+    assert events[named - 1] == path.stat().st_ino and events[named + 1] == tmp_path.stat().st_ino
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of a process are Unix's")
+def test_a_disk_that_takes_no_more_is_told_whatever_torch_says(tmp_path):
+    import resource
+
+    trainer, before = tiny_trainer(tmp_path, tiny_config(train__steps=1)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        with pytest.raises(TrainingError, match="checkpoint-00000001.pt could not be written: File too large. Nothing was"):
+            trainer.run()
+        with pytest.raises(TrainingError, match="emma-module.safetensors could not be written: File too large"):
+            trainer.save_result()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
