@@ -41,6 +41,10 @@ class LoadedConnector:
     connector: Connector
     patcher: comfy.model_patcher.ModelPatcher
 
+    def __repr__(self) -> str:
+        """Short: the host shows what is wired into a node that failed."""
+        return f"<ELLA {self.connector.name}>"
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedModule:
@@ -48,6 +52,9 @@ class LoadedModule:
 
     module: GatedResampler
     patcher: comfy.model_patcher.ModelPatcher
+
+    def __repr__(self) -> str:
+        return f"<EMMA_MODULE {self.module.name}>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +66,9 @@ class LoadedEncoder:
     encoder: Any
     patcher: comfy.model_patcher.ModelPatcher
     cache: FeatureCache = field(default_factory=FeatureCache)
+
+    def __repr__(self) -> str:
+        return f"<EMMA_ENCODER {self.encoder.description['family']}>"
 
 
 def load_ella(path: str) -> LoadedConnector:

@@ -6,15 +6,18 @@ from itertools import count
 from pathlib import Path
 
 from ..emma_core.errors import FileError
+from ..emma_core.files.plain_file import check_new_name
 
 
 def below(root: Path, name: str) -> Path:
     """A user's name as a path below a folder.
 
     Raises:
-        FileError: no name, or one that leads out of the folder.
+        FileError: no name, one that leads out of the folder, or one that no file can have on some system.
     """
     name = name.strip().replace("\\", "/")
+    for part in name.split("/"):
+        check_new_name(part)
     wanted = Path(os.path.normpath(root / name))
     if not wanted.name or name.endswith("/") or wanted == root or not wanted.is_relative_to(root):
         raise FileError(f"{name!r} cannot be a name in {root}. Give a name, with folders before it if you like: people/ada.")

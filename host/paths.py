@@ -9,6 +9,8 @@ import folder_paths
 from ..emma_core.encoders.loading import KINDS
 from ..emma_core.encoders.weights import WEIGHT_SUFFIXES
 from ..emma_core.errors import FileError
+from ..emma_core.files.plain_file import state_of
+from ..emma_core.playground import PLAYGROUND_DIR
 
 SAFETENSORS = frozenset({".safetensors", ".sft"})
 
@@ -50,6 +52,13 @@ class ModelFolder:
             "into one of these folders, then press R in the editor to refresh the lists."
         )
 
+    def state(self, name: str | None) -> str:
+        """What changes when the file or folder of this name is replaced, for `fingerprint_inputs`; loading it tells faults."""
+        try:
+            return state_of(self.path(name))
+        except FileError:
+            return "missing"
+
     def roots(self) -> list[str]:
         """Every folder that is looked into, without repeats."""
         return list(dict.fromkeys(root for key in self.keys for root in folder_paths.get_folder_paths(key)))
@@ -86,6 +95,11 @@ REFERENCE_ENCODER = ModelFolder(
 REFERENCE = ModelFolder(("emma_references",), "the encoded reference", "a file that Save Reference wrote")
 _OWN_FOLDERS = {"ella": SAFETENSORS, "emma": SAFETENSORS, "ella_encoder": SAFETENSORS, "emma_references": SAFETENSORS,
                 "open_clip": WEIGHT_SUFFIXES, "adaface": WEIGHT_SUFFIXES}
+
+
+def playground_state() -> str:
+    """As `ModelFolder.state`, of the shipped files."""
+    return state_of(PLAYGROUND_DIR)
 
 
 def register_folders() -> None:

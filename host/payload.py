@@ -51,6 +51,10 @@ class HostAssembly:
     references: tuple[Reference, ...] = ()
     patchers: tuple[comfy.model_patcher.ModelPatcher, ...] = ()
 
+    def __repr__(self) -> str:
+        """Short: the host shows what is wired into a node that failed."""
+        return f"<EMMA_ASSEMBLY of {len(self.references)} references: {', '.join(one.module.name for one in self.references)}>"
+
     def with_reference(self, module: LoadedModule, reference: Reference) -> "HostAssembly":
         """This assembly and one more reference."""
         patchers = dict.fromkeys((*self.patchers, module.patcher))

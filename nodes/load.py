@@ -29,6 +29,11 @@ class EMMALoadELLA(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, ella_name) -> str:
+        """A file that was replaced is read again."""
+        return paths.ELLA.state(ella_name)
+
+    @classmethod
     def execute(cls, ella_name) -> io.NodeOutput:
         return io.NodeOutput(loaded.load_ella(paths.ELLA.path(ella_name)))
 
@@ -61,6 +66,11 @@ class EMMALoadTextEncoder(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, text_encoder_name, dtype, empty_prompt) -> str:
+        """A file that was replaced is read again."""
+        return paths.TEXT_ENCODER.state(text_encoder_name)
+
+    @classmethod
     def execute(cls, text_encoder_name, dtype, empty_prompt) -> io.NodeOutput:
         path = paths.TEXT_ENCODER.path(text_encoder_name)
         return io.NodeOutput(text_encoder.load_text_encoder_clip(path, dtype=dtype, empty_prompt=empty_prompt))
@@ -81,6 +91,11 @@ class EMMALoadModule(io.ComfyNode):
             outputs=[Module.Output(display_name="EMMA_MODULE",
                                    tooltip="Wire this into Encode Reference Image and Assemble EMMA Modules.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, module_name) -> str:
+        """A file that was replaced is read again."""
+        return paths.MODULE.state(module_name)
 
     @classmethod
     def execute(cls, module_name) -> io.NodeOutput:
@@ -109,6 +124,13 @@ class EMMALoadReferenceEncoder(io.ComfyNode):
             ],
             outputs=[Encoder.Output(display_name="EMMA_ENCODER", tooltip="Wire this into Encode Reference Image.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, encoder_name, open_clip_model=RECOGNISE) -> str:
+        """A file that was replaced is read again."""
+        if encoder_name == PLAYGROUND_ENCODER:
+            return paths.playground_state()
+        return paths.REFERENCE_ENCODER.state(encoder_name)
 
     @classmethod
     def execute(cls, encoder_name, open_clip_model=RECOGNISE) -> io.NodeOutput:

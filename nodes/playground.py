@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host import playground
+from ..host import paths, playground
 from .types import Ella, Encoder, Module, schema
 
 
@@ -33,6 +33,11 @@ class EMMAPlayground(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls) -> str:
+        """Files that were replaced are read again."""
+        return paths.playground_state()
+
+    @classmethod
     def execute(cls) -> io.NodeOutput:
         parts = playground.load_playground()
         return io.NodeOutput(parts.model, parts.clip, parts.vae, parts.ella, parts.style, parts.face, parts.encoder,
@@ -53,6 +58,11 @@ class EMMAPlaygroundPicture(io.ComfyNode):
                                    "vendor's style, face-* a skin tone, object-* who is shown.")],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="Wire this into Encode Reference Image.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, picture) -> str:
+        """Files that were replaced are read again."""
+        return paths.playground_state()
 
     @classmethod
     def execute(cls, picture) -> io.NodeOutput:

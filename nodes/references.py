@@ -1,11 +1,9 @@
 """Save Reference and Load Reference."""
 
-import os
-
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..host import paths, references
-from .types import Reference, schema
+from .types import Reference, saved_as, schema
 
 
 class EMMASaveReference(io.ComfyNode):
@@ -26,11 +24,12 @@ class EMMASaveReference(io.ComfyNode):
                                         "overwritten; the new one gets a number."),
             ],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, reference, name) -> io.NodeOutput:
-        return io.NodeOutput(ui=ui.PreviewText(f"saved as {references.save_named_reference(reference, name)}"))
+        return saved_as(cls, references.save_named_reference(reference, name))
 
 
 class EMMALoadReference(io.ComfyNode):
@@ -52,8 +51,7 @@ class EMMALoadReference(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, reference_name) -> str:
         """A file that was replaced is read again."""
-        status = os.stat(paths.REFERENCE.path(reference_name))
-        return f"{status.st_mtime_ns} {status.st_size}"
+        return paths.REFERENCE.state(reference_name)
 
     @classmethod
     def execute(cls, reference_name) -> io.NodeOutput:

@@ -1,11 +1,11 @@
 """Train EMMA Module and Save EMMA Module."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..emma_core.model.conditions import CONDITIONS
 from ..emma_core.training.presets import PRESETS
 from ..host import module_files
-from .types import Ella, Encoder, Module, advanced, schema
+from .types import Ella, Encoder, Module, advanced, saved_as, schema
 
 _PRESET = "small-card"
 _TRAIN, _OBJECTIVE = PRESETS[_PRESET]["train"], PRESETS[_PRESET]["objective"]
@@ -132,9 +132,10 @@ class EMMASaveModule(io.ComfyNode):
                 io.Image.Input("thumbnail", optional=True, tooltip="A picture that model managers show; made small."),
             ],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, module, name, title="", author="", license="", thumbnail=None) -> io.NodeOutput:
         entries = {"title": title, "author": author, "license": license}
-        return io.NodeOutput(ui=ui.PreviewText(f"saved as {module_files.save_named_module(module, name, entries, thumbnail)}"))
+        return saved_as(cls, module_files.save_named_module(module, name, entries, thumbnail))

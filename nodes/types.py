@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
+
+from ..host.messages import show_on_node
 
 CATEGORY = "EMMA"
 
@@ -20,6 +22,13 @@ def advanced(widget: io.Input) -> io.Input:
     """A widget that the editor shows on demand; set afterwards, as the oldest host takes no such argument."""
     widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
     return widget
+
+
+def saved_as(node: type[io.ComfyNode], name: str) -> io.NodeOutput:
+    """What a Save node puts out: the name under which its file lies, on the node and for clients of the API."""
+    text = f"saved as {name}"
+    show_on_node(text, node.hidden and node.hidden.unique_id)
+    return io.NodeOutput(ui=ui.PreviewText(text))
 
 
 def schema(aliases: tuple[str, ...], **values) -> io.Schema:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
 
-from ..errors import EmmaError, FileError
+from ..errors import EmmaError, FileError, short
 
-_LONGEST_NAME = 200
+_LONGEST_NAME, _MOST_LISTED = 200, 5
+_NO_LETTERS = '<>:"|?*\\/'
+_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$",
+            *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
+_CONFIGURATIONS = (".json", ".yaml")
 _KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 
 
@@ -16,6 +21,26 @@ def is_plain_name(name: object) -> bool:
     """Whether a name that a file gives can be that of another file beside it, and nowhere else."""
     return (isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
             and len(name) <= _LONGEST_NAME)
+
+
+def check_new_name(name: str, error: type[EmmaError] = FileError) -> None:
+    """Refuse a name for a new file or folder that is none on Windows, where shared graphs and runs may go; "" is passed over.
+
+    Raises:
+        error: what about the name cannot be.
+    """
+    odd = sorted({letter for letter in name if letter in _NO_LETTERS or not letter.isprintable()})
+    if odd:
+        raise error(f"{short(repr(name))} cannot be a file's name: it has {' '.join(map(repr, odd[:_MOST_LISTED]))}, which "
+                    "Windows does not allow. Use letters, digits, spaces, dots and dashes.")
+    if name.split(".")[0].strip().upper() in _DEVICES:
+        raise error(f"{short(repr(name))} cannot be a file's name: on Windows it is a device. Choose another.")
+    if name not in ("", ".", "..") and name[-1] in ". ":
+        raise error(f"{short(repr(name))} cannot be a file's name: it ends with a dot or a space, which Windows drops. Choose "
+                    "another.")
+    if len(name.encode("utf-8")) > _LONGEST_NAME:
+        raise error(f"{short(repr(name))} is too long for a file's name: {len(name.encode('utf-8'))} bytes of {_LONGEST_NAME} "
+                    "at most. Shorten it.")
 
 
 def check_plain_file(path: str | Path, what: str, error: type[EmmaError] = FileError) -> Path:
@@ -42,6 +67,29 @@ def check_plain_file(path: str | Path, what: str, error: type[EmmaError] = FileE
         kind = next((kind for check, kind in _KINDS if check(mode)), "no plain file")
         raise error(f"{path} is {kind}; wanted {what}. Choose a plain file.")
     return path
+
+
+def state_of(path: str | Path) -> str:
+    """A text that changes when a file is replaced, whatever its new date; of a folder, when any file in it is.
+
+    Configurations beside a file (.json, .yaml) count, as loaders read them with it. A path that is not there has a state too.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+        else:
+            files = [path, *(file for file in path.parent.iterdir() if file.suffix.lower() in _CONFIGURATIONS)]
+        about = [f"{file} {_stat(file)}" for file in sorted(files)]
+    except OSError as found:
+        return f"{path} {type(found).__name__}"
+    return hashlib.sha256("\n".join(about).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _stat(file: Path) -> str:
+    # the time of the inode's change too, as copying tools set the other back
+    status = os.stat(file)
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
 def read_bytes(path: str | Path, what: str, error: type[EmmaError] = FileError, most: int | None = None) -> bytes:

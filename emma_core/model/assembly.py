@@ -18,6 +18,7 @@ from einops import repeat
 from ..errors import ReferenceMismatchError
 from .addition import PREDICTIONS, TOKENS, Addition, Difference, Part, TokenTerms
 from .gated_resampler import GatedResampler
+from .reference_features import features_in_words
 from .strength_keyframes import StrengthKeyframes, acts_between
 
 # enough rows to keep matrix products busy; on CPUs, few enough for the hidden layer to stay in the cache
@@ -86,6 +87,11 @@ class Reference:
                 f"{strength.numel()} strengths for {self.features_rows} references; wanted one for all, or one per reference."
             )
 
+    def __repr__(self) -> str:
+        """Short: a host shows what is wired into a node that failed."""
+        strength = f"{self.strength:g}" if isinstance(self.strength, int | float) else f"of {self.rows} rows"
+        return f"<reference for {self.module.name}: {features_in_words(self.features)}; strength {strength}>"
+
     @property
     def features_rows(self) -> int:
         """1, or the number of rows (frames) that have features of their own."""
@@ -136,6 +142,9 @@ class Assembly:
     def __init__(self, references: Iterable[Reference] = (), addition: Addition | None = None):
         object.__setattr__(self, "references", tuple(references))
         object.__setattr__(self, "addition", addition or Addition())
+
+    def __repr__(self) -> str:
+        return f"<assembly of {len(self.references)} references, added up in the {self.addition.way}>"
 
     @property
     def rows(self) -> int:

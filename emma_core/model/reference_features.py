@@ -40,10 +40,19 @@ class ReferenceFeatures:
                 f"({', '.join(COMBINATIONS[:3])}), or mark them as one per frame."
             )
 
+    def __repr__(self) -> str:
+        """Short: a host shows what is wired into a node that failed."""
+        return f"<reference: {features_in_words(self.features)}; encoder {self.encoder.get('family', 'not named')}>"
+
     @property
     def rows(self) -> int:
         """R: 1, or the number of frames."""
         return max(tensor.shape[0] for tensor in self.features.values())
+
+
+def features_in_words(features: Mapping[str, torch.Tensor]) -> str:
+    """Names and shapes."""
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in features.items())
 
 
 def combine_features(
