@@ -20,6 +20,7 @@ from ..errors import EmmaError, ImageInputError
 from ..evaluation.references import reference_of
 from ..files.module_file import read_module_config
 from ..files.picture_file import picture_tensor
+from ..model.addition import ADDITIONS, RECOMMENDED
 from ..model.assembly import Assembly, Reference
 from ..settings import resolve_sections
 from .flags import add_keys, changes_of
@@ -65,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a picture, or --count of them, for each")
     parser.add_argument("--module", nargs="+", action="append", default=[], dest="shown", metavar=("FILE", "PICTURE"),
                         help="an EMMA module, its reference picture, and its strength (default: 1); may be given again")
+    parser.add_argument("--adding", choices=list(ADDITIONS), default=RECOMMENDED,
+                        help="where several modules are added up: each alone, in what is predicted at the start or to the end; "
+                             "in the tokens; or together in the blocks (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("pictures"), help="folder to write to (default: %(default)s)")
     parser.add_argument("--count", type=int, default=1, help="pictures of each prompt, from different noise")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next ones count up")
@@ -103,14 +107,14 @@ def draw(options: argparse.Namespace) -> list[Path]:
         read_module_config(one.module)
         reference_of(one.picture).picture()
     machine = TextToImage(config.base, config.ella, encoders, config.encoder.open_clip_model, config.sampling.precision, device)
-    assembly = Assembly([_reference(machine, one) for one in shown])
+    assembly = Assembly([_reference(machine, one) for one in shown], ADDITIONS[options.adding])
     seeds = range(options.seed, options.seed + options.count)
     requests = [Request(prompt, assembly, config.sampling.negative, seed) for prompt in options.prompts for seed in seeds]
     options.out.mkdir(parents=True, exist_ok=True)
     written = []
     for start in range(0, len(requests), config.sampling.batch):
         batch = requests[start:start + config.sampling.batch]
-        written += [save(picture, request, shown, options.out)
+        written += [save(picture, request, shown, options.adding, options.out)
                     for picture, request in zip(machine.draw(batch, sampling), batch, strict=True)]
     return written
 
@@ -146,11 +150,12 @@ def _reference(machine: TextToImage, shown: Shown) -> Reference:
     return Reference(module, features, shown.strength)
 
 
-def save(picture: Image.Image, request: Request, shown: Sequence[Shown], folder: Path) -> Path:
+def save(picture: Image.Image, request: Request, shown: Sequence[Shown], adding: str, folder: Path) -> Path:
     """Under the first free name of prompt, seed and, where these are taken, a number; what it shows stands in the file."""
     name = re.sub(r"\W+", "-", request.prompt.lower()).strip("-")[:_LONGEST_NAME] or "picture"
     names = (f"{name}-{request.seed}{f'-{number}' if number else ''}.png" for number in range(1_000_000))
     path = next(folder / free for free in names if not (folder / free).exists())
     modules = "; ".join(f"{Path(one.module).name} {one.picture.name} {one.strength:g}" for one in shown)
-    save_picture(picture, path, {"prompt": request.prompt, "seed": str(request.seed), "modules": modules})
+    words = {"prompt": request.prompt, "seed": str(request.seed), "modules": modules}
+    save_picture(picture, path, {**words, "adding": adding} if len(shown) > 1 else words)
     return path

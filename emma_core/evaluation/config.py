@@ -11,6 +11,7 @@ from typing import Any
 from ..base.config import BaseConfig, EllaConfig, EncodersConfig, SamplingConfig, size_px
 from ..base.pipeline import PIXELS_PER_LATENT
 from ..errors import EvaluationError
+from ..model.addition import ADDITIONS, BLOCKS
 from ..playground import PLAYGROUND
 from ..settings import key, resolve_sections
 
@@ -45,6 +46,7 @@ class ModulesConfig:
     files: tuple[str, ...] = key((), "EMMA module files")
     strengths: tuple[str, ...] = key((), "one row of results each: a strength for all modules, or one for each, as in 1,0.5 "
                                          "(default: 1)")
+    adding: str = key(BLOCKS, "where several modules are added up, as `generate` has it", choices=tuple(ADDITIONS))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ..base.pipeline import Request, Sampling
 from ..base.text_to_image import TextToImage
 from ..errors import EmmaError, EvaluationError
 from ..files.picture_file import picture_tensor
+from ..model.addition import ADDITIONS
 from ..model.assembly import Assembly, Reference
 from ..model.gated_resampler import GatedResampler
 from ..playground import PLAYGROUND_DIR
@@ -78,9 +79,9 @@ class Drawer:
         if self._shown != job.reference:
             self._shown, self._known, self._features = job.reference, {}, {}
         if job.row not in self._known:
-            self._known[job.row] = Assembly(
-                Reference(self._modules[index], self._features_for(index, job.reference), strength)
-                for index, strength in enumerate(job.row.strengths) if strength)
+            references = (Reference(self._modules[index], self._features_for(index, job.reference), strength)
+                          for index, strength in enumerate(job.row.strengths) if strength)
+            self._known[job.row] = Assembly(references, ADDITIONS[self._config.modules.adding])
         return self._known[job.row]
 
     def _features_for(self, index: int, reference: ReferencePicture) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.tensor_file import sha256_of_file
+from ..model.addition import BLOCKS
 from .config import SUBJECT, EvalConfig, ResultRow
 from .references import ReferencePicture
 
@@ -100,7 +101,9 @@ def _row_settings(config: EvalConfig, files: Files, row: ResultRow) -> dict[str,
     if not row.strengths:
         return {}
     modules = [[digest, strength] for digest, strength in zip(files.modules.values(), row.strengths, strict=True) if strength]
-    return {"modules": modules, "encoders": sorted(files.encoders.values()), "mask": config.references.mask,
+    # pictures from before there was a choice keep their names; one module is the same in all ways
+    adding = {} if config.modules.adding == BLOCKS or len(modules) < 2 else {"adding": config.modules.adding}
+    return {**adding, "modules": modules, "encoders": sorted(files.encoders.values()), "mask": config.references.mask,
             "open_clip_model": config.encoder.open_clip_model}
 
 

@@ -136,6 +136,11 @@ class TokenTerms:
             total_B = total_B.index_add(0, one.row_A, predicted_A - base_B[one.row_A])
         return total_B
 
+    def placed(self, place_B: torch.Tensor) -> "TokenTerms":
+        """The same rows in another order: ``place_B`` is where each of them goes."""
+        return TokenTerms(self.tokens_BKW[place_B.argsort()],
+                          tuple(Difference(place_B[one.row_A], one.tokens_AKW) for one in self.differences))
+
     def in_the_tokens(self, summed_B: torch.Tensor) -> "TokenTerms":
         """In some rows the same sum made in the tokens, L_T + sum_m (L_Tm - L_T); these have no differences any more."""
         if not self.differences or not bool(summed_B.any()):

@@ -13,7 +13,8 @@ from torch import nn
 
 from ..base.denoiser import Denoiser
 from ..base.schedule import add_noise
-from ..model.assembly import Assembly, Reference
+from ..model.addition import TokenTerms, joined
+from ..model.assembly import Assembly, Reference, token_terms
 from ..model.connector import Connector
 from ..model.gated_resampler import GatedResampler
 from .config import ObjectiveConfig
@@ -35,11 +36,16 @@ class TeacherTarget:
     predict: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[BatchRow]], torch.Tensor]
 
 
-def tokens_of_texts(
+def tokens_of_texts(connector: Connector, texts: Sequence[torch.Tensor], timestep_B: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, K, W) of texts (1, N, D) of several lengths, without references."""
+    return terms_of_texts(connector, texts, timestep_B, lambda rows: Assembly()).tokens_BKW
+
+
+def terms_of_texts(
     connector: Connector, texts: Sequence[torch.Tensor], timestep_B: torch.Tensor,
-    assembly_of: Callable[[Sequence[int]], Assembly] = lambda rows: Assembly(),
-) -> torch.Tensor:
-    """Tokens (B, K, W) of texts (1, N, D) of several lengths; equal lengths share a pass, text is never padded.
+    assembly_of: Callable[[Sequence[int]], Assembly],
+) -> TokenTerms:
+    """What texts (1, N, D) of several lengths predict with; equal lengths share a pass, text is never padded.
 
     Args:
         assembly_of: the references of rows, by their indices.
@@ -50,9 +56,9 @@ def tokens_of_texts(
     parts, order = [], []
     for _, group in sorted(groups.items()):
         text_GND = torch.cat([texts[index] for index in group])
-        parts.append(connector.tokens(text_GND, timestep_B[group], assembly_of(group)))
+        parts.append(token_terms(connector, text_GND, timestep_B[group], assembly_of(group)))
         order += group
-    return torch.cat(parts)[torch.tensor(order, device=timestep_B.device).argsort()]
+    return joined(parts).placed(torch.tensor(order, device=timestep_B.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,15 +95,15 @@ class Student:
         self.connector.requires_grad_(self.module is None)
         self.learning.train()
 
-    def context(
+    def terms(
         self, data: TrainingSet, batch: Batch, device: torch.device, with_reference: bool = True
-    ) -> torch.Tensor:
-        """Cross-attention tokens (B, K, W); rows of equal text length share a pass, text is never padded."""
+    ) -> TokenTerms:
+        """What the rows predict with; those of equal text length share a pass, text is never padded."""
         def assembly_of(group: Sequence[int]) -> Assembly:
             return self._assembly(data, [batch.rows[index] for index in group], device) if with_reference else Assembly()
 
         texts = [data.text(row.caption).to(device, torch.float32) for row in batch.rows]
-        return tokens_of_texts(self.connector, texts, batch.timestep_B.to(device), assembly_of)
+        return terms_of_texts(self.connector, texts, batch.timestep_B.to(device), assembly_of)
 
     def errors(
         self, data: TrainingSet, batch: Batch, device: torch.device, with_reference: bool = True
@@ -107,8 +113,9 @@ class Student:
         noise_B4hw, timestep_B = batch.noise_B4hw.to(device), batch.timestep_B.to(device)
         kept_B = self.denoiser.alphas_cumprod_T.to(device)[timestep_B]
         noised_B4hw = add_noise(latent_B4hw, noise_B4hw, kept_B)
-        context_BKW = self.context(data, batch, device, with_reference)
-        predicted_B4hw = self.denoiser.predict_noise(noised_B4hw, timestep_B, context_BKW)
+        terms = self.terms(data, batch, device, with_reference)
+        predicted_N4hw = self.denoiser.predict_noise(noised_B4hw[terms.rows], timestep_B[terms.rows], terms.stacked)
+        predicted_B4hw = terms.added(predicted_N4hw)
         if self.teacher is None:
             target_B4hw = target_of(self.denoiser.prediction, latent_B4hw, noise_B4hw, kept_B)
         else:
@@ -127,7 +134,7 @@ class Student:
 
     def _taught(self, data, batch: Batch, noised_B4hw, timestep_B, device) -> torch.Tensor:
         with torch.no_grad():
-            plain_BKW = self.context(data, batch, device, with_reference=False)
+            plain_BKW = self.terms(data, batch, device, with_reference=False).tokens_BKW
             return self.teacher.predict(noised_B4hw, timestep_B, plain_BKW, batch.rows)
 
     def _places(self, batch: Batch, device) -> torch.Tensor | None:

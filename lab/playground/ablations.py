@@ -26,6 +26,7 @@ from emma_core.commands.flags import end_as_interrupt
 from emma_core.commands.train import add_arguments, config_of
 from emma_core.files.connector_file import save_connector
 from emma_core.files.module_file import save_module
+from emma_core.model.addition import ADDITIONS, BLOCKS, Addition
 from emma_core.model.assembly import Assembly, Reference
 from emma_core.model.gated_resampler import GatedResampler
 from emma_core.training.beginning import encoder_metadata, model_spec
@@ -65,9 +66,11 @@ class JointStudent(Group):
 
     Args:
         face_data: the face references of the same targets.
+        addition: where the two are added up.
     """
 
     face_data: TrainingSet | None = None
+    addition: Addition = field(default_factory=Addition)
 
     def _assembly(self, data: TrainingSet, rows: Sequence[BatchRow], device) -> Assembly:
         found = {"style": [data.features(row.reference, row.variant) for row in rows],
@@ -78,7 +81,7 @@ class JointStudent(Group):
             features = {name: torch.stack([one[name] for one in found[condition]]).to(device, torch.float32)
                         for name in module.config.features}
             references.append(Reference(module, features, torch.tensor(shown[condition], device=device)))
-        return Assembly(references)
+        return Assembly(references, self.addition)
 
     def _face_of(self, row: BatchRow) -> int:
         choices = self.face_data.references(row.target)
@@ -131,13 +134,17 @@ def unfrozen_beginning(teacher: Path | None, guidance: float = 1.0):
     return begin_unfrozen
 
 
-def joint_beginning(face_list: Path, teacher: Path | None, face_start: Path | None = None, guidance: float = 1.0):
+def joint_beginning(
+    face_list: Path, teacher: Path | None, face_start: Path | None = None, guidance: float = 1.0,
+    addition: Addition | None = None,
+):
     """`begin` for a style and a face module.
 
     Args:
         face_list: the face data's JSON-lines file, of the same targets in order.
         face_start: module that the face module continues from, as the style module does from `module.start`.
         guidance: what the teacher's labels change is multiplied by it.
+        addition: where the two modules are added up; None: in the blocks.
     """
     def begin_joint(config: TrainConfig, parts: Parts, data: Prepared, accelerator, folder: Path) -> Trainer:
         face_config = replace(config, data=replace(config.data, jsonl=str(face_list)),
@@ -155,7 +162,8 @@ def joint_beginning(face_list: Path, teacher: Path | None, face_start: Path | No
             student = replace(student, teacher=label_target(
                 load_labelled(teacher), {"style": data.group, "face": face_data.group}, guidance, strengths_of))
         learning = nn.ModuleDict({"style": student.module, "face": face})
-        joint = JointStudent(**vars(student), parts=learning, face_data=face_data)
+        joint = JointStudent(**vars(student), parts=learning, face_data=face_data,
+                             addition=addition or Addition())
         return GroupTrainer(config, joint, data, accelerator, folder)
 
     return begin_joint
@@ -165,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["joint", "unfrozen"])
     parser.add_argument("--face-list", type=Path, help="joint: the face data's JSON-lines file")
+    parser.add_argument("--adding", choices=list(ADDITIONS), default=BLOCKS, help="joint: where the two modules are added up")
     parser.add_argument("--face-start", type=Path, help="joint: module that the face module continues from; the style module "
                                                         "does from --module.start")
     add_arguments(parser)
@@ -179,7 +188,8 @@ def main() -> None:
     if options.kind == "unfrozen":
         beginning = unfrozen_beginning(options.teacher, options.teacher_guidance)
     else:
-        beginning = joint_beginning(options.face_list, options.teacher, options.face_start, options.teacher_guidance)
+        beginning = joint_beginning(options.face_list, options.teacher, options.face_start, options.teacher_guidance,
+                                    ADDITIONS[options.adding])
     config = config_of(options)
     config = replace(config, output=replace(config.output, thumbnail=False), report=replace(config.report, sample_every=0))
     run(config, print, bars=sys.stderr.isatty(), begin_with=beginning)

@@ -38,6 +38,7 @@ from emma_core.evaluation.plan import sha256_of
 from emma_core.evaluation.scorers import ClipScorer, DinoScorer
 from emma_core.files.connector_file import load_connector
 from emma_core.files.picture_file import open_picture, picture_tensor
+from emma_core.model.addition import Addition
 from emma_core.model.assembly import Assembly, Reference
 from emma_core.model.connector import Connector
 from emma_core.playground import PLAYGROUND_DIR
@@ -172,6 +173,21 @@ def test_another_strength_is_drawn_and_the_rest_is_kept(world, tmp_path, drawn, 
     line = next(line for line in lines_of(tmp_path / "results") if line["row"] == "emma-face 0.5")
     face = playground.encode_reference("face", picture_tensor(open_picture(world / "references" / line["reference"])))
     assembly = Assembly([Reference(face.module, face.features, 0.5)])
+    [wanted] = generate(playground.pipeline, [Request(line["prompt"], assembly, seed=line["seed"])], Sampling(2, 4.0))
+    found = np.asarray(picture_of(tmp_path / "results", line), dtype=np.float32) / 255
+    assert np.abs(found - wanted.numpy()).max() <= 1.01 / 255
+
+
+def test_another_way_of_adding_up_is_drawn_and_the_rest_is_kept(world, tmp_path, drawn):
+    shutil.copytree(world / "results", tmp_path / "results")
+    assert main(["eval", str(world / "eval.toml"), "--output.folder", str(tmp_path / "results"),
+                 "--modules.adding", "predictions"]) == 0
+    assert {job.row.name for batch in drawn for job in batch} == {"emma-style 1 + emma-face 1"}
+    playground = load_world()
+    line = next(line for line in reversed(lines_of(tmp_path / "results")) if line["row"] == "emma-style 1 + emma-face 1")
+    image_1HW3 = picture_tensor(open_picture(world / "references" / line["reference"]))
+    references = [playground.encode_reference(condition, image_1HW3) for condition in ("style", "face")]
+    assembly = Assembly(references, Addition("predictions"))
     [wanted] = generate(playground.pipeline, [Request(line["prompt"], assembly, seed=line["seed"])], Sampling(2, 4.0))
     found = np.asarray(picture_of(tmp_path / "results", line), dtype=np.float32) / 255
     assert np.abs(found - wanted.numpy()).max() <= 1.01 / 255

@@ -171,8 +171,9 @@ def files(base="1", module="2", encoder="3") -> Files:
 
 def keys(pictures, prompts=("a {subject}", "b"), of=None, precision="fp32", **changes) -> dict[str, list[str]]:
     """Row name -> keys in order, references outermost."""
-    given = {"plan.protocol": "portrait", "plan.per_pair": 2, "modules.files": ("m.safetensors",), **changes}
-    config = resolve_evaluation({}, {name.replace("__", "."): value for name, value in given.items()})
+    given = {"plan.protocol": "portrait", "plan.per_pair": 2, "modules.files": ("m.safetensors",),
+             **{name.replace("__", "."): value for name, value in changes.items()}}
+    config = resolve_evaluation({}, given)
     found: dict[str, list[str]] = {}
     for one in comparisons(config, of or files(), precision, rows_of(config.modules), pictures, prompts):
         found.setdefault(one.job.row.name, []).append(one.job.key)
@@ -204,6 +205,15 @@ def test_what_concerns_modules_alone_leaves_text_only(pictures, changes):
     assert before["text only"] == after["text only"]
     [changed] = [found for row, found in after.items() if row != "text only"]
     assert not set(changed) & set(before["m 1"])
+
+
+def test_another_way_of_adding_up_is_another_picture_where_there_is_something_to_add(pictures):
+    two = {"of": Files({"base.checkpoint": "1"}, {"modules.files m": "2", "modules.files n": "4"}, {"encoder.files 1": "3"}),
+           "modules__files": ("m.safetensors", "n.safetensors"), "modules__strengths": ("1", "1,0")}
+    before, after = keys(pictures, **two), keys(pictures, **two, modules__adding="predictions")
+    assert {row: bool(set(before[row]) & set(after[row])) for row in before} == {
+        "text only": True, "m 1 + n 1": False, "m 1": True}
+    assert keys(pictures, **two, modules__adding="blocks") == before
 
 
 def test_a_changed_reference_or_mask_is_another(pictures, tmp_path):

@@ -15,6 +15,7 @@ from emma_core.__main__ import main
 from emma_core.base.pipeline import Request, Sampling, generate
 from emma_core.commands import generate as command
 from emma_core.files.picture_file import open_picture, picture_tensor
+from emma_core.model.addition import Addition
 from emma_core.playground import PLAYGROUND_DIR
 
 STYLE, FACE = (str(PLAYGROUND_DIR / f"emma-{condition}.safetensors") for condition in ("style", "face"))
@@ -28,7 +29,7 @@ def world():
 
 
 def written(capsys, *arguments: str) -> list[str]:
-    assert main(["generate", *arguments, *QUICK]) == 0
+    assert main(["generate", *QUICK, *arguments]) == 0
     return capsys.readouterr().out.split()
 
 
@@ -44,6 +45,22 @@ def test_pictures_are_those_of_the_library(world, tmp_path, capsys):
     for path, picture_HW3 in zip(paths, generate(world.pipeline, requests, Sampling(3, 4.0)), strict=True):
         found = np.asarray(Image.open(path), dtype=np.float32) / 255
         assert np.abs(found - picture_HW3.numpy()).max() <= 1.01 / 255
+
+
+def test_modules_are_added_up_as_the_command_says(world, tmp_path, capsys):
+    """One step of six is early enough for the default, the predictions at the start."""
+    modules = ["--module", STYLE, str(NOTO), "--module", FACE, str(DARK), "--sampling.steps", "6"]
+    references = [world.encode_reference("style", picture_tensor(open_picture(NOTO))),
+                  world.encode_reference("face", picture_tensor(open_picture(DARK)))]
+    drawn = {}
+    for adding in (None, "predictions", "blocks"):
+        [path] = written(capsys, "man cook", "--out", str(tmp_path), *modules, *(["--adding", adding] if adding else []))
+        addition = {None: Addition("predictions", 0.2)}.get(adding) or Addition(adding)
+        [wanted] = generate(world.pipeline, [Request("man cook", Assembly(references, addition))], Sampling(6, 4.0))
+        drawn[adding] = np.asarray(Image.open(path), dtype=np.float32) / 255
+        assert np.abs(drawn[adding] - wanted.numpy()).max() <= 1.01 / 255
+        assert Image.open(path).text["emma_adding"] == (adding or "early predictions")
+    assert min(np.abs(drawn[one] - drawn[other]).max() for one, other in ((None, "blocks"), (None, "predictions"))) > 0.05
 
 
 def test_a_picture_tells_what_it_shows_and_is_never_overwritten(tmp_path, capsys):

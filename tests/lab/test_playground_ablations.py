@@ -72,6 +72,17 @@ def test_joint_training_teaches_both_modules_and_leaves_the_connector(run_ablati
     assert not (folder / "ella.safetensors").exists()
 
 
+def test_modules_that_are_trained_together_can_be_added_up_in_the_predictions(run_ablation, teacher):
+    """Two ways from the same start end at two results."""
+    starts = [str(PLAYGROUND_DIR / f"emma-{condition}.safetensors") for condition in ("style", "face")]
+    begin = ["--module.start", starts[0], "--face-start", starts[1]]
+    folders = [run_ablation("joint", teacher, *begin, *more) for more in ((), ("--adding", "predictions"))]
+    for condition in ("style", "face"):
+        blocks, predictions = (load_module(folder / f"emma-{condition}.safetensors") for folder in folders)
+        assert gates(blocks) > 0 and gates(predictions) > 0
+        assert any(not torch.equal(value, predictions.state_dict()[name]) for name, value in blocks.state_dict().items())
+
+
 def test_joint_training_continues_from_modules_that_were_trained_apart(run_ablation, teacher):
     starts = {condition: PLAYGROUND_DIR / f"emma-{condition}.safetensors" for condition in ("style", "face")}
     folder = run_ablation("joint", teacher, "--module.start", str(starts["style"]), "--face-start", str(starts["face"]))
