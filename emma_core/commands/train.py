@@ -53,15 +53,17 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
 def run(options: argparse.Namespace) -> int:
     """Run it; mistakes are told in one line, and Ctrl-C leaves a run that can go on."""
     from ..training import runs
+    from ..training.saved import Sitting
     from ..training.shards import disconnect
 
     end_as_interrupt()
-    well = False
+    well, sitting = False, None
     try:
         config = config_of(options)
         if options.dry_run:
             print(runs.dry_run(config))
             return 0
+        sitting = Sitting(config)
         print(f"saved {runs.run(config, print, bars=sys.stderr.isatty(), device=options.device)}")
         well = True
         return 0
@@ -69,8 +71,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"error: {found}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the module as it is and a checkpoint are saved. Start again with the same folder to go on.",
-              file=sys.stderr)
+        print(sitting.ended_early() if sitting else "stopped; nothing was written", file=sys.stderr)
         return 130
     finally:
         disconnect(well)

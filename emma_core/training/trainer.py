@@ -30,6 +30,7 @@ from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_or
 from .config import TrainConfig
 from .draws import Batch, Draws, TrainingSet
 from .identity import check_identity, run_identity
+from .interrupts import Interrupts
 from .losses import TimestepBuckets
 from .student import Student
 
@@ -99,6 +100,7 @@ class Trainer:
                            accelerator.num_processes)
         self.step, self.seconds = 0, 0.0
         self._saved = 0  # the last step that was saved, or was tried to be
+        self._torn = False  # inside the change of weights, moments and averages: not to be saved
 
     def run(self, after_step: Callable[[UpdateReport], None] | None = None) -> None:
         """Train; checkpoints are written on the way and at the end, whatever ends it.
@@ -107,23 +109,17 @@ class Trainer:
             after_step: called by the main process after every update; what it raises (an interrupt) ends the run.
         Raises:
             TrainingError: a loss or a gradient that is not finite; the weights are those before that update.
+            KeyboardInterrupt: after the update that Ctrl-C or SIGTERM fell into, and after it was saved.
         """
-        started, before, buckets = time.monotonic(), self.seconds, TimestepBuckets()
         self._saved = self.step
-        try:
-            while self.step < self.config.train.steps:
-                loss = self._update_or_save(buckets)
-                self.seconds = before + time.monotonic() - started
-                if self.step % self.config.report.save_every == 0:
+        with Interrupts() as interrupts:
+            try:
+                self._learn(after_step, interrupts)
+            finally:
+                if self._saved != self.step and not self._torn and not interrupts.abandoned:
                     self.save()
-                if after_step and self.accelerator.is_main_process:
-                    reported = self.step % self.config.report.log_every == 0
-                    after_step(self._report(loss, buckets if reported else None))
-                    buckets = TimestepBuckets() if reported else buckets
-        finally:
-            if self._saved != self.step:
-                self.save()
-        self.save_result()
+            self.save_result()
+            self._end_if(interrupts)
 
     def update(self, buckets: TimestepBuckets) -> float:
         """One update of the weights; returns the mean loss of this process. What ends it early leaves all as it was.
@@ -145,12 +141,14 @@ class Trainer:
             self.optimizer.zero_grad()
             self.draws.state = draws_before
             raise
+        self._torn = True
         if learnt:
             self.optimizer.step()  # which fp16's scaler refuses without gradients
-            self.optimizer.zero_grad()
         self.step += 1
         if self.average:
             self.average.update(self.student.learning, self.step)
+        self._torn = False
+        self.optimizer.zero_grad()
         return total
 
     def save(self) -> None:
@@ -225,13 +223,32 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return True
 
+    def _learn(self, after_step: Callable[[UpdateReport], None] | None, interrupts: Interrupts) -> None:
+        started, before, buckets = time.monotonic(), self.seconds, TimestepBuckets()
+        while self.step < self.config.train.steps:
+            loss = self._update_or_save(buckets)
+            self.seconds = before + time.monotonic() - started
+            if self.step % self.config.report.save_every == 0:
+                self.save()
+            if after_step and self.accelerator.is_main_process:
+                reported = self.step % self.config.report.log_every == 0
+                after_step(self._report(loss, buckets if reported else None))
+                buckets = TimestepBuckets() if reported else buckets
+            self._end_if(interrupts)
+
+    def _end_if(self, interrupts: Interrupts) -> None:
+        """All processes end after the same update, whichever of them was told to."""
+        told = torch.tensor(float(interrupts.count), device=self.accelerator.device)
+        if self.accelerator.reduce(told, "sum") if self.accelerator.num_processes > 1 else told:
+            raise KeyboardInterrupt
+
     def _update_or_save(self, buckets: TimestepBuckets) -> float:
         """An update; where it fails, what was learnt before it is saved, and that this may fail too does not hide why."""
         try:
             return self.update(buckets)
         except Exception:
             try:
-                if self._saved != self.step:
+                if self._saved != self.step and not self._torn:
                     self.save()
             except Exception as found:
                 warnings.warn(f"the state before the error could not be saved: {found}", EmmaWarning, stacklevel=2)

@@ -4,6 +4,9 @@ import dataclasses
 import errno
 import math
 import os
+import signal
+from contextlib import contextmanager
+from operator import attrgetter
 
 import pytest
 import torch
@@ -131,6 +134,113 @@ def test_an_interrupt_in_the_middle_of_an_update_is_gone_on_from_bit_for_bit(tmp
     assert second.resume() and second.step == 1
     second.run()
     assert same(weights(whole), weights(second))
+
+
+@pytest.mark.parametrize("place", ["optimizer.step", "optimizer.zero_grad", "average.update", "draws.draw",
+                                   "student.denoiser.predict_noise"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_anywhere_in_an_update_is_taken_after_it(tmp_path, whole_run, place, number, times, capfd):
+    """Whether at the beginning of a part or at its end, once or twice: the run goes on bit for bit."""
+    config, wanted = whole_run
+    first = tiny_trainer(tmp_path, config)
+    owner, _, name = place.rpartition(".")
+    part, calls = attrgetter(owner)(first), []
+    original = getattr(part, name)
+
+    def signalled(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    setattr(part, name, signalled)
+    before = signal.getsignal(number)
+    with ending_signals(), pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert signal.getsignal(number) is before
+    assert 0 < first.step < 8 and load_checkpoint(checkpoints(tmp_path)[-1])["step"] == first.step
+    assert ("this update is finished" in capfd.readouterr().err) and not first._torn
+    second = tiny_trainer(tmp_path, config)
+    assert second.resume() and second.draws.number == 2 * second.step
+    second.run()
+    assert same(weights(second), wanted)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    config = tiny_config(train__accumulate=2, train__average=0.9)
+    trainer = tiny_trainer(tmp_path_factory.mktemp("whole"), config)
+    trainer.run()
+    return config, weights(trainer)
+
+
+@contextmanager
+def ending_signals():
+    """As on the command line, where SIGTERM ends like Ctrl-C: a signal that a run doesn't take must not end the tests."""
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it(tmp_path, whole_run, monkeypatch):
+    config, wanted = whole_run
+    write = checkpoint_files.torch.save
+
+    def signalled(state, path):
+        os.kill(os.getpid(), signal.SIGINT)
+        write(state, path)
+
+    first = tiny_trainer(tmp_path, dataclasses.replace(config, report=dataclasses.replace(config.report, save_every=3)))
+    monkeypatch.setattr(checkpoint_files.torch, "save", signalled)
+    with ending_signals(), pytest.raises(KeyboardInterrupt):
+        first.run()
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000003.pt"]
+    second = tiny_trainer(tmp_path, config)
+    second.resume()
+    second.run()
+    assert same(weights(second), wanted)
+
+
+def test_the_third_signal_leaves_at_once_and_saves_nothing(tmp_path, capfd):
+    trainer = tiny_trainer(tmp_path, tiny_config())
+    step = trainer.optimizer.step
+
+    def signalled():
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        step()
+
+    trainer.optimizer.step = signalled
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert not list(tmp_path.iterdir())
+    assert "once more leaves without, and what was learnt since the last checkpoint is lost" in capfd.readouterr().err
+
+
+def test_an_error_inside_the_change_of_weights_is_never_saved(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, tiny_config(train__average=0.9))
+    calls = []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(trainer.average, "update", failing)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        trainer.run()
+    assert not checkpoints(tmp_path)
 
 
 def test_checkpoints_of_other_settings_are_refused(tmp_path):

@@ -20,7 +20,9 @@ from emma_core.base.backbones import load_backbone
 from emma_core.base.config import BaseConfig
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.training.checkpoints import checkpoints
+from emma_core.training.config import resolve
 from emma_core.training.reports import draw_loss_curve
+from emma_core.training.saved import Sitting
 
 SMALL = ["--preset", "small-card", "--data.resolution_px", "128", "--data.reference_crops", "0", "--data.workers", "0",
          "--train.precision", "fp32", "--train.batch", "2", "--train.accumulate", "1", "--train.warmup", "1",
@@ -250,3 +252,27 @@ def test_frozen_parts_have_no_gradient_after_a_run(pictures, tmp_path):
     learning = dict(trainer.student.parameters())
     assert all(value.grad is not None for value in learning.values())
     assert any(value.grad.abs().max() > 0 for name, value in learning.items() if name.endswith("attn_gate"))
+
+
+def test_what_was_stopped_is_told_from_the_files(tmp_path):
+    config = resolve({}, changes={"output.folder": str(tmp_path), "output.name": "mine"})
+    assert "no module and no checkpoint was saved in this sitting" in Sitting(config).ended_early()
+    (tmp_path / "checkpoint-00000002.pt").write_bytes(b"2")
+    (tmp_path / "mine.safetensors").write_bytes(b"2")
+    told = Sitting(config).ended_early()
+    assert "no module and no checkpoint was saved" in told and "goes on from checkpoint-00000002.pt, of an earlier" in told
+    sitting = Sitting(config)
+    (tmp_path / "checkpoint-00000003.pt").write_bytes(b"3")
+    told = sitting.ended_early()
+    assert told.startswith("stopped; checkpoint-00000003.pt saved in") and "mine.safetensors" not in told
+
+
+def test_ctrl_c_while_encoding_claims_no_module(pictures, tmp_path, capsys, monkeypatch):
+    from emma_core.text.encoder import TextEncoder
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextEncoder, "encode", interrupt)
+    assert main(["train", *SMALL, "--data.folder", str(pictures), "--output.folder", str(tmp_path)]) == 130
+    assert "no module and no checkpoint was saved in this sitting" in capsys.readouterr().err
