@@ -5,6 +5,7 @@ Shapes: B pictures of height H and width W, S the encoder's input size, C channe
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from ..errors import ImageInputError
+from ..errors import EmmaWarning, ImageInputError
 from .options import AS_TRAINED, Framing
 
 WHITE, BLACK = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
@@ -20,6 +21,8 @@ _CROPS = {"center": (0.5, 0.5), "top": (0.0, 0.5), "bottom": (1.0, 0.5), "left":
 _LEVELS = 255
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _LONGEST_SHAPE = 32  # a picture longer than 32 times its short side is cut before it is enlarged
+_FAINT = 0.5  # of a mask's brightest value: darker, it is one of other levels
+_LEAST_SEEN = 0.0002  # of what the encoder sees: ten pixels of 224 x 224
 _OBJECT = 0.5  # of a mask's largest value: what counts as the object when cropping to it
 
 
@@ -62,7 +65,7 @@ def prepare_pictures(
     stretched as its "squash"; cropping to the mask pads the object's surroundings to a square.
 
     Raises:
-        ImageInputError: no picture, not RGB, or masks of another number or size.
+        ImageInputError: no picture, not RGB, masks of another number or size, or one that leaves nothing to see.
     """
     check_pictures(image_BHW3, mask_BHW)
     seen = []
@@ -104,16 +107,34 @@ def mask_box(mask_HW: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def _prepare(image_13HW, mask_HW, preparation: Preparation, framing: Framing) -> torch.Tensor:
-    size_px, fill = preparation.size_px, preparation.fill(framing.background)
-    box, side = None, 0.0
-    if mask_HW is not None:
-        keep_HW = mask_HW.to(image_13HW)
-        image_13HW = image_13HW * keep_HW + _colour(fill, image_13HW) * (1 - keep_HW)
-        if framing.crop_to_mask:
-            box = mask_box(mask_HW)
-            side = max(box[2] - box[0], box[3] - box[1]) * (1 + 2 * framing.margin)
+    fill = preparation.fill(framing.background)
+    if mask_HW is None:
+        return _framed(image_13HW, None, fill, preparation, framing)
+    keep_HW = _stretched(mask_HW).to(image_13HW)
+    box = mask_box(mask_HW) if framing.crop_to_mask else None
+    kept_13SS = _framed(keep_HW.expand(1, 3, -1, -1), box, BLACK, preparation, framing)
+    if not kept_13SS.mean() >= _LEAST_SEEN:
+        raise ImageInputError(f"the mask leaves {kept_13SS.mean():.3%} of what the encoder sees; white marks the object to "
+                              "keep. Invert or paint the mask, crop to it, choose another frame, or disconnect it.")
+    return _framed(image_13HW * keep_HW + _colour(fill, image_13HW) * (1 - keep_HW), box, fill, preparation, framing)
+
+
+def _stretched(mask_HW: torch.Tensor) -> torch.Tensor:
+    """The mask, or if it is faint, such as one of levels 0 and 1 of 255, as bright as it was meant."""
+    brightest = mask_HW.max()
+    if not 0 < brightest < _FAINT:
+        return mask_HW
+    warnings.warn(f"a mask whose brightest value is {brightest:.3g} instead of 1 is stretched; save masks with white objects, "
+                  "255 in 8 bits", EmmaWarning, stacklevel=2)
+    return mask_HW / brightest
+
+
+def _framed(image_13HW, box, fill, preparation: Preparation, framing: Framing) -> torch.Tensor:
+    """The encoder's square of a picture, or of the surroundings of a box."""
+    size_px = preparation.size_px
     frame = preparation.frame if framing.frame == AS_TRAINED else framing.frame
     if box is not None:
+        side = max(box[2] - box[0], box[3] - box[1]) * (1 + 2 * framing.margin)
         return _placed(image_13HW, box, side, size_px, fill, preparation.interpolation)
     if frame == "pad":
         height, width = image_13HW.shape[-2:]

@@ -8,12 +8,13 @@ import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import TrainingConfigError
-from ..files.picture_file import open_mask, open_picture, picture_size
+from ..errors import ImageInputError, TrainingConfigError
+from ..files.picture_file import check_whole, open_mask, open_picture, picture_size
 from .config import DataConfig
 from .shards import Source
 
@@ -34,19 +35,26 @@ class Look:
 def look_at(source: Source, is_mask: bool = False) -> Look:
     """A picture or a mask, decoded."""
     if not source.is_file():
-        return Look(fault="does not exist; check the name")
+        return Look(fault="is no plain file; check the name" if _exists(source) else "does not exist; check the name")
     try:
         content = source.read_bytes()
         if not content:
             return Look(fault="is empty (0 bytes); get the file again")
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.verify()
+        check_whole(content)
         shown = (open_mask if is_mask else open_picture)(io.BytesIO(content))
+        if is_mask and not shown.getbbox():
+            return Look(fault="is all black, so nothing would be left of the picture; white marks the object to keep")
+    except ImageInputError as found:
+        return Look(fault=f"cannot be used: {found}")
     except UnidentifiedImageError:
         return Look(fault="is no picture that can be read; save it as PNG or JPEG")
     except Exception as found:  # each of Pillow's formats raises kinds of its own for damage
         return Look(fault=f"cannot be decoded ({found}); get the file again")
     return Look(shown.size, hashlib.sha256(content).hexdigest())
+
+
+def _exists(source: Source) -> bool:
+    return isinstance(source, Path) and source.exists()
 
 
 def content_of(source: Source) -> Look:

@@ -49,8 +49,10 @@ def test_what_the_mask_hides_does_not_matter(saved):
 
 def test_hidden_parts_and_what_lies_beside_the_picture_are_white(saved):
     preparation, framing = load_playground_encoder(saved).preparation, EncodeOptions(()).framing
-    seen = prepare_pictures(torch.zeros(1, 64, 64, 3), torch.zeros(1, 64, 64), preparation, framing)
-    torch.testing.assert_close(seen, torch.ones(1, 3, 64, 64))
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 60:, 60:] = 1
+    seen = prepare_pictures(torch.zeros(1, 64, 64, 3), mask, preparation, framing)
+    torch.testing.assert_close(seen, 1 - mask[:, None].expand(1, 3, 64, 64))
     seen = prepare_pictures(torch.zeros(1, 32, 64, 3), None, preparation, framing)
     torch.testing.assert_close(seen[:, :, :15], torch.ones(1, 3, 15, 64))
     torch.testing.assert_close(seen[:, :, 18:46], torch.zeros(1, 3, 28, 64))

@@ -61,7 +61,9 @@ def test_orientation_is_applied(tmp_path):
 def test_transparency_becomes_white_in_pictures_and_black_in_masks(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "half.png")
     assert open_picture(tmp_path / "half.png").getpixel((0, 0)) == pytest.approx((255, 127, 127), abs=1)
-    Image.new("LA", (4, 4), (40, 0)).save(tmp_path / "none.png")
+    nearly = Image.new("LA", (4, 4), (40, 0))
+    nearly.putpixel((3, 3), (40, 255))
+    nearly.save(tmp_path / "none.png")
     assert open_picture(tmp_path / "none.png").getpixel((0, 0)) == (255, 255, 255)
     assert open_mask(tmp_path / "none.png").getpixel((0, 0)) == 0
     palette = Image.new("P", (4, 4), 1)
