@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -20,9 +22,13 @@ from PIL import Image, ImageOps
 from ..errors import ImageInputError
 from .plain_file import check_plain_file
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MASK_SUFFIX = ".mask.png"
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA")
+_FORMATS = {
+    "PNG": (".png",), "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".mpo",), "WEBP": (".webp",), "BMP": (".bmp",),
+    "DIB": (".dib",), "GIF": (".gif",), "TIFF": (".tif", ".tiff"), "AVIF": (".avif",), "HEIF": (".heic", ".heif"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"), "TGA": (".tga",),
+}
+PICTURE_SUFFIXES = tuple(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
 _WHITE, _BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -78,6 +84,11 @@ def picture_size(source: Readable | io.BytesIO) -> tuple[int, int]:
     return (height_px, width_px) if turned else (width_px, height_px)
 
 
+def readable_suffixes() -> frozenset[str]:
+    """Endings of the pictures that this Pillow decodes, with its plugins, in small letters."""
+    return frozenset(suffix for name in _known_formats() for suffix in _FORMATS[name])
+
+
 def check_whole(content: bytes) -> None:
     """Raise what Pillow raises for a damaged picture, before it is decoded: its checksums are compared."""
     with _opened(content) as opened:
@@ -106,9 +117,18 @@ def _content(source: Readable | io.BytesIO) -> bytes:
 
 
 def _opened(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(_without_extras(content)), formats=_known_formats())
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of `_FORMATS` that this Pillow decodes, HEIF through its plugin."""
     Image.init()
-    known = [name for name in _FORMATS if name in Image.OPEN]
-    return Image.open(io.BytesIO(_without_extras(content)), formats=known)
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _without_extras(content: bytes) -> bytes:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TrainingConfigError, TrainingDataError
-from ..files.picture_file import MASK_SUFFIX, PICTURE_SUFFIXES, mask_beside
+from ..files.picture_file import PICTURE_SUFFIXES, mask_beside
 from .buckets import Look, bucket_of, content_of, enlargement, look_at, same_shape
 from .config import DataConfig
+from .folder import find_in
 from .shards import SAMPLE_PICTURES, Processes, Sample, ShardMember, Source, find_shards, in_workers, index_shard
 
 SMALLEST_PX = 64
@@ -223,18 +224,12 @@ def _from_folder(data: DataConfig) -> tuple[list[Example], list[Problem]]:
     folder, ending = Path(data.folder), "." + data.caption_extension.lstrip(".")
     if not folder.is_dir():
         return [], [Problem(data.folder, "is no folder; wanted one with pictures", True)]
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()
-             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    masks = {path for path in files if path.name.endswith(MASK_SUFFIX)}
-    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and path not in masks]
-    stems = {path.with_suffix("") for path in pictures}
-    problems = [Problem(path.relative_to(folder).as_posix(), "belongs to no picture: there is none of this name", False)
-                for path in files if (path.suffix == ending and path.with_suffix("") not in stems)
-                or (path in masks and path.with_name(path.name[:-len(MASK_SUFFIX)]) not in stems)]
+    found = find_in(folder, ending)
+    problems = [Problem(names, reason, False) for names, reason in found.unused]
     examples = []
-    for path in pictures:
+    for path in found.pictures:
         name, group = path.relative_to(folder).as_posix(), path.parent.relative_to(folder).as_posix()
-        captions, fault = _captions_in(path.with_suffix(ending))
+        captions, fault = _captions_in(found.captions[path]) if path in found.captions else (("",), "")
         problems += [Problem(name, fault, True)] if fault else []
         examples.append(Example(name, path, captions, "" if group == "." else group, (), mask_beside(path)))
     return examples, problems
@@ -243,7 +238,7 @@ def _from_folder(data: DataConfig) -> tuple[list[Example], list[Problem]]:
 def _captions_in(path: Path) -> tuple[tuple[str, ...], str]:
     """The captions of a file, one per line, and what is wrong with it."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as found:
         return ("",), f"its caption file {path.name} is not UTF-8 (byte {found.start}); save it as UTF-8"
     return tuple(line.strip() for line in lines if line.strip()) or ("",), ""

@@ -151,6 +151,64 @@ def test_notes_do_not_stop_training(people):
     assert texts(large)["ann/1.png"] == "is 64 x 64 px, enlarged to 128 x 128; use a larger one if there is"
 
 
+def test_a_group_that_is_a_link_is_learnt_from(people, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    draw(elsewhere / "1.png", "pink")
+    (people / "cleo").symlink_to(elsewhere, target_is_directory=True)
+    (people / "ann/back").symlink_to(people, target_is_directory=True)
+    (people / "ann/gone.png").symlink_to(people / "none.png")
+    examples, problems = read_examples(config(folder=str(people)))
+    assert [example.name for example in examples if example.group == "cleo"] == ["cleo/1.png"] and len(examples) == 5
+    assert texts(problems)["ann/back"] == "a link to a folder that it is in, so not followed"
+    assert texts(problems)["ann/gone.png"] == "no plain file (a broken link, a pipe), so not read"
+
+
+@pytest.mark.parametrize("ending", ["gif", "tif", "tiff", "avif", "jfif", "jp2", "ppm", "tga", "dib"])
+def test_pictures_of_every_kind_that_pillow_reads_are_learnt_from(tmp_path, ending):
+    Image.new("RGB", SIZE, "red").save(tmp_path / f"a.{ending}")
+    examples, _ = read_examples(config(folder=str(tmp_path)))
+    assert [(example.name, example.size_px) for example in examples] == [(f"a.{ending}", SIZE)]
+
+
+@pytest.mark.parametrize("name", ["1.TXT", "1.png.txt", "1.png.TXT"])
+def test_captions_are_found_under_their_usual_names(tmp_path, name):
+    draw(tmp_path / "1.png", caption=None)
+    (tmp_path / name).write_text("a caption")
+    examples, problems = read_examples(config(folder=str(tmp_path)))
+    assert examples[0].captions == ("a caption",) and name not in texts(problems)
+
+
+def test_every_file_that_is_not_used_is_named_with_the_reason(people):
+    other = ["ann/1.caption", "ann/1.png.txt", "metadata.jsonl", "film.mp4", "ann/._1.png"]
+    for name in (*other, *(f"{number}.psd" for number in range(9))):
+        (people / name).write_bytes(b"x")
+    examples, problems = read_examples(config(folder=str(people)))
+    found = texts(problems)
+    assert len(examples) == 4 and examples[0].captions[0] == "a woman"
+    assert found["ann/1.caption"] == "not read: caption files end in .txt here (data.caption_extension)"
+    assert found["ann/1.png.txt"] == "another caption file of its picture is read"
+    assert "name it in data.jsonl" in found["metadata.jsonl"] and found["ann/._1.png"] == "hidden, so not read"
+    assert found["0.psd, 1.psd, 2.psd, 3.psd, 4.psd and 5 more"] == "neither a picture nor its caption or mask, so not read"
+
+
+def test_a_picture_that_this_pillow_cannot_read_is_named(people, monkeypatch):
+    monkeypatch.setattr("emma_core.training.folder.readable_suffixes", lambda: frozenset({".png", ".jpg", ".webp", ".bmp"}))
+    (people / "ann/3.heic").write_bytes(b"x")
+    examples, problems = read_examples(config(folder=str(people)))
+    assert len(examples) == 4 and "pip install pillow-heif" in texts(problems)["ann/3.heic"]
+
+
+@pytest.mark.parametrize("run", ["run", "."])
+def test_what_a_run_wrote_is_not_learnt_from(people, run):
+    for name in ("samples/00000002.png", "loss.png"):
+        draw(people / run / name, caption=None)
+    (people / run / "log.jsonl").write_text("{}")
+    examples, problems = read_examples(config(folder=str(people)))
+    assert len(examples) == 4
+    assert any(text == "what a training run wrote, so not learnt from" and "loss.png" in where
+               for where, text in texts(problems).items())
+
+
 def test_a_set_of_nothing_is_refused(tmp_path):
     for data, text in ((config(folder=str(tmp_path)), "holds no example; wanted pictures"),
                        (config(folder=str(tmp_path / "none")), "is no folder"),
