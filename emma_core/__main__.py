@@ -11,6 +11,7 @@ from pathlib import Path
 _COMMANDS = {
     "generate": "draw pictures from prompts and references", "train": "train an EMMA module, or an ELLA connector",
     "eval": "judge modules on prompts x references, by CLIP and DINO",
+    "calibrate": "say in a module's file which strength of it strength 1 stands for",
     "inspect": "print what a module says of itself, draw its gate map",
 }
 _HOME = {"eval": "evaluate"}  # where the module has another name than the command

@@ -21,8 +21,8 @@ class EMMAAssembleModules(io.ComfyNode):
                 Module.Input("module", tooltip="The EMMA module, from Load EMMA Module."),
                 Reference.Input("reference", tooltip="Its reference, from Encode Reference Image with the same module."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05,
-                               tooltip="How much the reference counts. 0 is as if the module were not there, 1 as trained; "
-                                       "below 0 what the module adds is subtracted."),
+                               tooltip="How much the reference counts. 0 is as if the module were not there, 1 as trained, "
+                                       "or what its file says does best; below 0 what the module adds is subtracted."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
                                tooltip="From where the reference acts, as a share of the timesteps (not of the steps), as "
                                        "ControlNet's percents are: 0 is pure noise, 1 the finished picture."),

@@ -56,7 +56,9 @@ def describe(module: GatedResampler, name: str) -> str:
              f"  connector    width {config.width}, {config.layers} blocks, {config.heads} heads; ELLA {ella}",
              f"  features     {features}",
              f"  encoder      {json.dumps(dict(config.encoder)) if config.encoder else 'not stated'}",
-             f"  gate scale   {config.gate_scale:g}; separable gates {'on' if config.separable_gates else 'off (g = 1)'}"]
+             f"  gate scale   {config.gate_scale:g}; separable gates {'on' if config.separable_gates else 'off (g = 1)'}",
+             f"  strength 1   stands for {config.calibrated_strength:g} of what was trained"
+             + (f" ({config.calibration['by']})" if config.calibration.get("by") else "")]
     gates = [(block.attn_gate.item(), block.ffn_gate.item()) for block in module.blocks]
     lines += [f"  global gates block {index}: A {a:+.3f} F {f:+.3f}" for index, (a, f) in enumerate(gates)]
     lines += [f"  {key:<12} {json.dumps(value)}" for key, value in config.training.items()]

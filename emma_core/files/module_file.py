@@ -7,6 +7,7 @@ stands for: every gate is multiplied by it. Versions that do not know the key ke
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -113,4 +114,20 @@ def save_module(
                for key, value in module_tensors(module).items()}
     check_finite(tensors, Path(path).name, ModuleFileError)
     entries = {**module.config.file_metadata, **(metadata or {}), "emma": module.config.to_json()}
+    write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata=entries))
+
+
+def write_calibration(path: str | Path, calibration: Mapping[str, Any]) -> None:
+    """Write a module's file again, atomically, with another `calibration`; weights and all other metadata stay as they are.
+
+    Raises:
+        ModuleFileError: not such a file, or a strength that is not above 0.
+    """
+    config = load_module(path).config
+    tensors, metadata = read_tensors(path, _WHAT, ModuleFileError)
+    try:
+        config = config.replace(calibration=calibration)
+    except ModuleFileError as found:
+        raise ModuleFileError(f"{Path(path).name}: {found}") from None
+    entries = {**metadata, "emma": config.to_json()}
     write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata=entries))

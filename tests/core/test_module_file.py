@@ -12,6 +12,7 @@ from small_models import OBJECT, SMALL, small_connector, small_features, small_m
 
 import emma_core.files.module_file as module_file
 from emma_core import Assembly, FeatureSpec, GatedResampler, ModuleConfig, Reference, load_module, save_module
+from emma_core.__main__ import main
 from emma_core.errors import ConnectorMismatchError, EmmaWarning, FileError, ModuleFileError
 from emma_core.files.connector_file import load_connector, save_connector
 
@@ -120,6 +121,30 @@ def test_strength_one_stands_for_the_calibrated_strength(saved):
 def test_a_calibrated_strength_that_is_no_strength_is_refused(saved, strength, message):
     with pytest.raises(ModuleFileError, match=message):
         load_module(with_entry(saved, **(emma_entry(saved) | {"calibration": {"strength": strength}})))
+
+
+def test_calibrate_writes_the_strength_and_nothing_else(saved, capsys):
+    half = saved.with_name("half.safetensors")
+    save_module(load_module(saved), half, dtype=torch.float16)
+    before, entry, others = load_file(half), emma_entry(half), metadata_of(half)
+    assert main(["calibrate", str(half), "1.25", "--by", "pictures"]) == 0
+    assert emma_entry(half) == {**entry, "calibration": {"strength": 1.25, "by": "pictures"}}
+    assert {**metadata_of(half), "emma": ""} == {**others, "emma": ""}
+    after = load_file(half)
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float16}
+    assert main(["inspect", str(half)]) == 0
+    assert "strength 1   stands for 1.25 of what was trained (pictures)" in capsys.readouterr().out
+    assert main(["inspect", str(saved)]) == 0
+    assert "strength 1   stands for 1 of what was trained\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strength", ["0", "-1", "nan"])
+def test_calibrate_refuses_what_is_no_strength_and_leaves_the_file(saved, capsys, strength):
+    before = saved.read_bytes()
+    assert main(["calibrate", "--", str(saved), strength]) == 1
+    assert "object.safetensors: strength 1 stands for" in capsys.readouterr().err
+    assert saved.read_bytes() == before
 
 
 @pytest.mark.parametrize(("draws", "is_subject"), [("subject", True), ("manner", False), (None, True)])
