@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import FileError
+from ..files.plain_file import visible
 from ..files.tensor_file import PICKLE_SUFFIXES, check_finite, check_shapes, open_tensors
 from .schedule import TIMESTEPS
 from .spec import BaseSpec
@@ -115,7 +116,7 @@ def weights_in(folder: Path) -> Path:
     for name in _WEIGHTS:
         if (folder / name).exists():
             return folder / name
-    pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLE_SUFFIXES]
+    pickles = [file.name for file in visible(folder.iterdir()) if file.suffix in PICKLE_SUFFIXES]
     found = f"holds only {pickles[0]}, a pickled file, which can run code when opened" if pickles else "holds no weights"
     raise FileError(f"{folder} {found}; wanted {_WEIGHTS[0]}. Download the safetensors version.")
 

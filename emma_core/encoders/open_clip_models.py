@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from ..errors import EncoderFileError, ImageInputError, short
+from ..files.plain_file import visible
 from ..files.tensor_file import check_finite, fingerprint_of_weights, integers_in, open_weights
 from .base import PictureEncoder
 from .kinds import EncoderKind
@@ -137,7 +138,7 @@ def _located(path: str | Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         config_path = path.with_name(CONFIG_NAME)
         return path, config_path if path.name in _PUBLISHED and config_path.is_file() else None
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in WEIGHT_SUFFIXES)
+    files = [file for file in visible(path.iterdir()) if file.suffix.lower() in WEIGHT_SUFFIXES]
     published = [path / name for name in _PUBLISHED if path / name in files]
     chosen = published or files
     if not (path / CONFIG_NAME).is_file() or not chosen:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import EncoderFileError, short
+from ..files.plain_file import visible
 from ..files.tensor_file import PICKLE_SUFFIXES, open_weights
 
 WEIGHT_SUFFIXES = {".safetensors", ".sft", *PICKLE_SUFFIXES}
@@ -27,7 +28,7 @@ def weights_path(path: str | Path) -> Path:
     for name in _USUAL_NAMES:
         if (path / name).is_file():
             return path / name
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in WEIGHT_SUFFIXES)
+    found = [file for file in visible(path.iterdir()) if file.suffix.lower() in WEIGHT_SUFFIXES]
     if len(found) == 1:
         return found[0]
     raise EncoderFileError(f"the folder {path} holds {len(found)} weight files ({some(file.name for file in found)}); wanted "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.plain_file import visible
 from ..files.tensor_file import sha256_of_file
 from ..model.addition import BLOCKS
 from .config import SUBJECT, EvalConfig, ResultRow
@@ -92,7 +93,7 @@ def sha256_of(path: str | Path) -> str:
     path = Path(path)
     if not path.is_dir():
         return sha256_of_file(path)
-    inside = [f"{file.relative_to(path).as_posix()} {sha256_of_file(file)}" for file in sorted(path.rglob("*"))
+    inside = [f"{file.relative_to(path).as_posix()} {sha256_of_file(file)}" for file in visible(path.rglob("*"))
               if file.suffix.lower() in _WEIGHTS and file.is_file()]
     return hashlib.sha256("\n".join(inside).encode()).hexdigest()
 

@@ -13,7 +13,16 @@ from typing import Protocol, TypeVar
 from PIL import Image
 
 from ..errors import EvaluationError
-from ..files.picture_file import MASK_SUFFIX, PICTURE_SUFFIXES, mask_beside, open_mask, open_picture, picture_size
+from ..files.picture_file import (
+    MASK_SUFFIX,
+    PICTURE_SUFFIXES,
+    mask_beside,
+    open_mask,
+    open_picture,
+    picture_size,
+    readable_suffixes,
+)
+from ..files.plain_file import visible
 from ..files.tensor_file import sha256_of_file
 from .config import SUBJECT, PlanConfig, PromptsConfig, ReferencesConfig
 
@@ -114,7 +123,7 @@ def references_in(config: ReferencesConfig) -> list[ReferencePicture]:
     folder = Path(config.folder)
     if not folder.is_dir():
         raise EvaluationError(f"references.folder = {config.folder!r} is no folder; wanted one with pictures. Check the path.")
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
+    found = [path for path in visible(folder.rglob("*")) if path.suffix.lower() in readable_suffixes()]
     paths = [path for path in found if not path.name.endswith(MASK_SUFFIX)]
     if not paths:
         raise EvaluationError(f"the folder {folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}). Choose another folder.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import EmmaError, FileError, short
@@ -41,6 +42,11 @@ def check_new_name(name: str, error: type[EmmaError] = FileError) -> None:
     if len(name.encode("utf-8")) > _LONGEST_NAME:
         raise error(f"{short(repr(name))} is too long for a file's name: {len(name.encode('utf-8'))} bytes of {_LONGEST_NAME} "
                     "at most. Shorten it.")
+
+
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """In order, without hidden ones: Macs put a `._x` beside each `x`, which holds none of it."""
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def check_plain_file(path: str | Path, what: str, error: type[EmmaError] = FileError) -> Path:

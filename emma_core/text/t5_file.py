@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import TextEncoderFileError, short
 from ..files.json_file import entry_of, parse_json, read_json
-from ..files.plain_file import is_plain_name
+from ..files.plain_file import is_plain_name, visible
 from ..files.tensor_file import check_finite, check_shapes, open_tensors
 from .t5_layout import T5EncoderConfig, check_declared, config_from_shapes, encoder_parts, refuse_other_models
 
@@ -171,7 +171,7 @@ def _files_in_folder(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
-    files = sorted(folder.glob("*.safetensors"))
+    files = visible(folder.glob("*.safetensors"))
     shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
     if shards and len(shards) == len(files) == int(shards[0][3]):
         return files
@@ -181,7 +181,7 @@ def _files_in_folder(folder: Path) -> list[Path]:
     if len(files) == 1:
         return files
     if not files:
-        for file in sorted(folder.iterdir()):
+        for file in visible(folder.iterdir()):
             _refuse_suffix(file)
     raise TextEncoderFileError(
         f"{folder} holds {len(files)} .safetensors files and no model.safetensors; wanted one model. "
@@ -250,7 +250,7 @@ def _declared_in_metadata(metadata: Mapping[str, str], name: str) -> dict[str, o
 def _folder_config(path: Path, file: Path) -> dict:
     """The config.json of a folder made for one model; of a folder of many models, nothing."""
     config_path = file.parent / "config.json"
-    alone = path.is_dir() or file.name == "model.safetensors" or len(list(file.parent.glob("*.safetensors"))) == 1
+    alone = path.is_dir() or file.name == "model.safetensors" or len(visible(file.parent.glob("*.safetensors"))) == 1
     return read_json(config_path, _WHAT, TextEncoderFileError) if alone and config_path.exists() else {}
 
 

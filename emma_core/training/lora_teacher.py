@@ -13,6 +13,7 @@ import torch
 from ..base.backbones import Backbone
 from ..base.lora import LoraSwitch
 from ..errors import TrainingConfigError
+from ..files.plain_file import visible
 from .config import TeacherConfig
 from .draws import BatchRow
 from .prepared import Prepared
@@ -90,7 +91,7 @@ def lora_files(path: Path) -> dict[str, Path]:
     """
     if not path.is_dir():
         return {"": path}
-    files = {file.stem: file for file in sorted(path.glob("*.safetensors"))}
+    files = {file.stem: file for file in visible(path.glob("*.safetensors"))}
     if not files:
         raise TrainingConfigError(f"teacher.lora = {str(path)!r} is a folder without .safetensors files; wanted a LoRA for "
                                   "each group of references, <group>.safetensors. Put them there, or name one file.")
