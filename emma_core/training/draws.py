@@ -8,7 +8,9 @@ Shapes: B rows of this process, G rows of all processes.
 
 from __future__ import annotations
 
+import hashlib
 import random
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from ..base.schedule import TIMESTEPS
+from ..errors import EmmaWarning
 from .config import TrainConfig
 
 
@@ -76,6 +79,7 @@ class Draws:
         self._generator = torch.Generator().manual_seed(config.train.seed)
         self._batches: list[list[int]] = []  # of this epoch, never changed, so that `state` needs no copy of it
         self._drawn = 0  # of these
+        self._targets = _described(data)
         self.number = 0
 
     def draw(self) -> Batch:
@@ -95,7 +99,7 @@ class Draws:
     def state(self) -> dict[str, Any]:
         """Everything that decides what is drawn next, in plain values and tensors."""
         return {"chance": self._chance.getstate(), "generator": self._generator.get_state(), "number": self.number,
-                "batches": self._batches, "drawn": self._drawn}
+                "batches": self._batches, "drawn": self._drawn, "targets": self._targets}
 
     @state.setter
     def state(self, value: dict[str, Any]) -> None:
@@ -103,6 +107,23 @@ class Draws:
         self._chance.setstate((version, tuple(words), gauss))
         self._generator.set_state(value["generator"])
         self._batches, self._drawn, self.number = value["batches"], value["drawn"], value["number"]
+        changed = self._changed_since(value)
+        if changed:
+            self._batches, self._drawn = [], 0
+            warnings.warn(f"the training data are not those of the sitting before: {changed}. The run goes on with what is "
+                          "there now and begins an epoch anew; it is no longer the run that it would have been.",
+                          EmmaWarning, stacklevel=3)
+
+    def _changed_since(self, value: dict[str, Any]) -> str:
+        """What differs between the data of now and those that a state drew from; "" if nothing does."""
+        before, now = value.get("targets"), self._targets
+        if before is None:  # of before data were described
+            last = max((index for batch in value["batches"] for index in batch), default=-1)
+            return f"{last + 1} pictures or more then, {now['count']} now" if last >= now["count"] else ""
+        if before["count"] != now["count"]:
+            return f"{before['count']} pictures then, {now['count']} now"
+        names = [name for name in ("sizes", "groups", "captions") if before[name] != now[name]]
+        return f"{now['count']} pictures as before, but with other {' and '.join(names)}, or in another order" if names else ""
 
     def _next_targets(self) -> list[int]:
         if self._drawn == len(self._batches):
@@ -145,6 +166,16 @@ class Draws:
         noise = torch.randn(shape, generator=self._generator)
         offset = self._config.objective.noise_offset
         return noise + offset * torch.randn((*shape[:2], 1, 1), generator=self._generator) if offset else noise
+
+
+def _described(data: TrainingSet) -> dict[str, Any]:
+    """How many targets there are, and digests of what decides how they are drawn."""
+    parts = {"sizes": data.bucket, "groups": data.group, "captions": data.captions}
+    digests = {name: hashlib.sha256() for name in parts}
+    for index in range(len(data)):
+        for name, of in parts.items():
+            digests[name].update(repr(of(index)).encode("utf-8", "surrogatepass"))
+    return {"count": len(data), **{name: digest.hexdigest() for name, digest in digests.items()}}
 
 
 def captions_of_few_lengths(

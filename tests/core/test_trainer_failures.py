@@ -5,13 +5,14 @@ import errno
 import math
 import os
 import signal
+import warnings
 from contextlib import contextmanager
 from operator import attrgetter
 
 import pytest
 import torch
 from small_models import small_connector
-from training_world import TinyDenoiser, same, tiny_config, tiny_trainer, weights
+from training_world import TinyDenoiser, TinySet, same, tiny_config, tiny_trainer, weights
 
 from emma_core import load_module
 from emma_core.errors import EmmaWarning, TrainingError
@@ -241,6 +242,40 @@ def test_an_error_inside_the_change_of_weights_is_never_saved(tmp_path, monkeypa
     with pytest.raises(RuntimeError, match="the device is gone"):
         trainer.run()
     assert not checkpoints(tmp_path)
+
+
+class Recaptioned(TinySet):
+    def captions(self, index):
+        return ("another caption",)
+
+
+@pytest.mark.parametrize(("data", "told"), [
+    (TinySet(5), "6 pictures then, 5 now"), (TinySet(9), "6 pictures then, 9 now"), (TinySet(1), "6 pictures then, 1 now"),
+    (Recaptioned(), "6 pictures as before, but with other captions, or in another order")])
+def test_data_that_changed_between_sittings_are_told_and_gone_on_with(tmp_path, data, told):
+    tiny_trainer(tmp_path, tiny_config(train__steps=1)).run()
+    second = tiny_trainer(tmp_path, tiny_config(), data)
+    with pytest.warns(EmmaWarning, match=f"not those of the sitting before: {told}"):
+        assert second.resume()
+    second.run()
+    assert second.step == 8
+
+
+def test_data_that_are_the_same_are_gone_on_with_silently(tmp_path):
+    tiny_trainer(tmp_path, tiny_config(train__steps=1)).run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EmmaWarning)
+        assert tiny_trainer(tmp_path, tiny_config()).resume()
+
+
+def test_fewer_data_than_a_checkpoint_of_before_drew_from_are_told(tmp_path):
+    tiny_trainer(tmp_path, tiny_config(train__steps=1)).run()
+    path = checkpoints(tmp_path)[-1]
+    state = load_checkpoint(path)
+    del state["draws"]["targets"]
+    torch.save(state, path)
+    with pytest.warns(EmmaWarning, match="6 pictures or more then, 2 now"):
+        tiny_trainer(tmp_path, tiny_config(), TinySet(2)).resume()
 
 
 def test_checkpoints_of_other_settings_are_refused(tmp_path):
