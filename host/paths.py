@@ -6,10 +6,9 @@ from pathlib import Path
 
 import folder_paths
 
-from ..emma_core.encoders.loading import KINDS
-from ..emma_core.encoders.weights import WEIGHT_SUFFIXES
+from ..emma_core.encoders.kinds import KINDS
 from ..emma_core.errors import FileError
-from ..emma_core.files.plain_file import state_of
+from ..emma_core.files.plain_file import WEIGHT_SUFFIXES, state_of
 from ..emma_core.playground import PLAYGROUND_DIR
 
 SAFETENSORS = frozenset({".safetensors", ".sft"})
@@ -90,7 +89,7 @@ REFERENCE_ENCODER = ModelFolder(
     "the encoder that the EMMA module names (CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors for the released conditions, "
     "adaface_ir101_webface12m.ckpt for faces, or the file of an open_clip model)",
     folder_marks=("config.json", *(kind.declared_by for kind in KINDS if kind.declared_by)), files_of_folders=True,
-    suffixes=frozenset(WEIGHT_SUFFIXES),
+    suffixes=WEIGHT_SUFFIXES,
 )
 REFERENCE = ModelFolder(("emma_references",), "the encoded reference", "a file that Save Reference wrote")
 _OWN_FOLDERS = {"ella": SAFETENSORS, "emma": SAFETENSORS, "ella_encoder": SAFETENSORS, "emma_references": SAFETENSORS,

@@ -15,13 +15,11 @@ from PIL import Image
 
 from ..emma_core.base.spec import PLAYGROUND_SPEC
 from ..emma_core.errors import FileError
-from ..emma_core.playground import PLAYGROUND_DIR, load_autoencoder, unet_tensors_and_config
+from ..emma_core.playground import PLAYGROUND_DIR, REFERENCES_DIR, load_autoencoder, reference_names, unet_tensors_and_config
 from ..emma_core.playground.autoencoder import Autoencoder
 from .encoders import load_playground_reference_encoder
 from .loaded import LoadedConnector, LoadedEncoder, LoadedModule, load_ella, load_emma_module, patcher_for
 from .text_encoder import load_text_encoder_clip
-
-REFERENCES = PLAYGROUND_DIR / "references"
 
 
 @dataclass(frozen=True)
@@ -114,18 +112,13 @@ def load_vae() -> comfy.sd.VAE:
     return vae
 
 
-def reference_names() -> list[str]:
-    """Shipped reference pictures, by file name without its ending."""
-    return sorted(path.stem for path in REFERENCES.glob("*.png"))
-
-
 def reference_picture(name: str) -> torch.Tensor:
     """A shipped reference picture as IMAGE (1, H, W, 3).
 
     Raises:
         FileError: no such picture.
     """
-    path = REFERENCES / f"{name}.png"
+    path = REFERENCES_DIR / f"{name}.png"
     if name not in reference_names():
         raise FileError(f"the playground has no picture named {name!r}; it has {', '.join(reference_names())}. "
                         "Choose one of these, or use Load Image for a picture of your own.")

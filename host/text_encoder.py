@@ -16,9 +16,7 @@ from comfy.supported_models_base import ClipTarget
 
 from ..emma_core.text.t5_file import T5File, load_t5_parts, open_t5_file
 from ..emma_core.text.t5_tokenizer import PromptTokenizer, load_tokenizer
-
-DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-EMPTY_PROMPT_LENGTHS = {"natural length": 1, "padded to 128": 128}
+from .text_options import DTYPES, EMPTY_PROMPT_LENGTHS
 
 _NAME = "ella_t5"
 _EMPTY_LENGTH_OPTION = "ella_t5_empty_prompt_length"

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host import connecting
+from .. import host
 from .types import Assembly, Floats, HookKeyframes, Module, Reference, schema
 
 
@@ -42,5 +42,5 @@ class EMMAAssembleModules(io.ComfyNode):
     @classmethod
     def execute(cls, module, reference, strength, start_percent, end_percent, assembly=None, strengths=None) -> io.NodeOutput:
         return io.NodeOutput(
-            connecting.assemble(module, reference, strength, start_percent, end_percent, assembly, strengths)
+            host.connecting.assemble(module, reference, strength, start_percent, end_percent, assembly, strengths)
         )

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
+from .. import host
 from ..emma_core.model.addition import ADDITIONS, BLOCKS, RECOMMENDED
-from ..host import connecting
 from .types import Assembly, Ella, schema
 
 
@@ -52,5 +52,5 @@ class EMMAConnector(io.ComfyNode):
     def execute(
         cls, model, positive, negative, ella=None, assembly=None, clip_positive=None, clip_negative=None, adding=BLOCKS
     ) -> io.NodeOutput:
-        return io.NodeOutput(*connecting.connect(
+        return io.NodeOutput(*host.connecting.connect(
             model, ella, positive, negative, assembly, clip_positive, clip_negative, ADDITIONS[adding]))

@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io
 
+from .. import host
 from ..emma_core.encoders.face_alignment import parse_keypoints
 from ..emma_core.encoders.options import BACKGROUNDS, FACES, FRAMES, FaceChoice, Framing
 from ..emma_core.model.reference_features import COMBINATIONS
-from ..host import encoders
 from .types import Encoder, Module, Reference, advanced, schema
 
 
@@ -68,4 +68,4 @@ class EMMAEncodeReference(io.ComfyNode):
     ) -> io.NodeOutput:
         framing = Framing(frame, background, crop_to_mask, margin)
         faces = FaceChoice(face, face_index, parse_keypoints(keypoints))
-        return io.NodeOutput(*encoders.encode_reference(module, encoder, image, mask, combine, framing, faces))
+        return io.NodeOutput(*host.encoders.encode_reference(module, encoder, image, mask, combine, framing, faces))

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
+from .. import host
 from ..emma_core.model.strength_keyframes import LAST_TIMESTEP
-from ..host import gate_maps
 from .types import Assembly, Ella, schema
 
 
@@ -31,4 +31,4 @@ class EMMAGateMap(io.ComfyNode):
 
     @classmethod
     def execute(cls, assembly, conditioning, timestep, ella=None) -> io.NodeOutput:
-        return io.NodeOutput(gate_maps.gate_map_image(ella, assembly, conditioning, timestep))
+        return io.NodeOutput(host.gate_maps.gate_map_image(ella, assembly, conditioning, timestep))

@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..emma_core.encoders.open_clip_models import model_names as open_clip_names
-from ..host import encoders, loaded, paths, text_encoder
+from .. import host
+from ..emma_core.encoders.open_clip_names import model_names as open_clip_names
+from ..host import paths, text_options
 from .types import Ella, Encoder, Module, advanced, schema
 
 RECOGNISE = "recognise"
@@ -35,7 +36,7 @@ class EMMALoadELLA(io.ComfyNode):
 
     @classmethod
     def execute(cls, ella_name) -> io.NodeOutput:
-        return io.NodeOutput(loaded.load_ella(paths.ELLA.path(ella_name)))
+        return io.NodeOutput(host.loaded.load_ella(paths.ELLA.path(ella_name)))
 
 
 class EMMALoadTextEncoder(io.ComfyNode):
@@ -53,10 +54,10 @@ class EMMALoadTextEncoder(io.ComfyNode):
                 io.Combo.Input("text_encoder_name", options=paths.TEXT_ENCODER.names(),
                                tooltip="A .safetensors file or a Hugging Face folder in models/text_encoders or "
                                        "models/ella_encoder."),
-                io.Combo.Input("dtype", options=list(text_encoder.DTYPES), default="auto",
+                io.Combo.Input("dtype", options=list(text_options.DTYPES), default="auto",
                                tooltip="Precision of the encoder. auto: float16 on GPUs (ELLA was trained with it), float32 "
                                        "on the CPU. Pictures differ visibly between precisions."),
-                io.Combo.Input("empty_prompt", options=list(text_encoder.EMPTY_PROMPT_LENGTHS), default="natural length",
+                io.Combo.Input("empty_prompt", options=list(text_options.EMPTY_PROMPT_LENGTHS), default="natural length",
                                tooltip="How an empty (negative) prompt is encoded: at its natural length of one token, or "
                                        "padded to 128 tokens as in ELLA's training."),
             ],
@@ -73,7 +74,7 @@ class EMMALoadTextEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, text_encoder_name, dtype, empty_prompt) -> io.NodeOutput:
         path = paths.TEXT_ENCODER.path(text_encoder_name)
-        return io.NodeOutput(text_encoder.load_text_encoder_clip(path, dtype=dtype, empty_prompt=empty_prompt))
+        return io.NodeOutput(host.text_encoder.load_text_encoder_clip(path, dtype=dtype, empty_prompt=empty_prompt))
 
 
 class EMMALoadModule(io.ComfyNode):
@@ -99,7 +100,7 @@ class EMMALoadModule(io.ComfyNode):
 
     @classmethod
     def execute(cls, module_name) -> io.NodeOutput:
-        return io.NodeOutput(loaded.load_emma_module(paths.MODULE.path(module_name)))
+        return io.NodeOutput(host.loaded.load_emma_module(paths.MODULE.path(module_name)))
 
 
 class EMMALoadReferenceEncoder(io.ComfyNode):
@@ -135,6 +136,6 @@ class EMMALoadReferenceEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, encoder_name, open_clip_model=RECOGNISE) -> io.NodeOutput:
         if encoder_name == PLAYGROUND_ENCODER:
-            return io.NodeOutput(encoders.load_playground_reference_encoder())
+            return io.NodeOutput(host.encoders.load_playground_reference_encoder())
         name = None if open_clip_model == RECOGNISE else open_clip_model
-        return io.NodeOutput(encoders.load_reference_encoder(paths.REFERENCE_ENCODER.path(encoder_name), name))
+        return io.NodeOutput(host.encoders.load_reference_encoder(paths.REFERENCE_ENCODER.path(encoder_name), name))

@@ -2,7 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..host import paths, playground
+from .. import host
+from ..emma_core.playground import reference_names
+from ..host import paths
 from .types import Ella, Encoder, Module, schema
 
 
@@ -39,7 +41,7 @@ class EMMAPlayground(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        parts = playground.load_playground()
+        parts = host.playground.load_playground()
         return io.NodeOutput(parts.model, parts.clip, parts.vae, parts.ella, parts.style, parts.face, parts.encoder,
                              parts.object)
 
@@ -54,7 +56,7 @@ class EMMAPlaygroundPicture(io.ComfyNode):
             display_name="Load Playground Picture",
             aliases=("emma example picture", "emoji"),
             description="One of the reference pictures shipped with the playground.",
-            inputs=[io.Combo.Input("picture", options=playground.reference_names(), tooltip="style-* names an emoji "
+            inputs=[io.Combo.Input("picture", options=reference_names(), tooltip="style-* names an emoji "
                                    "vendor's style, face-* a skin tone, object-* who is shown.")],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="Wire this into Encode Reference Image.")],
         )
@@ -66,4 +68,4 @@ class EMMAPlaygroundPicture(io.ComfyNode):
 
     @classmethod
     def execute(cls, picture) -> io.NodeOutput:
-        return io.NodeOutput(playground.reference_picture(picture))
+        return io.NodeOutput(host.playground.reference_picture(picture))

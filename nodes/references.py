@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..host import paths, references
+from .. import host
+from ..host import paths
 from .types import Reference, saved_as, schema
 
 
@@ -29,7 +30,7 @@ class EMMASaveReference(io.ComfyNode):
 
     @classmethod
     def execute(cls, reference, name) -> io.NodeOutput:
-        return saved_as(cls, references.save_named_reference(reference, name))
+        return saved_as(cls, host.references.save_named_reference(reference, name))
 
 
 class EMMALoadReference(io.ComfyNode):
@@ -55,4 +56,4 @@ class EMMALoadReference(io.ComfyNode):
 
     @classmethod
     def execute(cls, reference_name) -> io.NodeOutput:
-        return io.NodeOutput(references.load_named_reference(reference_name))
+        return io.NodeOutput(host.references.load_named_reference(reference_name))

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..host import prompt_list
+from .. import host
 from .types import schema
 
 
@@ -38,5 +38,5 @@ class EMMAPromptList(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, prompts, prefix="", suffix="") -> io.NodeOutput:
-        lines = prompt_list.prompt_lines(prompts, prefix, suffix)
-        return io.NodeOutput(prompt_list.encode_prompts(clip, lines), len(lines), lines)
+        lines = host.prompt_list.prompt_lines(prompts, prefix, suffix)
+        return io.NodeOutput(host.prompt_list.encode_prompts(clip, lines), len(lines), lines)

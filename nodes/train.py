@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
+from .. import host
 from ..emma_core.model.conditions import CONDITIONS
 from ..emma_core.training.presets import PRESETS
-from ..host import module_files
 from .types import Ella, Encoder, Module, advanced, saved_as, schema
 
 _PRESET = "small-card"
@@ -40,19 +40,18 @@ class EMMATrainModule(io.ComfyNode):
         teacher_model=(None,), teacher_positive=(),
     ) -> io.NodeOutput:
         from ..emma_core.training.config import resolve  # here, as the trainer takes long to import
-        from ..host import training
 
         config = resolve({}, _PRESET, {
             "output.folder": name[0], "module.condition": condition[0], "train.steps": steps[0], "train.batch": batch[0],
             "train.accumulate": accumulate[0], "train.rate": rate[0], "train.gate_rate": gate_rate[0], "train.seed": seed[0],
-            "train.precision": training.precision_of(precision[0]), "train.average": average[0],
+            "train.precision": host.training.precision_of(precision[0]), "train.average": average[0],
             "objective.timestep_power": timestep_power[0], "objective.inverse_snr": inverse_snr[0],
             # no empty prompt is wired here, so texts are never dropped
             "objective.drop_text": 0.0, "objective.drop_both": 0.0, "report.save_every": checkpoint_every[0], "report.keep": 1,
         })
-        inputs = training.TrainingInputs(model[0], ella[0], latents, positive, reference_image, encoder[0], start[0],
-                                         teacher_model[0], teacher_positive)
-        module, losses, report = training.train(inputs, config)
+        inputs = host.training.TrainingInputs(model[0], ella[0], latents, positive, reference_image, encoder[0], start[0],
+                                              teacher_model[0], teacher_positive)
+        module, losses, report = host.training.train(inputs, config)
         return io.NodeOutput(module, {"loss": losses}, report)
 
 
@@ -138,4 +137,4 @@ class EMMASaveModule(io.ComfyNode):
     @classmethod
     def execute(cls, module, name, title="", author="", license="", thumbnail=None) -> io.NodeOutput:
         entries = {"title": title, "author": author, "license": license}
-        return saved_as(cls, module_files.save_named_module(module, name, entries, thumbnail))
+        return saved_as(cls, host.module_files.save_named_module(module, name, entries, thumbnail))

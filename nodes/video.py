@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..emma_core.encoders.matching import blend_references
 from ..emma_core.model.frame_values import INTERPOLATIONS, parse_keyframes, values_between, values_over_frames
 from .types import Reference, schema
 
@@ -71,5 +70,7 @@ class EMMABlendReferences(io.ComfyNode):
 
     @classmethod
     def execute(cls, reference_a, reference_b, frames, start_weight, end_weight, interpolation) -> io.NodeOutput:
+        from ..emma_core.encoders.matching import blend_references  # here, as the encoders take long to import
+
         weights = values_between(start_weight, end_weight, frames, interpolation)
         return io.NodeOutput(blend_references(reference_a, reference_b, weights))

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ..errors import FileError
-from ..files.plain_file import visible
-from ..files.tensor_file import PICKLE_SUFFIXES, check_finite, check_shapes, open_tensors
+from ..files.plain_file import PICKLE_SUFFIXES, visible
+from ..files.tensor_file import check_finite, check_shapes, open_tensors
 from .schedule import TIMESTEPS
 from .spec import BaseSpec
 

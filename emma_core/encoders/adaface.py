@@ -21,7 +21,6 @@ from ..errors import EmmaWarning, EncoderFileError, ImageInputError
 from ..files.plain_file import read_text
 from ..files.tensor_file import check_finite, check_shapes, fingerprint_of_weights, integers_in, read_weights
 from .base import ReferenceEncoder
-from .kinds import EncoderKind
 from .weights import Shapes, weights_path
 
 INPUT_SIZE_PX = 112
@@ -147,16 +146,14 @@ def _blue_first(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, to
     return dict(tensors)
 
 
-def _recognises(shapes: Shapes) -> bool:
+def recognises(shapes: Shapes) -> bool:
+    """See `EncoderKind`."""
     return _prefix_in(shapes) is not None
 
 
-def _load(path: Path, open_clip_model: str | None) -> ReferenceEncoder:
+def load(path: Path, open_clip_model: str | None) -> ReferenceEncoder:
+    """See `EncoderKind`."""
     from .face import FaceReferenceEncoder  # here, as finding faces takes long to import
     from .face_detection import load_face_detector
 
     return FaceReferenceEncoder(load_adaface(weights_path(path)), load_face_detector)
-
-
-KIND = EncoderKind("adaface", "AdaFace (IR-18, 50, 101)", FEATURES, _recognises, _load, "adaface",
-                   "adaface_ir101_webface12m.ckpt")

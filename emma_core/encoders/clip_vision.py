@@ -15,7 +15,6 @@ from ..errors import EncoderFileError
 from ..files.tensor_file import check_finite, check_shapes, fingerprint_of_weights, open_weights
 from .base import PictureEncoder, ReferenceEncoder
 from .families import CLIP_TOWERS, MEAN, STD, ClipTower
-from .kinds import EncoderKind
 from .options import EncodeOptions
 from .pictures import Preparation
 from .weights import Shapes, weights_path
@@ -210,14 +209,12 @@ def _sizes(tensors: Mapping[str, torch.Tensor]) -> str:
     return f"hidden {hidden}, {layers} layers, patches of {patch} px, {vectors} vectors, projected {projected}"
 
 
-def _recognises(shapes: Shapes) -> bool:
+def recognises(shapes: Shapes) -> bool:
+    """See `EncoderKind`."""
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     return recognise_clip(canonical_names(tensors)) is not None
 
 
-def _load(path: Path, open_clip_model: str | None) -> ReferenceEncoder:
+def load(path: Path, open_clip_model: str | None) -> ReferenceEncoder:
+    """See `EncoderKind`."""
     return load_clip_vision(weights_path(path))
-
-
-KIND = EncoderKind("clip", "CLIP ViT", ClipVisionEncoder.feature_names, _recognises, _load, "clip_vision",
-                   "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")

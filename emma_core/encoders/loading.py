@@ -6,13 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import EncoderFileError
-from . import adaface, clip_vision, open_clip_models, playground
 from .base import ReferenceEncoder
 from .families import CLIP_TOWERS
-from .kinds import EncoderKind
+from .kinds import ADAFACE, KINDS, OPEN_CLIP, EncoderKind
 from .weights import shapes_in, some, weights_path
-
-KINDS = (clip_vision.KIND, open_clip_models.KIND, adaface.KIND, playground.KIND)  # in the order in which they are asked
 
 
 def load_encoder(path: str | Path, open_clip_model: str | None = None) -> ReferenceEncoder:
@@ -36,7 +33,7 @@ def load_encoders(paths: Iterable[str | Path], open_clip_model: str | None = Non
     encoders = []
     for path in paths:
         kind = encoder_kind(path)
-        encoders.append(kind.load(Path(path), open_clip_model if kind is open_clip_models.KIND else None))
+        encoders.append(kind.load(Path(path), open_clip_model if kind is OPEN_CLIP else None))
     return encoders
 
 
@@ -48,7 +45,7 @@ def encoder_kind(path: str | Path, open_clip_model: str | None = None) -> Encode
     """
     path = Path(path)
     if open_clip_model is not None:
-        return open_clip_models.KIND
+        return OPEN_CLIP
     for kind in KINDS:
         if kind.declared_by and (path / kind.declared_by).is_file():
             return kind
@@ -57,7 +54,7 @@ def encoder_kind(path: str | Path, open_clip_model: str | None = None) -> Encode
         if kind.recognises(shapes):
             return kind
     raise EncoderFileError(
-        f"{path.name} is no encoder that is known here ({some(shapes)}). Wanted {adaface.KIND.title}, a model of open_clip "
+        f"{path.name} is no encoder that is known here ({some(shapes)}). Wanted {ADAFACE.title}, a model of open_clip "
         f"in its own layout, or {'; '.join(tower.describe() for tower in CLIP_TOWERS.values())}. Choose another file; of other "
         "models of Hugging Face (SigLIP, DFN, ...) get the open_clip version."
     )

@@ -17,14 +17,12 @@ from ..errors import EncoderFileError, ImageInputError, short
 from ..files.plain_file import visible
 from ..files.tensor_file import check_finite, fingerprint_of_weights, integers_in, open_weights
 from .base import PictureEncoder
-from .kinds import EncoderKind
 from .open_clip_recognition import (
     CONFIG_NAME,
     Tower,
     built_on_meta,
     check_fits_model,
     declared_tower,
-    model_names,
     named_tower,
     recognised_tower,
     shapes_of,
@@ -32,8 +30,6 @@ from .open_clip_recognition import (
 )
 from .options import LAYERS, EncodeOptions
 from .weights import WEIGHT_SUFFIXES, Shapes
-
-__all__ = ["KIND", "OpenClipEncoder", "load_open_clip_encoder", "model_names"]
 
 _FOLDER = "models/open_clip"
 _WHAT = "weights of an open_clip model"
@@ -192,10 +188,12 @@ def _compute_buffers(model: nn.Module) -> None:
             module.init_non_persistent_buffers()
 
 
-def _recognises(shapes: Shapes) -> bool:
+def recognises(shapes: Shapes) -> bool:
+    """See `EncoderKind`."""
     names = {key.removeprefix("module.").removeprefix("model.") for key in shapes}
     return "conv1.weight" in names or any(name.startswith(("visual.", "trunk.")) for name in names)
 
 
-KIND = EncoderKind("open_clip", "a model of open_clip", ("global", "local"), _recognises, load_open_clip_encoder, "open_clip",
-                   declared_by=CONFIG_NAME)
+def load(path: Path, open_clip_model: str | None) -> OpenClipEncoder:
+    """See `EncoderKind`."""
+    return load_open_clip_encoder(path, open_clip_model)

@@ -6,7 +6,6 @@ open_clip_torch (MIT) is used as a library; it is imported only when a model is 
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import math
 import warnings
 from collections.abc import Mapping
@@ -64,15 +63,6 @@ class Tower:
     def facts(self) -> dict[str, Any]:
         """Everything that decides its answer to a picture."""
         return {**self.build, **asdict(self.preparation)}
-
-
-def model_names() -> list[str]:
-    """Names of the models open_clip can build, without importing it; empty if it is not installed."""
-    package = importlib.util.find_spec("open_clip")
-    if package is None or not package.submodule_search_locations:
-        return []
-    folder = Path(package.submodule_search_locations[0]) / "model_configs"
-    return sorted(path.stem for path in folder.glob("*.json"))
 
 
 def named_tower(model_name: str) -> Tower:

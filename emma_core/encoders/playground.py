@@ -16,7 +16,6 @@ from torch import nn
 from ..errors import EncoderFileError
 from ..files.tensor_file import check_finite, check_shapes, read_weights, sha256_of_tensors
 from .base import PictureEncoder, ReferenceEncoder
-from .kinds import EncoderKind
 from .options import EncodeOptions
 from .pictures import Preparation
 from .weights import Shapes, weights_path
@@ -120,12 +119,11 @@ def _normalised(x_BNC: torch.Tensor) -> torch.Tensor:
     return F.normalize(x_BNC, dim=-1) * x_BNC.shape[-1] ** 0.5
 
 
-def _recognises(shapes: Shapes) -> bool:
+def recognises(shapes: Shapes) -> bool:
+    """See `EncoderKind`."""
     return any(key.removeprefix("module.").removeprefix("model.") == "stages.0.down.weight" for key in shapes)
 
 
-def _load(path: Path, open_clip_model: str | None) -> ReferenceEncoder:
+def load(path: Path, open_clip_model: str | None) -> ReferenceEncoder:
+    """See `EncoderKind`."""
     return load_playground_encoder(weights_path(path))
-
-
-KIND = EncoderKind(FAMILY, "the playground's encoder", PlaygroundReferenceEncoder.feature_names, _recognises, _load)

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import EncoderFileError, short
-from ..files.plain_file import visible
-from ..files.tensor_file import PICKLE_SUFFIXES, open_weights
+from ..files.plain_file import WEIGHT_SUFFIXES, visible
+from ..files.tensor_file import open_weights
 
-WEIGHT_SUFFIXES = {".safetensors", ".sft", *PICKLE_SUFFIXES}
 # of folders that hold the same weights more than once, in this order
 _USUAL_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 _WHAT = "a reference encoder"

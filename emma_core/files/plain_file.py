@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ..errors import EmmaError, FileError, short
 
+PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".sft", *PICKLE_SUFFIXES})
 _LONGEST_NAME, _MOST_LISTED = 200, 5
 _NO_LETTERS = '<>:"|?*\\/'
 _DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$",

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import FileError, short
 from .json_file import is_whole
 from .pickle_reading import BYTES_OF_KIND, StoredTensor
-from .plain_file import check_plain_file
+from .plain_file import PICKLE_SUFFIXES, check_plain_file
 from .pytorch_file import ARCHIVE, PICKLES, describe_pytorch_file
 
 _LARGEST_HEADER = 100_000_000
@@ -27,7 +27,6 @@ _MOST_TENSORS = 100_000
 _MOST_DIMENSIONS = 8
 _MOST_NUMBERS = 1 << 48  # of one tensor, counting an empty side as one: torch cannot count much further
 _SHARED = 2  # times that the numbers of a file may be used by its tensors, as tied weights are
-PICKLE_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth"}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
            "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
            "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}

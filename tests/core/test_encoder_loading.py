@@ -48,6 +48,7 @@ def test_a_file_of_any_name_is_recognised(tmp_path, kind, name):
         save_file(make(), path)
     assert encoder_kind(path).name == kind
     encoder = load_encoder(path)
+    assert set(encoder.feature_names) == set(encoder_kind(path).features)
     assert encoder.description["family"] == family and len(encoder.description["fingerprint"]) == 64
 
 

@@ -20,17 +20,18 @@ FLOORS = (("errors",), ("model", "settings"), ("files", "drawing"), ("text", "en
 MOST_FILES_AT_THE_TOP = 8
 
 
-def imported(path: Path) -> set[str]:
-    """Absolute names of everything a file imports, the pack's own parts without a prefix."""
+def imported(path: Path, at_once: bool = False) -> set[str]:
+    """Absolute names of everything a file imports, the pack's own parts without a prefix; ``at_once``: not in functions."""
     package = path.relative_to(ROOT).parts[:-1]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             prefix = package[: len(package) - node.level + 1] if node.level else ()
             stem = ".".join([*prefix, *filter(None, [node.module])])
-            names |= {stem} if stem else {alias.name for alias in node.names}
+            names |= {stem} - {""} | {".".join(filter(None, [stem, alias.name])) for alias in node.names}
     return names
 
 
@@ -65,14 +66,21 @@ def test_every_part_of_the_library_is_a_room():
     assert len(list((ROOT / "emma_core").glob("*.py"))) <= MOST_FILES_AT_THE_TOP
 
 
-def test_generate_reaches_no_file_of_the_trainer():
-    """By reading: what `generate` imports, and what that imports, and so on, inside functions too."""
-    reached, todo = set(), {"emma_core.commands.generate"}
+def reached_from(start: set[str], at_once: bool = False) -> set[str]:
+    """Names of the pack's files that these import, that those import, and so on."""
+    reached, todo = set(), set(start)
     while todo:
         name = todo.pop()
         path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
         reached.add(name)
-        todo |= {one for one in imported(path) if one.startswith("emma_core")} - reached if path.is_file() else set()
+        if path.is_file():
+            todo |= {one for one in imported(path, at_once) if one.split(".")[0] in PARTS} - reached
+    return reached
+
+
+def test_generate_reaches_no_file_of_the_trainer():
+    """By reading: what `generate` imports, and what that imports, and so on, inside functions too."""
+    reached = reached_from({"emma_core.commands.generate"})
     assert "emma_core.base.sd15_files" in reached
     assert not [name for name in reached if name.startswith("emma_core.training")]
 
@@ -132,6 +140,17 @@ def test_the_pack_imports_itself_relatively(part):
 def test_importing_the_pack_imports_nothing_else():
     root = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     assert not [node for node in root.body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def test_comfyui_starts_with_schemas_and_folders_alone():
+    """What takes long to import comes with the first node that runs: readers of files, encoders, models, the trainer."""
+    reached = reached_from({"host.paths", *(f"nodes.{path.stem}" for path in files("nodes"))}, at_once=True)
+    assert {"host.paths", "emma_core.encoders.options"} <= reached
+    parts = {f"host.{path.stem}" for path in files("host")}
+    assert reached & parts == {"host.messages", "host.paths", "host.text_options"}
+    heavy = ("emma_core.base", "emma_core.files.tensor_file", "emma_core.encoders.base", "emma_core.model.assembly",
+             "emma_core.training.config", "emma_core.text", "emma_core.drawing")
+    assert not [name for name in reached if name.startswith(heavy)]
 
 
 def test_importing_emma_core_does_not_import_torch():

@@ -1,5 +1,6 @@
 """Picture towers of open_clip against open_clip itself: answers, recognition, preparation, file layouts and refusals."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms import Normalize
 
-from emma_core.encoders import open_clip_recognition
-from emma_core.encoders.open_clip_models import load_open_clip_encoder, model_names
+from emma_core.encoders.open_clip_models import load_open_clip_encoder
+from emma_core.encoders.open_clip_names import model_names
 from emma_core.encoders.open_clip_recognition import CONFIG_NAME, built_on_meta, named_tower, recognised_tower, shapes_of
 from emma_core.encoders.options import LAYERS, EncodeOptions
 from emma_core.errors import EmmaWarning, EncoderFileError, ImageInputError, ReferenceMismatchError
@@ -394,12 +395,12 @@ def test_a_missing_package_is_named(small, monkeypatch, package):
     for name in (None, "ViT-S-32"):
         with pytest.raises(EncoderFileError, match=f"{package}.*pip install open_clip_torch"):
             load_open_clip_encoder(small[1], name)
-    monkeypatch.setattr(open_clip_recognition.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert model_names() == []
 
 
 def test_names_come_at_once_and_without_importing_open_clip():
-    code = ("import sys, timeit; from emma_core.encoders.open_clip_models import model_names as names; "
+    code = ("import sys, timeit; from emma_core.encoders.open_clip_names import model_names as names; "
             "print(*names(), *({'open_clip', 'timm'} & {*sys.modules}), min(timeit.repeat(names, number=1)))")
     answer = subprocess.check_output([sys.executable, "-c", code], cwd=Path(__file__).parents[2], text=True)
     *names, seconds = answer.split()
