@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..base.config import check_files, spec_of
 from ..encoders.loading import check_gives, suggestion
 from ..errors import TrainingConfigError
 from ..files.module_file import read_module_config
+from ..files.picture_file import open_picture
+from ..files.plain_file import is_plain_name
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from .buckets import buckets
 from .config import TrainConfig
@@ -26,12 +29,14 @@ def check(config: TrainConfig) -> None:
     """
     if not config.output.folder:
         raise TrainingConfigError("output.folder is not set. Name a folder for checkpoints, samples and the result.")
+    _check_name(config.output.name)
     _check_numbers(config)
     if config.teacher.own_latents:
         check_own_latents(config)
         read_prompts(config.teacher.prompts)
     teacher_kind(config.teacher)
     check_files(config.base, config.ella, _further_files(config), new_ella=config.what == "ella")
+    _check_sample_references(config.report.sample_references)
     if config.what == "module":
         _check_module(config)
     if config.report.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -57,6 +62,21 @@ def encoder_file(config: TrainConfig) -> Path:
 def _further_files(config: TrainConfig) -> list[tuple[str, str]]:
     files = [("module.start", config.module.start), ("encoder.file", config.encoder.file)] if config.what == "module" else []
     return files + [("report.sample_references", path) for path in config.report.sample_references]
+
+
+def _check_name(name: str) -> None:
+    if not is_plain_name(name) or name.lower().endswith(".safetensors"):
+        raise TrainingConfigError(f"output.name = {name!r:.100}; wanted the name of a file alone, without folder and ending. "
+                                  "output.folder says where it is written, and .safetensors is added.")
+
+
+def _check_sample_references(paths: Sequence[str]) -> None:
+    for path in paths:
+        try:
+            open_picture(Path(path))
+        except Exception as found:  # each of Pillow's formats raises kinds of its own for damage
+            raise TrainingConfigError(f"report.sample_references = {path!r} cannot be read ({found}); wanted a picture. Check "
+                                      "the file.") from found
 
 
 def _check_numbers(config: TrainConfig) -> None:

@@ -107,14 +107,14 @@ class Draws:
         self._chance.setstate((version, tuple(words), gauss))
         self._generator.set_state(value["generator"])
         self._batches, self._drawn, self.number = value["batches"], value["drawn"], value["number"]
-        changed = self._changed_since(value)
+        changed = self.changed_since(value)
         if changed:
             self._batches, self._drawn = [], 0
             warnings.warn(f"the training data are not those of the sitting before: {changed}. The run goes on with what is "
                           "there now and begins an epoch anew; it is no longer the run that it would have been.",
                           EmmaWarning, stacklevel=3)
 
-    def _changed_since(self, value: dict[str, Any]) -> str:
+    def changed_since(self, value: dict[str, Any]) -> str:
         """What differs between the data of now and those that a state drew from; "" if nothing does."""
         before, now = value.get("targets"), self._targets
         if before is None:  # of before data were described

@@ -19,6 +19,9 @@ def run_identity(config: TrainConfig) -> dict[str, Any]:
     return {"what": config.what, **{key: value for key, value in flat.items() if not key.startswith(free)}}
 
 
+_PLACES = ("data.folder", "data.jsonl", "data.shards")
+
+
 def check_folder(folder: Path, config: TrainConfig) -> None:
     """Refuse a folder that another run is in, before anything is written there.
 
@@ -31,7 +34,7 @@ def check_folder(folder: Path, config: TrainConfig) -> None:
 
 
 def check_identity(found: Mapping[str, Any], config: TrainConfig, checkpoint: Path) -> None:
-    """Refuse a checkpoint of a run with other settings.
+    """Refuse a checkpoint of a run with other settings; where the data are may differ, see `check_same_place`.
 
     Args:
         found: what `run_identity` gave of that run.
@@ -42,7 +45,25 @@ def check_identity(found: Mapping[str, Any], config: TrainConfig, checkpoint: Pa
     """
     known = {**run_identity(TrainConfig()), **found}  # settings that are newer than the checkpoint had their default
     differing = [f"{key} is {known.get(key)!r} there and {value!r} here" for key, value in sorted(run_identity(config).items())
-                 if known.get(key) != value]
+                 if known.get(key) != value and key not in _PLACES]
+    _refuse_if(differing, checkpoint)
+
+
+def check_same_place(found: Mapping[str, Any], config: TrainConfig, checkpoint: Path) -> None:
+    """Refuse other data in another place: the same data may have moved, and data may change where they are.
+
+    Args:
+        found, config, checkpoint: as of `check_identity`.
+    Raises:
+        TrainingError: where the data were and are.
+    """
+    here = run_identity(config)
+    _refuse_if([f"{key} is {found[key]!r} there and {here[key]!r} here, and the data differ" for key in _PLACES
+                if key in found and bool(found[key]) + bool(here[key])
+                and Path(found[key]).resolve() != Path(here[key]).resolve()], checkpoint)
+
+
+def _refuse_if(differing: list[str], checkpoint: Path) -> None:
     if differing:
         raise TrainingError(f"{checkpoint} belongs to a run with other settings: {'; '.join(differing)}. Give this run a "
                             "folder of its own, or restore these settings.")

@@ -29,7 +29,7 @@ from .averaging import AveragedWeights, cosine_rate
 from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_or_explain
 from .config import TrainConfig
 from .draws import Batch, Draws, TrainingSet
-from .identity import check_identity, run_identity
+from .identity import check_identity, check_same_place, run_identity
 from .interrupts import Interrupts
 from .losses import TimestepBuckets
 from .student import Student
@@ -213,6 +213,8 @@ class Trainer:
             return False
         state = load_checkpoint(found[-1])
         check_identity(state["run"], self.config, found[-1])
+        if self.draws.changed_since(state["draws"]):
+            check_same_place(state["run"], self.config, found[-1])
         self.step, self.seconds = state["step"], state["seconds"]
         self.student.learning.load_state_dict(state["learning"])
         self.optimizer.load_state_dict(state["optimizer"])

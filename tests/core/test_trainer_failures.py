@@ -261,6 +261,16 @@ def test_data_that_changed_between_sittings_are_told_and_gone_on_with(tmp_path, 
     assert second.step == 8
 
 
+def test_the_same_data_in_another_place_are_gone_on_with(tmp_path):
+    tiny_trainer(tmp_path, tiny_config(train__steps=1, data__folder="/before/pictures")).run()
+    moved = tiny_config(data__folder="pictures")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EmmaWarning)
+        assert tiny_trainer(tmp_path, moved).resume()
+    with pytest.raises(TrainingError, match="data.folder is '/before/pictures' there and 'pictures' here, and the data differ"):
+        tiny_trainer(tmp_path, moved, TinySet(5)).resume()
+
+
 def test_data_that_are_the_same_are_gone_on_with_silently(tmp_path):
     tiny_trainer(tmp_path, tiny_config(train__steps=1)).run()
     with warnings.catch_warnings():
