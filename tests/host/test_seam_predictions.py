@@ -171,8 +171,9 @@ def test_a_skipped_step_of_easycache_skips_every_evaluation(spy, run_node, sampl
 
 def test_an_interrupt_stops_between_the_evaluations(spy, sample, added):
     def interrupt(executor, *arguments, **options):
+        answer = executor(*arguments, **options)
         comfy.model_management.interrupt_current_processing()
-        return executor(*arguments, **options)
+        return answer
 
     wired = watched(added, interrupt, comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL)
     sample(added)  # so that all tokens are known
