@@ -1,21 +1,31 @@
-"""The host's MODEL as training sees it: a frozen copy of its UNet that lets gradients through to the context.
+"""The host's MODEL as training sees it: a frozen copy of its network that lets gradients through to the context.
 
 Shapes: B rows, K cross-attention tokens of width W, latents 4 x h x w, T timesteps.
 """
 
 import copy
+from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
+import comfy.ldm.flux.model
 import comfy.ldm.modules.attention
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.model_management
 import comfy.model_sampling
 import torch
 import torch.utils.checkpoint
+from torch.overrides import TorchFunctionMode
 
+from ..emma_core.base.denoiser import NO_EXTRA
 from ..emma_core.base.schedule import TIMESTEPS
 from ..emma_core.errors import TrainingConfigError, TrainingError
+from .families import time_of
 
 _CHECKPOINTED = (comfy.ldm.modules.diffusionmodules.openaimodel.ResBlock, comfy.ldm.modules.attention.SpatialTransformer)
+
+# these networks write `x += y` where the backward pass needs the old x; they change nothing in place in any other way
+_ADDS_IN_PLACE = (comfy.ldm.flux.model.Flux,)
 
 
 class HostDenoiser:
@@ -34,67 +44,97 @@ class HostDenoiser:
         self.prediction = prediction_of(model)
         self.name = type(model.model).__name__
         with torch.inference_mode(False), torch.no_grad():
-            self.alphas_cumprod_T = 1 / (sampling.sigmas.detach().cpu().clone() ** 2 + 1)
+            self.sigma_T = sigmas_of(model)
+            self.alphas_cumprod_T = _kept(self.sigma_T, self.prediction)
+            self._host_time_T = sampling.timestep(self.sigma_T.to(sampling.sigmas.device)).float().cpu().clone()
             self.network = _copied_network(model).to(device, dtype).eval().requires_grad_(False)
-        self._dtype = dtype
+        self._dtype, self._process_timestep = dtype, getattr(model.model, "process_timestep", lambda time_B, **told: time_B)
         self._options = {"optimized_attention_override": _attention_with_gradients,
                          **model.model_options.get("transformer_options", {})}
-        for layer in self.network.modules():
-            if checkpointing and isinstance(layer, _CHECKPOINTED):
-                layer.forward = _checkpointed(layer.forward)
+        for layer in _blocks(self.network) if checkpointing else ():
+            layer.forward = _checkpointed(layer.forward, self.network)
 
     def predict_noise(
-        self, noised_B4hw: torch.Tensor, timestep_B: torch.Tensor, context_BKW: torch.Tensor
+        self, noised_B4hw: torch.Tensor, timestep_B: torch.Tensor, context_BKW: torch.Tensor,
+        extra: Mapping[str, Any] = NO_EXTRA,
     ) -> torch.Tensor:
-        """What the UNet gives (noise or velocity), in float32, with gradients to the context.
+        """What the model gives (noise, velocity or flow), in float32, with gradients to the context.
 
-        ``noised_B4hw`` keeps its variance at 1, which is what the host's UNets read: no scaling by sigma is left to do.
+        ``noised_B4hw`` keeps its variance at 1, which is what the host's UNets read; a flow model's latents are
+        sigma noise + (1 - sigma) picture. ``extra`` goes to the model under the names it has in the host.
 
         Raises:
             TrainingError: a patch of the MODEL lets no gradients through.
         """
-        kept_B = self.alphas_cumprod_T.to(timestep_B.device)[timestep_B]
-        options = {**self._options, "cond_or_uncond": [0], "sigmas": ((1 - kept_B) / kept_B).sqrt()}
-        predicted_B4hw = self.network(noised_B4hw.to(self._dtype), timestep_B.float(), context=context_BKW.to(self._dtype),
-                                      transformer_options=options)
+        sigma_B = self.sigma_T.to(timestep_B.device)[timestep_B]
+        if self.prediction == "flow":
+            size_B = (sigma_B.square() + (1 - sigma_B).square()).sqrt()
+            noised_B4hw = noised_B4hw * size_B.reshape(-1, *(1,) * (noised_B4hw.ndim - 1))
+        told = {name: self._told(value) for name, value in extra.items()}
+        beside = told.pop("c_concat", None)
+        time_B = self._process_timestep(self._host_time_T.to(timestep_B.device)[timestep_B], x=noised_B4hw, **told)
+        read = noised_B4hw.to(self._dtype) if beside is None else torch.cat([noised_B4hw.to(self._dtype), beside], dim=1)
+        options = {**self._options, "cond_or_uncond": [0], "sigmas": sigma_B}
+        with _as_in_training(self.network):
+            predicted_B4hw = self.network(read, time_B, context=context_BKW.to(self._dtype), control=None,
+                                          transformer_options=options, **told)
         if context_BKW.requires_grad and not predicted_B4hw.requires_grad:
             raise TrainingError("a patch of this MODEL lets no gradients through its cross-attention, so nothing can be learnt "
                                 "from it. Wire the MODEL without its attention patches into Train EMMA Module.")
         return predicted_B4hw.float()
 
+    def _told(self, value: Any) -> Any:
+        is_number = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(self._dtype) if is_number else value
+
 
 def prediction_of(model) -> str:
-    """"eps" or "v", by how the host turns the output of a MODEL's UNet into a picture.
+    """"eps", "v" or "flow", by how the host turns the output of a MODEL into a picture.
 
     Raises:
         TrainingConfigError: it predicts something else, or not at 1000 timesteps.
     """
     sampling = model.get_model_object("model_sampling")
     denoised = type(sampling).calculate_denoised
+    if denoised is comfy.model_sampling.CONST.calculate_denoised:
+        return "flow"
     known = {comfy.model_sampling.EPS.calculate_denoised: "eps", comfy.model_sampling.V_PREDICTION.calculate_denoised: "v"}
     if denoised not in known:
         kinds = [kind.__name__ for kind in type(sampling).__mro__ if "calculate_denoised" in vars(kind)]
         raise TrainingConfigError(f"this MODEL ({type(model.model).__name__}, {model.model.model_type.name}) predicts by "
-                                  f"{kinds[0]}; wanted EPS or V_PREDICTION. Use an SD1.5 checkpoint, without a node that "
-                                  "changes its sampling.")
+                                  f"{kinds[0]}; wanted EPS, V_PREDICTION or a flow (CONST). Use a checkpoint without a "
+                                  "node that changes its sampling.")
     sigmas = getattr(sampling, "sigmas", None)
     if sigmas is None or len(sigmas) != TIMESTEPS or round(float(sampling.timestep(sigmas[-1:]))) != TIMESTEPS - 1:
         raise TrainingConfigError(f"this MODEL's sampling ({type(sampling).__name__}) does not count timesteps 0 to 999, which "
-                                  "ELLA needs. Remove the node that changes the model's sampling.")
+                                  "ELLA and modules need. Remove the node that changes the model's sampling.")
     return known[denoised]
 
 
+def sigmas_of(model) -> torch.Tensor:
+    """(T,) sigma at each timestep; a flow model's are spaced as it samples."""
+    sampling = model.get_model_object("model_sampling")
+    if prediction_of(model) != "flow":
+        return sampling.sigmas.detach().cpu().clone()
+    shift, share_T = time_of(sampling).shift, torch.arange(1, TIMESTEPS + 1) / TIMESTEPS
+    return shift * share_T / (1 + (shift - 1) * share_T)
+
+
 def context_width_of(model) -> int | None:
-    """Width of the tokens that a MODEL's cross-attention reads; None: it has none.
+    """Width of the tokens that a MODEL's cross-attention reads beside an ELLA; None: it has none.
 
     Raises:
-        TrainingConfigError: it reads more than a latent of 4 channels, a timestep and a context.
+        TrainingConfigError: it reads more than a latent of 4 channels, a timestep and a context, or predicts no noise.
     """
+    if prediction_of(model) == "flow":
+        raise TrainingConfigError(f"this MODEL ({type(model.model).__name__}) is a flow model (CONST); wanted EPS or "
+                                  "V_PREDICTION beside an ELLA. Use an SD1.5 checkpoint, or leave ELLA out.")
     unet = model.model.model_config.unet_config
     if unet.get("in_channels") != 4 or unet.get("adm_in_channels"):
         raise TrainingConfigError(f"this MODEL ({type(model.model).__name__}) reads {unet.get('in_channels')} channels"
                                   f"{' and a vector of sizes' if unet.get('adm_in_channels') else ''}; wanted 4 channels and "
-                                  "no more. Use an SD1.5 checkpoint that is made neither for inpainting nor for SDXL.")
+                                  "no more beside an ELLA. Use an SD1.5 checkpoint that is made neither for inpainting "
+                                  "nor for SDXL, or leave ELLA out.")
     return unet.get("context_dim")
 
 
@@ -107,15 +147,53 @@ def _copied_network(model) -> torch.nn.Module:
     return copy.deepcopy(whole.model.diffusion_model)
 
 
+def _kept(sigma_T: torch.Tensor, prediction: str) -> torch.Tensor:
+    """(T,) share of the picture in the variance of noised latents."""
+    if prediction == "flow":
+        return (1 - sigma_T).square() / ((1 - sigma_T).square() + sigma_T.square())
+    return 1 / (sigma_T.square() + 1)
+
+
+def _blocks(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """UNets' blocks of layers; of transformers the blocks that follow one another."""
+    found = [layer for layer in network.modules() if isinstance(layer, _CHECKPOINTED)]
+    lists = [part for part in network.children() if isinstance(part, torch.nn.ModuleList)]
+    return found or [block for blocks in lists for block in blocks if len(list(block.children())) > 1]
+
+
 def _attention_with_gradients(chosen, *arguments, **options):
     """In place of the attention the host was started with: some of those have no backward pass."""
     return comfy.ldm.modules.attention.attention_pytorch(*arguments, **options)
 
 
-def _checkpointed(forward):
-    def run(*arguments):
+class _OutOfPlace(TorchFunctionMode):
+    """`x += y` makes a new x."""
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        return (torch.add if function == torch.Tensor.add_ else function)(*arguments, **(named or {}))
+
+
+@contextmanager
+def _as_in_training(network: torch.nn.Module):
+    """With the host's own sign for layers to leave out what has no backward pass; older hosts have none such."""
+    before = getattr(comfy.model_management, "in_training", False)
+    comfy.model_management.in_training = True
+    try:
+        with _OutOfPlace() if isinstance(network, _ADDS_IN_PLACE) else nullcontext():
+            yield
+    finally:
+        comfy.model_management.in_training = before
+
+
+def _checkpointed(forward, network: torch.nn.Module):
+    def in_training(*arguments, **named):  # in the second pass too
+        with _as_in_training(network):
+            return forward(*arguments, **named)
+
+    def run(*arguments, **named):
         # the UNet goes on writing into its options, and the second pass must see those of the first
         arguments = [dict(value) if isinstance(value, dict) else value for value in arguments]
-        return torch.utils.checkpoint.checkpoint(forward, *arguments, use_reentrant=False)
+        named = {name: dict(value) if isinstance(value, dict) else value for name, value in named.items()}
+        return torch.utils.checkpoint.checkpoint(in_training, *arguments, use_reentrant=False, **named)
 
     return run

@@ -103,7 +103,7 @@ class OwnTokensPayload:
 
     def _text(self, tokens_CSD: torch.Tensor, mask_CS: torch.Tensor | None) -> _KnownText:
         """By its values: nodes and context windows make new tensors of the same text."""
-        kept_CS = _kept(tokens_CSD, mask_CS)
+        kept_CS = kept_tokens(tokens_CSD, mask_CS)
         for known in self._known:
             if _equal(known.tokens_CSD, tokens_CSD) and _equal(known.kept_CS, kept_CS):
                 return known
@@ -133,7 +133,7 @@ class OwnTokensPayload:
         return [[copy_PSD.to(tokens_CSD.device) for copy_PSD in one.copies()] for one in terms]
 
 
-def _kept(tokens_CSD: torch.Tensor, mask_CS: torch.Tensor | None) -> torch.Tensor | None:
+def kept_tokens(tokens_CSD: torch.Tensor, mask_CS: torch.Tensor | None) -> torch.Tensor | None:
     """False where a token is padding: by its mask, or a row of zeros beside others. None: all are kept.
 
     Some models read padding as zeros and need them so (Anima, Wan); a text that is nothing but zeros was zeroed by a node.

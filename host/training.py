@@ -18,19 +18,20 @@ from ..emma_core.errors import TrainingError
 from ..emma_core.files.module_file import module_tensors, save_module
 from ..emma_core.files.tensor_file import fingerprint_of_weights
 from ..emma_core.model.connector import Connector
+from ..emma_core.model.own_tokens import OwnTokens
 from ..emma_core.training.beginning import Frozen, begin
 from ..emma_core.training.config import TrainConfig
 from ..emma_core.training.identity import run_identity
 from ..emma_core.training.log import Log
 from ..emma_core.training.losses import BUCKETS, TIMESTEPS
 from ..emma_core.training.reports import Reporter
-from ..emma_core.training.student import TeacherTarget
+from ..emma_core.training.student import OwnText, TeacherTarget
 from ..emma_core.training.trainer import Trainer, gain_of_reference
 from .denoiser import HostDenoiser
 from .encoders import as_encoder
 from .loaded import LoadedModule, load_emma_module
 from .naming import below, numbered
-from .training_set import TrainingInputs, normal, teacher_contexts, training_set
+from .training_set import GraphSet, TrainingInputs, normal, source_of, teacher_contexts, teacher_texts, training_set
 
 _FOLDER = "emma_training"
 _IDENTITY = "identity.txt"
@@ -54,14 +55,13 @@ def train(inputs: TrainingInputs, config: TrainConfig) -> tuple[LoadedModule, li
     with torch.inference_mode(False), torch.enable_grad():
         place = (accelerator.device, _DTYPES[config.train.precision])
         denoiser = HostDenoiser(inputs.model, *place, config.train.gradient_checkpointing)
-        teacher, teacher_mark = _teacher(inputs, len(data), place)
+        teacher, teacher_mark = _teacher(inputs, data, place)
         comfy.model_management.unload_all_models()  # what trains are copies
-        connector = _plain_connector(inputs.ella.connector)
+        source, own, source_mark = _source(inputs, data, denoiser)
         base_mark = fingerprint_of_weights(denoiser.network.state_dict())
-        folder, config = _run_folder(wanted, inputs, config, [data.fingerprint(), base_mark, teacher_mark,
-                                                              fingerprint_of_weights(connector.state_dict())])
+        folder, config = _run_folder(wanted, inputs, config, [data.fingerprint(), base_mark, teacher_mark, source_mark])
         base = {"name": denoiser.name, "fingerprint": base_mark}
-        frozen = Frozen(denoiser, connector, base, encoder.encoder.description, teacher)
+        frozen = Frozen(denoiser, source, base, encoder.encoder.description, teacher, own=own)
         trainer = begin(config, frozen, data, accelerator, folder)
         trainer.resume()
         losses = _run(trainer)
@@ -92,6 +92,18 @@ def _accelerator(precision: str):
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
 
 
+def _source(
+    inputs: TrainingInputs, data: GraphSet, denoiser: HostDenoiser
+) -> tuple[Connector | OwnTokens, OwnText | None, str]:
+    """What gives the tokens, what goes with them if they are the MODEL's own, and a mark of it."""
+    if data.own is None:
+        connector = _plain_connector(inputs.ella.connector)
+        return connector, None, fingerprint_of_weights(connector.state_dict())
+    source = source_of(inputs)
+    time_T = source.time.last * denoiser.sigma_T if source.time.kind == "flow" else torch.arange(TIMESTEPS).float()
+    return source, data.own.own_text(time_T), f"{source.source} {source.time} {source.shift}"
+
+
 def _plain_connector(connector: Connector) -> Connector:
     """A float32 copy without the host's casting layers, whose outputs carry gradients."""
     plain = Connector(connector.config)
@@ -101,20 +113,26 @@ def _plain_connector(connector: Connector) -> Connector:
 
 
 def _teacher(
-    inputs: TrainingInputs, latents: int, place: tuple[torch.device, torch.dtype]
+    inputs: TrainingInputs, data: GraphSet, place: tuple[torch.device, torch.dtype]
 ) -> tuple[TeacherTarget | None, str]:
     """The teacher's prediction under its own conditioning as a target, and a mark of both."""
     if inputs.teacher_model is None:
         return None, ""
-    teacher, contexts = HostDenoiser(inputs.teacher_model, *place), teacher_contexts(inputs, latents)
+    teacher, contexts = HostDenoiser(inputs.teacher_model, *place), teacher_contexts(inputs, len(data))
+    own = teacher_texts(inputs, data.latents) if data.own else None
+
+    def of_row(target: int, device: torch.device) -> tuple[torch.Tensor, dict]:
+        index = target % len(contexts)
+        if own is None:
+            return contexts[index].to(device), {}
+        beside = own.beside(index, data.latents[target])
+        return own.tokens(index).to(device), {name: value.to(device) if isinstance(value, torch.Tensor) else value
+                                              for name, value in beside.items()}
 
     def predict(noised_B4hw, timestep_B, plain_BKW, rows) -> torch.Tensor:
         # one by one: texts of unequal lengths cannot stand in one batch
-        return torch.cat([
-            teacher.predict_noise(noised_B4hw[row:row + 1], timestep_B[row:row + 1],
-                                  contexts[one.target % len(contexts)].to(noised_B4hw.device))
-            for row, one in enumerate(rows)
-        ])
+        return torch.cat([teacher.predict_noise(noised_B4hw[row:row + 1], timestep_B[row:row + 1],
+                                                *of_row(one.target, noised_B4hw.device)) for row, one in enumerate(rows)])
 
     conditioning = fingerprint_of_weights({str(index): value for index, value in enumerate(contexts)})
     mark = f"{fingerprint_of_weights(teacher.network.state_dict())} {conditioning}"

@@ -13,12 +13,17 @@ import torch
 from ..emma_core.encoders.base import check_features
 from ..emma_core.errors import ConnectorMismatchError, TrainingConfigError, TrainingDataError
 from ..emma_core.files.tensor_file import fingerprint_of_weights
+from ..emma_core.model.connector import Connector
+from ..emma_core.model.own_tokens import OwnTokens
 from ..emma_core.training.config import TrainConfig
 from ..emma_core.training.parts import encode_references, options_of
 from ..emma_core.training.starts import check_start
+from .conditioning import check_own_text
 from .denoiser import context_width_of, prediction_of
+from .families import context_width, own_tokens_of
 from .images import rgb_pictures
 from .loaded import LoadedConnector, LoadedEncoder, LoadedModule
+from .own_text import OwnTexts
 from .payload import KEY
 from .text_rows import LENGTHS, text_rows
 
@@ -33,18 +38,20 @@ class GraphSet:
         latents: (4, h, w) each, as the UNet reads them.
         texts: (1, N, D) each.
         features_of_references: name -> (V, D) each.
+        own: what goes with texts that are the MODEL's own.
     """
 
     latents: tuple[torch.Tensor, ...]
     texts: tuple[torch.Tensor, ...]
     features_of_references: tuple[Mapping[str, torch.Tensor], ...]
+    own: OwnTexts | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def bucket(self, index: int) -> tuple[int, int]:
         """Width and height in pixels."""
-        height, width = self.latents[index].shape[1:]
+        height, width = self.latents[index].shape[-2:]
         return LATENT_PX * width, LATENT_PX * height
 
     def group(self, index: int) -> str:
@@ -79,7 +86,7 @@ class GraphSet:
     def fingerprint(self) -> str:
         """Of everything in it."""
         tensors = {f"latent {index}": value for index, value in enumerate(self.latents)}
-        tensors |= {f"text {index}": value for index, value in enumerate(self.texts)}
+        tensors |= self.own.marks() if self.own else {f"text {index}": value for index, value in enumerate(self.texts)}
         tensors |= {f"reference {index} {name}": value for index, features in enumerate(self.features_of_references)
                     for name, value in features.items()}
         return fingerprint_of_weights(tensors)
@@ -91,7 +98,7 @@ class TrainingInputs:
 
     Args:
         model: MODEL.
-        ella: ELLA.
+        ella: ELLA; None: the module acts on the tokens that the MODEL reads anyway.
         latents: LATENTs.
         positive: CONDITIONINGs of T5.
         images: IMAGEs of references.
@@ -101,7 +108,7 @@ class TrainingInputs:
     """
 
     model: Any
-    ella: LoadedConnector
+    ella: LoadedConnector | None
     latents: Sequence[dict]
     positive: Sequence[list]
     images: Sequence[torch.Tensor]
@@ -124,18 +131,29 @@ def training_set(inputs: TrainingInputs, config: TrainConfig, encoder: LoadedEnc
     _check_models(inputs)
     if inputs.start is not None:
         start = inputs.start.module
-        check_start(start.config, start.name, config, inputs.ella.connector)
+        check_start(start.config, start.name, config, source_of(inputs))
     latents = [normal(row) for latent in inputs.latents for row in _scaled(inputs.model, latent["samples"])]
     if not latents:
         raise TrainingDataError("there are no latents to learn from; wanted one or more. Encode pictures with VAE Encode.")
-    texts = _texts(inputs, len(latents))
+    texts, own = (_texts(inputs, len(latents)), None) if inputs.ella else _own_texts(inputs, latents)
     teacher_contexts(inputs, len(latents))
     pictures = [rgb_pictures(image) for image in inputs.images]
     _check_count("reference pictures", sum(map(len, pictures)), len(latents))
     check_features(encoder.encoder, options_of(config))
     references = [one for image_BHW3 in pictures for one in _encoded(image_BHW3, encoder, config)]
     _check_count("references", len(references), len(latents))
-    return GraphSet(tuple(latents), tuple(texts), tuple(references))
+    return GraphSet(tuple(latents), tuple(texts), tuple(references), own)
+
+
+def source_of(inputs: TrainingInputs) -> Connector | OwnTokens:
+    """What gives the tokens that the module acts on.
+
+    Raises:
+        ConnectorMismatchError: see `own_tokens_of`.
+    """
+    if inputs.ella is not None:
+        return inputs.ella.connector
+    return own_tokens_of(inputs.model, [entry for conditioning in inputs.positive for entry in conditioning])
 
 
 def teacher_contexts(inputs: TrainingInputs, latents: int) -> list[torch.Tensor]:
@@ -149,7 +167,7 @@ def teacher_contexts(inputs: TrainingInputs, latents: int) -> list[torch.Tensor]
         return []
     contexts = _entries(inputs.teacher_positive, "teacher's")
     _check_count("entries of the teacher's conditioning", len(contexts), latents)
-    width = context_width_of(inputs.teacher_model)
+    width = context_width(inputs.teacher_model.model)
     for context_1KW in contexts:
         if context_1KW.shape[-1] != width:
             raise TrainingConfigError(f"the teacher's conditioning has width {context_1KW.shape[-1]}, its MODEL reads {width}. "
@@ -168,7 +186,8 @@ def _check_models(inputs: TrainingInputs) -> None:
         lacking = "teacher_positive" if inputs.teacher_model is not None else "teacher_model"
         raise TrainingConfigError(f"a teacher needs both teacher_model and teacher_positive; {lacking} is not wired. Wire it, "
                                   "or remove the other.")
-    prediction, width, tokens = prediction_of(inputs.model), context_width_of(inputs.model), inputs.ella.connector.width
+    prediction = prediction_of(inputs.model)
+    width, tokens = (context_width_of(inputs.model), inputs.ella.connector.width) if inputs.ella else (0, 0)
     if width != tokens:
         name = type(inputs.model.model).__name__
         raise ConnectorMismatchError(f"this MODEL ({name}) has a cross-attention of width {width}; the ELLA makes tokens of "
@@ -189,10 +208,40 @@ def _texts(inputs: TrainingInputs, latents: int) -> list[torch.Tensor]:
     return texts
 
 
+def teacher_texts(inputs: TrainingInputs, latents: Sequence[torch.Tensor]) -> OwnTexts:
+    """The teacher's conditioning as its MODEL is told it, pooled vectors and sizes too."""
+    return OwnTexts(inputs.teacher_model, _rows_of(inputs.teacher_positive), latents)
+
+
+def _own_texts(inputs: TrainingInputs, latents: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], OwnTexts]:
+    check_own_text(inputs.model, source_of(inputs), [entry for conditioning in inputs.positive for entry in conditioning])
+    rows = _rows_of(inputs.positive)
+    _check_count("conditioning entries", len(rows), len(latents))
+    own = OwnTexts(inputs.model, rows, latents)
+    return [own.tokens(index).float() for index in range(len(rows))], own
+
+
+def _rows_of(conditionings: Sequence[list]) -> list[list]:
+    entries = [entry for conditioning in conditionings for entry in conditioning]
+    return [_row_of(entry, row) for entry in entries for row in range(entry[0].shape[0])]
+
+
+def _row_of(entry: list, row: int) -> list:
+    """One text of an entry, with its own pooled vector."""
+    tokens_CSD, options = entry
+    alone = {name: value[row:row + 1] if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(tokens_CSD) > 1
+             else value for name, value in options.items()}
+    return [tokens_CSD[row:row + 1], alone]
+
+
 def _scaled(model, samples_B4hw: torch.Tensor) -> torch.Tensor:
-    if samples_B4hw.ndim != 4 or samples_B4hw.shape[1] != 4:
-        raise TrainingDataError(f"latents of shape {tuple(samples_B4hw.shape)}; wanted (pictures, 4, height, width). Encode "
-                                "the pictures with the VAE of an SD1.5 checkpoint.")
+    wanted = model.model.latent_format
+    if samples_B4hw.ndim == 4 and wanted.latent_dimensions == 3:
+        samples_B4hw = samples_B4hw.unsqueeze(2)  # a picture is a video of one frame
+    if samples_B4hw.ndim != 2 + wanted.latent_dimensions or samples_B4hw.shape[1] != wanted.latent_channels:
+        frames = "frames, " if wanted.latent_dimensions == 3 else ""
+        raise TrainingDataError(f"latents of shape {tuple(samples_B4hw.shape)}; wanted (pictures, {wanted.latent_channels}, "
+                                f"{frames}height, width). Encode the pictures with the VAE of this checkpoint.")
     if not torch.isfinite(samples_B4hw).all():
         raise TrainingDataError("a latent holds NaN or infinite values; wanted numbers. A VAE in float16 is a common cause: "
                                 "start ComfyUI with --fp32-vae and encode again.")

@@ -35,8 +35,8 @@ class EMMATrainModule(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, ella, latents, positive, reference_image, encoder, name, condition, steps, batch, accumulate, rate,
-        gate_rate, seed, precision, timestep_power, inverse_snr, average, checkpoint_every, start=(None,),
+        cls, model, latents, positive, reference_image, encoder, name, condition, steps, batch, accumulate, rate, gate_rate,
+        seed, precision, timestep_power, inverse_snr, average, checkpoint_every, ella=(None,), start=(None,),
         teacher_model=(None,), teacher_positive=(),
     ) -> io.NodeOutput:
         from ..emma_core.training.config import resolve  # here, as the trainer takes long to import
@@ -58,7 +58,7 @@ class EMMATrainModule(io.ComfyNode):
 def _wired() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The checkpoint to train on, with its LoRAs. It stays as it is: a copy is used."),
-        Ella.Input("ella", tooltip="The connector, from Load ELLA. The module belongs to it."),
+        Ella.Input("ella", optional=True, tooltip="The connector, from Load ELLA. The module belongs to it."),
         io.Latent.Input("latents", tooltip="Pictures to learn from, from VAE Encode: a batch, or a list of any sizes."),
         io.Conditioning.Input("positive", tooltip="Their texts, encoded with Load ELLA Text Encoder: one for all pictures, or "
                                                   "one for each (a list, or combined)."),

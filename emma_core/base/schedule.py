@@ -34,7 +34,7 @@ def zero_terminal(alphas_cumprod_T: torch.Tensor) -> torch.Tensor:
 
 def add_noise(latent_BChw: torch.Tensor, noise_BChw: torch.Tensor, kept_B: torch.Tensor) -> torch.Tensor:
     """DDPM's forward process (arXiv 2006.11239, eq. 4); ``kept_B`` is alpha-bar of each row's timestep."""
-    kept_B111 = kept_B[:, None, None, None]
+    kept_B111 = kept_B.reshape(-1, *(1,) * (latent_BChw.ndim - 1))  # a video's latents have one axis more
     return kept_B111.sqrt() * latent_BChw + (1 - kept_B111).sqrt() * noise_BChw
 
 

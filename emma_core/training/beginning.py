@@ -15,10 +15,11 @@ from ..files.module_file import module_tensors
 from ..files.tensor_file import fingerprint_of_weights
 from ..model.connector import Connector
 from ..model.gated_resampler import GatedResampler
+from ..model.own_tokens import OwnTokens
 from .config import TrainConfig
 from .draws import TrainingSet
-from .starts import begin_module
-from .student import Student, TeacherTarget
+from .starts import begin_module, size_of_tokens
+from .student import OwnText, Student, TeacherTarget
 from .trainer import Trainer
 
 if TYPE_CHECKING:
@@ -31,19 +32,21 @@ class Frozen:
 
     Args:
         denoiser: the diffusion model.
-        connector: ELLA; it learns itself if there is no module.
+        connector: ELLA, which learns itself if there is no module; or the model's own tokens.
         base: the diffusion model in a module's metadata: its name, and a digest.
         encoder: the reference encoder as it describes itself; empty where there is none.
         teacher: gives the target in place of the noise.
         places: (1, h, w) weights of a target by its index.
+        own: what goes with the model's own tokens; None with an ELLA.
     """
 
     denoiser: Denoiser
-    connector: Connector
+    connector: Connector | OwnTokens
     base: Mapping[str, str]
     encoder: Mapping[str, Any]
     teacher: TeacherTarget | None = None
     places: Callable[[int], torch.Tensor] | None = None
+    own: OwnText | None = None
 
 
 def begin(config: TrainConfig, frozen: Frozen, data: TrainingSet, accelerator: Accelerator, folder: Path) -> Trainer:
@@ -53,7 +56,8 @@ def begin(config: TrainConfig, frozen: Frozen, data: TrainingSet, accelerator: A
         TrainingConfigError: see `begin_module`.
     """
     module = new_module(config, frozen, data) if config.what == "module" else None
-    student = Student(frozen.denoiser, frozen.connector, module, config.objective, frozen.teacher, frozen.places)
+    student = Student(frozen.denoiser, frozen.connector, module, config.objective, frozen.teacher, frozen.places,
+                      frozen.own)
     return Trainer(config, student, data, accelerator, folder)
 
 
@@ -67,7 +71,8 @@ def new_module(config: TrainConfig, frozen: Frozen, data: TrainingSet) -> GatedR
     dims = {name: tensor.shape[-1] for name, tensor in features.items()}
     described = encoder_metadata(config, frozen.encoder, tuple(features))
     generator = torch.Generator().manual_seed(config.train.seed)
-    module = begin_module(config, frozen.connector, dims, described, generator)
+    size = 1.0 if frozen.own is None else size_of_tokens(data.text(data.captions(0)[0]))
+    module = begin_module(config, frozen.connector, dims, described, generator, size)
     start = fingerprint_of_weights(module_tensors(module)) if config.module.start else ""
     module.config = module.config.replace(training=recipe(config, frozen, data, start), file_metadata=model_spec(config))
     return module
@@ -90,12 +95,13 @@ def recipe(config: TrainConfig, frozen: Frozen, data: TrainingSet, start: str) -
     objective = {name: value for name, value in vars(config.objective).items() if value}
     if frozen.places is None:
         objective.pop("place_weight", None)
+    begins_with = {"start": start} if start else {} if frozen.own else {"blocks": config.module.blocks}
     return {
         "base": dict(frozen.base), "data": data.summary(),
         "recipe": {
             "batch": train.batch * train.accumulate, "rate": train.rate, "gate_rate": train.gate_rate, "decay": train.decay,
             "warmup": train.warmup, "schedule": train.schedule, "precision": train.precision, "average": train.average,
-            "seed": train.seed, **({"start": start} if start else {"blocks": config.module.blocks}), **objective,
+            "seed": train.seed, **begins_with, **objective,
             **({"teacher": frozen.teacher.kind} if frozen.teacher else {}),
         },
     }

@@ -82,6 +82,8 @@ class ModuleSettings:
     gate_bias: float = key(1.0, "separable gate g of a new module")
     gate_scale: float = key(1.0, "lambda of eqs. (3) to (8), fixed", least=1e-6)
     separable_gates: bool = key(True, "false: the paper's ablation, g = 1")
+    layers: int = key(4, "blocks of a module on a model's own tokens; on an ELLA as many as that has", least=1, most=64)
+    inner: int = key(512, "width inside these blocks, a multiple of 64; on an ELLA its width", least=64, most=8192)
 
 
 @dataclass(frozen=True)

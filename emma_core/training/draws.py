@@ -59,6 +59,11 @@ class Batch:
     timestep_B: torch.Tensor
     noise_B4hw: torch.Tensor
 
+    def part(self, indices: Sequence[int]) -> Batch:
+        """Some of the rows."""
+        return Batch(self.number, tuple(self.rows[index] for index in indices), self.timestep_B[indices],
+                     self.noise_B4hw[indices])
+
 
 class Draws:
     """Draws batches of one bucket each; every epoch shows every target once, in a new order.

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import TrainingError
 from .checkpoints import checkpoints, load_checkpoint
-from .config import TrainConfig
+from .config import ModuleSettings, TrainConfig
 
 
 def run_identity(config: TrainConfig) -> dict[str, Any]:
@@ -16,7 +16,10 @@ def run_identity(config: TrainConfig) -> dict[str, Any]:
     flat = {f"{section}.{key}": list(value) if isinstance(value, tuple) else value
             for section, table in config.to_dict().items() if isinstance(table, dict) for key, value in table.items()}
     free = ("report.", "output.", "train.steps", "data.workers", "data.cache")
-    return {"what": config.what, **{key: value for key, value in flat.items() if not key.startswith(free)}}
+    usual = ModuleSettings()
+    # older than these settings are runs that must find their folder again
+    newer = {f"module.{key}" for key in ("layers", "inner") if getattr(config.module, key) == getattr(usual, key)}
+    return {"what": config.what, **{key: value for key, value in flat.items() if not key.startswith(free) and key not in newer}}
 
 
 _PLACES = ("data.folder", "data.jsonl", "data.shards")
@@ -43,9 +46,10 @@ def check_identity(found: Mapping[str, Any], config: TrainConfig, checkpoint: Pa
     Raises:
         TrainingError: the settings that differ.
     """
-    known = {**run_identity(TrainConfig()), **found}  # settings that are newer than the checkpoint had their default
-    differing = [f"{key} is {known.get(key)!r} there and {value!r} here" for key, value in sorted(run_identity(config).items())
-                 if known.get(key) != value and key not in _PLACES]
+    usual, here = run_identity(TrainConfig()), run_identity(config)
+    known = {**usual, **found}  # settings that are newer than the checkpoint had their default
+    differing = [f"{key} is {known.get(key)!r} there and {here.get(key)!r} here" for key in sorted({*known, *here})
+                 if known.get(key) != here.get(key) and key not in _PLACES]
     _refuse_if(differing, checkpoint)
 
 

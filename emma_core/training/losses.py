@@ -15,23 +15,29 @@ BUCKETS = 5
 
 
 def target_of(prediction: str, latent_B4hw: torch.Tensor, noise_B4hw: torch.Tensor, kept_B: torch.Tensor) -> torch.Tensor:
-    """What a model of this kind is to predict: the noise (eps), or the velocity (v, arXiv 2202.00512, section 3)."""
+    """What a model of this kind is to predict: the noise (eps), the velocity (v, arXiv 2202.00512, section 3), or the flow from
+    picture to noise (arXiv 2209.03003, eq. 1).
+    """
     if prediction == "eps":
         return noise_B4hw
-    kept_B111 = kept_B[:, None, None, None]
+    if prediction == "flow":
+        return noise_B4hw - latent_B4hw
+    kept_B111 = kept_B.reshape(-1, *(1,) * (noise_B4hw.ndim - 1))
     return kept_B111.sqrt() * noise_B4hw - (1 - kept_B111).sqrt() * latent_B4hw
 
 
 def row_weights(prediction: str, kept_B: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor:
     """(B,) weights of the squared error.
 
-    min-SNR (arXiv 2303.09556, eq. 3 for eps: min(SNR, gamma)/SNR; for v with SNR + 1 below), or 1/SNR up to a bound, which
-    measures the error on the picture instead of the noise. Both may be on: they multiply.
+    min-SNR (arXiv 2303.09556, eq. 3 for eps: min(SNR, gamma)/SNR; for v with SNR + 1 below, for a flow its sigma^2 in place of
+    1/SNR), or 1/SNR up to a bound, which measures the error on the picture instead of the noise. Both may be on: they multiply.
     """
     snr_B = kept_B / (1 - kept_B)
     weight_B = torch.ones_like(kept_B)
     if objective.min_snr > 0 and prediction == "v":
         weight_B = weight_B * snr_B.clamp(max=objective.min_snr) / (snr_B + 1)
+    elif objective.min_snr > 0 and prediction == "flow":  # SNR = (1 - sigma)^2 / sigma^2
+        weight_B = weight_B * snr_B.clamp(max=objective.min_snr) / (snr_B.sqrt() + 1).square()
     elif objective.min_snr > 0:  # min(1, gamma/SNR): the same, and a number where the SNR is 0
         weight_B = weight_B * (objective.min_snr / snr_B).clamp(max=1)
     if objective.inverse_snr > 0:
@@ -44,7 +50,7 @@ def squared_errors(
 ) -> torch.Tensor:
     """(B,) mean squared error, its mean over places weighted."""
     error_B4hw = F.mse_loss(predicted_B4hw.float(), target_B4hw.float(), reduction="none")
-    return (error_B4hw if place_B1hw is None else error_B4hw * place_B1hw).mean((1, 2, 3))
+    return (error_B4hw if place_B1hw is None else error_B4hw * place_B1hw).flatten(1).mean(1)
 
 
 class TimestepBuckets:

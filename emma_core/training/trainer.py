@@ -93,7 +93,8 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         student.freeze()
         student.learning.to(accelerator.device)
-        student.connector.to(accelerator.device)
+        if isinstance(student.connector, nn.Module):
+            student.connector.to(accelerator.device)
         self.optimizer = accelerator.prepare_optimizer(make_optimizer(student, config))
         self.average = AveragedWeights(student.learning, config.train.average) if config.train.average else None
         self.draws = Draws(data, config, lambda caption: data.text(caption).shape[1], accelerator.process_index,
