@@ -120,15 +120,25 @@ def test_patch_without_gradients_is_refused(denoiser_of, tiny, errors):
         denoiser.predict_noise(noise((1, 4, 8, 8), 33), torch.tensor([7]), noise((1, 9, WIDTH), 34).requires_grad_())
 
 
-@pytest.mark.parametrize(("kind", "name"), [("X0", "X0"), ("CONST", "CONST"), ("EDM", "EDM")])
+@pytest.mark.parametrize(("kind", "name"), [("X0", "X0"), ("EDM", "EDM")])
 def test_other_predictions_are_refused_by_name(denoiser_of, tiny, errors, kind, name):
     class Other(comfy.model_sampling.ModelSamplingDiscrete, getattr(comfy.model_sampling, kind)):
         pass
 
     model = tiny.model().clone()
     model.add_object_patch("model_sampling", Other(model.model.model_config))
-    with pytest.raises(errors.TrainingConfigError, match=rf"\(BaseModel, EPS\) predicts by {name}; wanted EPS or V_PREDICTION"):
+    with pytest.raises(errors.TrainingConfigError, match=rf"\(BaseModel, EPS\) predicts by {name}; wanted EPS, V_PREDICTION or a "):
         denoiser_of(model, CPU, torch.float32)
+
+
+def test_a_flow_model_is_refused_beside_an_ella(tiny, pack_import, errors):
+    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    model = tiny.model().clone()
+    model.add_object_patch("model_sampling", Flow(model.model.model_config))
+    with pytest.raises(errors.TrainingConfigError, match=r"is a flow model \(CONST\); wanted EPS or V_PREDICTION beside an ELLA"):
+        pack_import("host.denoiser").context_width_of(model)
 
 
 def test_sampling_without_timesteps_is_refused(denoiser_of, tiny, run_node, errors):
