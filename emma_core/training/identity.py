@@ -16,12 +16,13 @@ def run_identity(config: TrainConfig) -> dict[str, Any]:
     flat = {f"{section}.{key}": list(value) if isinstance(value, tuple) else value
             for section, table in config.to_dict().items() if isinstance(table, dict) for key, value in table.items()}
     free = ("report.", "output.", "train.steps", "data.workers", "data.cache")
-    usual = ModuleSettings()
-    # older than these settings are runs that must find their folder again
-    newer = {f"module.{key}" for key in ("layers", "inner") if getattr(config.module, key) == getattr(usual, key)}
-    return {"what": config.what, **{key: value for key, value in flat.items() if not key.startswith(free) and key not in newer}}
+    usual = {f"module.{key}": value for key, value in vars(ModuleSettings()).items()}
+    return {"what": config.what, **{key: value for key, value in flat.items() if not key.startswith(free)
+                                    and not (key in _NEWER and value == usual[key])}}
 
 
+# runs that are older than these settings must find their folder again
+_NEWER = ("module.layers", "module.inner")
 _PLACES = ("data.folder", "data.jsonl", "data.shards")
 
 
@@ -48,7 +49,7 @@ def check_identity(found: Mapping[str, Any], config: TrainConfig, checkpoint: Pa
     """
     usual, here = run_identity(TrainConfig()), run_identity(config)
     known = {**usual, **found}  # settings that are newer than the checkpoint had their default
-    differing = [f"{key} is {known.get(key)!r} there and {here.get(key)!r} here" for key in sorted({*known, *here})
+    differing = [f"{key} is {known.get(key)!r} there and {here.get(key)!r} here" for key in sorted({*_NEWER, *here})
                  if known.get(key) != here.get(key) and key not in _PLACES]
     _refuse_if(differing, checkpoint)
 
