@@ -54,12 +54,17 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin files with a byte order mark
     except OSError as found:
         raise SettingsError(f"{path} cannot be read ({found.strerror}); wanted a configuration (TOML). Check the path."
                             ) from found
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as found:
-        raise SettingsError(f"{path} is not TOML: {found}. Correct that place.") from found
+    except UnicodeDecodeError as found:
+        raise SettingsError(f"{path} is not TOML: {found}. Save it as UTF-8.") from found
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as found:  # also of numbers of thousands of digits, of tables in tables in tables
+        paths = " Paths of Windows go between single quotes, 'C:\\pictures', or with / in them." if "\\" in text else ""
+        raise SettingsError(f"{path} is not TOML: {found}. Correct that place.{paths}") from found
 
 
 def resolve_sections(

@@ -1,5 +1,6 @@
 """Prompt -> token ids of a T5, from a tokenizer.json."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,11 @@ class PromptTokenizer:
         self.name = path.name
         self.eos_id = self._special_id("</s>", path)
         self.pad_id = self._special_id("<pad>", path)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides the ids."""
+        return hashlib.sha256(self._tokenizer.to_str().encode("utf-8", "surrogatepass")).hexdigest()
 
     def _special_id(self, token: str, path: Path) -> int:
         token_id = self._tokenizer.token_to_id(token)

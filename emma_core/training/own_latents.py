@@ -16,7 +16,7 @@ from ..errors import TrainingConfigError
 from ..model.assembly import Assembly
 from ..model.connector import Connector
 from .config import TrainConfig
-from .prepared import Prepared
+from .prepared import Prepared, key_of
 from .shards import Processes, fill
 from .store import FeatureStore, Filling
 from .teachers import named_kinds
@@ -127,9 +127,11 @@ def own_latents(
     side_px = config.data.resolution_px
     store = processes.first_alone(lambda: FeatureStore(cache / "own_latents", {
         "backbone": backbone.sha256, "base": backbone.name, "ella": connector.sha256, "steps": config.report.sample_steps,
-        "guidance": config.report.guidance, "side_px": side_px}))
+        "guidance": config.report.guidance, "side_px": side_px, "seed": config.train.seed,
+        "prediction": backbone.spec.prediction, "schedule": _digest(backbone.alphas_cumprod_T)}))
     jobs = [(prompt, number) for number in range(config.teacher.samples) for prompt in prompts]
-    keys = [hashlib.sha256(f"{number} {prompt}".encode()).hexdigest() for prompt, number in jobs]
+    shown = {prompt: _digest(text_1ND) for prompt, text_1ND in texts.items()}
+    keys = [key_of(number, prompt, shown[prompt], shown[""]) for prompt, number in jobs]
     job_of = dict(zip(keys, jobs, strict=True))
     connector = connector.to(backbone.device)
 
@@ -140,6 +142,10 @@ def own_latents(
     fill("own latents", store, keys, draw, progress or (lambda what, done, total: None), processes)
     latents = processes.each(lambda: [store.get(key)["latent"] for key in keys])
     return OwnLatents([prompt for prompt, _ in jobs], texts, latents, prepared, (side_px, side_px))
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _sample(config: TrainConfig, backbone: Backbone, connector: Connector, texts, prompt: str, number: int) -> torch.Tensor:

@@ -45,7 +45,7 @@ def encoders_of(parts: Parts, config: TrainConfig) -> Encoders:
         encode_texts=lambda captions: [features.float().cpu() for features in parts.text_encoder.encode(captions)],
         reference_encoder=parts.reference_encoder,
         latents_settings=f"{config.base.vae or config.base.checkpoint} {parts.backbone.sha256}",
-        texts_settings=f"{text} {weights_mark(parts.text_encoder.model)}",
+        texts_settings=f"{text} {weights_mark(parts.text_encoder.model)} {parts.text_encoder.tokenizer.fingerprint}",
         place=parts.place,
     )
 

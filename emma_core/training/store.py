@@ -195,6 +195,16 @@ class Filling:
         self._flush()
 
     def add(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """One more is computed.
+
+        Raises:
+            TrainingError: it is not finite, so not kept: it would spoil every run that reads it.
+        """
+        broken = next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+        if broken:
+            raise TrainingError(f"one of the {self.what} came out with NaN or infinite values ({broken}): it was not "
+                                "cached. Check that the base's kind of prediction is right, and try bf16 or fp32 "
+                                "(train.precision).")
         self.waiting[key] = tensors
         self.skip()
         if len(self.waiting) >= FLUSH_ENTRIES:

@@ -84,3 +84,17 @@ def test_unknown_presets_and_broken_files_are_refused(tmp_path):
         read_toml(tmp_path / "broken.toml")
     with pytest.raises(SettingsError, match="none.toml cannot be read"):
         read_toml(tmp_path / "none.toml")
+
+
+def test_a_configuration_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "own.toml").write_bytes(b"\xef\xbb\xbf[train]\nsteps = 7\n")
+    assert read_toml(tmp_path / "own.toml") == {"train": {"steps": 7}}
+
+
+@pytest.mark.parametrize(("content", "told"), [
+    ('[data]\nfolder = "C:\\Users\\pictures"\n', "Paths of Windows go between single quotes, 'C:.pictures', or with /"),
+    ("a = " + "[" * 5000, "is not TOML"), ("a = " + "9" * 9000, "is not TOML")])
+def test_what_toml_does_not_allow_is_told(tmp_path, content, told):
+    (tmp_path / "own.toml").write_text(content)
+    with pytest.raises(SettingsError, match=told):
+        read_toml(tmp_path / "own.toml")

@@ -149,13 +149,15 @@ def draw_own(tmp_path, monkeypatch):
         return random_tensor((4, 2, 2), 10 * len(prompt) + number)
 
     monkeypatch.setattr("emma_core.training.own_latents._sample", sample)
-    backbone = SimpleNamespace(sha256="1", name="base", device=torch.device("cpu"))
+    backbone = SimpleNamespace(sha256="1", name="base", device=torch.device("cpu"), spec=SimpleNamespace(prediction="eps"),
+                               alphas_cumprod_T=torch.linspace(0.9, 0.1, 10))
     connector = SimpleNamespace(sha256="2", to=lambda device: None)
     prepared = SimpleNamespace(variant_keys={0: ("a",)})
 
-    def draw(processes=None, cache="cache"):
+    def draw(processes=None, cache="cache", text=0.0, **changes):
         config = tiny_config(teacher__lora="a", teacher__prompts=str(tmp_path / "prompts.txt"), teacher__samples=2)
-        return own_latents(config, backbone, connector, lambda texts: [torch.zeros(1, 1, 2) for _ in texts], prepared,
+        own = SimpleNamespace(**{**vars(backbone), **changes})
+        return own_latents(config, own, connector, lambda texts: [torch.full((1, 1, 2), text) for _ in texts], prepared,
                            tmp_path / cache, None, processes)
 
     return draw, drawn
@@ -173,3 +175,15 @@ def test_processes_share_the_drawing_of_own_latents(draw_own, tmp_path):
     with pytest.warns(EmmaWarning, match="process 2 of 2 failed"):
         first, second = in_processes(2, draw)
     assert isinstance(first, TrainingError) and isinstance(second, RuntimeError) and "out of memory" in str(first)
+
+
+@pytest.mark.parametrize("change", [
+    {"spec": SimpleNamespace(prediction="v")}, {"alphas_cumprod_T": torch.linspace(0.8, 0.1, 10)}, {"text": 1.0}])
+def test_own_latents_are_drawn_again_when_what_they_depend_on_changes(draw_own, tmp_path, change):
+    draw, drawn = draw_own
+    (tmp_path / "prompts.txt").write_text("a\nbb")
+    draw()
+    draw()
+    assert len(drawn) == 4, "the second time they come from the cache"
+    draw(**change)
+    assert len(drawn) == 8

@@ -276,3 +276,15 @@ def test_ctrl_c_while_encoding_claims_no_module(pictures, tmp_path, capsys, monk
     monkeypatch.setattr(TextEncoder, "encode", interrupt)
     assert main(["train", *SMALL, "--data.folder", str(pictures), "--output.folder", str(tmp_path)]) == 130
     assert "no module and no checkpoint was saved in this sitting" in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_another_cache_of_texts(tmp_path):
+    from emma_core.text.t5_tokenizer import PromptTokenizer
+
+    found = sorted((PLAYGROUND_DIR).glob("*tokenizer.json"))[0]
+    content = json.loads(found.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary[-1], vocabulary[-2] = vocabulary[-2], vocabulary[-1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    own, same_again, other = (PromptTokenizer(path).fingerprint for path in (found, found, tmp_path / "tokenizer.json"))
+    assert own == same_again != other

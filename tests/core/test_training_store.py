@@ -155,3 +155,13 @@ def test_what_was_collected_is_written_when_work_is_interrupted(tmp_path):
         raise KeyboardInterrupt
     assert FeatureStore(tmp_path, {}).missing(entries(0, 71)) == ["key70"]
     assert seen[0] == ("latents", 1, 200) and seen[-1] == ("latents", 70, 200)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_never_cached(tmp_path, value):
+    store = FeatureStore(tmp_path, {"of": "latents"})
+    with pytest.raises(TrainingError, match=r"one of the latents came out with NaN or infinite values \(latent\)"), \
+            Filling("latents", store, 2, lambda *told: None) as filling:
+        filling.add("good", {"latent": torch.ones(2)})
+        filling.add("bad", {"latent": torch.tensor([1.0, value])})
+    assert store.missing(["good", "bad"]) == ["bad"]
