@@ -9,6 +9,8 @@ import peers
 import pytest
 import torch
 from sd15_layout import CLIP_VISION, SD15_UNET, save_ipadapter
+from sdxl_layout import ATTENTION_WIDTHS, SDXL, TOKENS
+from text_input import TextSpy, check_text, wire_own
 from tiny_models import call_node, empty_latent, fill_, noise, wire
 from token_check import CallSpy, check
 
@@ -52,9 +54,9 @@ def adapt(run_node, ipadapter, clip_vision):
     """IPAdapter Advanced on a MODEL."""
 
     def run(model, **settings):
-        usual = {"weight": 0.8, "weight_type": "linear", "combine_embeds": "concat", "start_at": 0.0, "end_at": 1.0,
-                 "embeds_scaling": "V only"}
-        return run_node("IPAdapterAdvanced", model=model, ipadapter=ipadapter, clip_vision=clip_vision,
+        usual = {"ipadapter": ipadapter, "weight": 0.8, "weight_type": "linear", "combine_embeds": "concat", "start_at": 0.0,
+                 "end_at": 1.0, "embeds_scaling": "V only"}
+        return run_node("IPAdapterAdvanced", model=model, clip_vision=clip_vision,
                         image=noise((1, 224, 224, 3), 76).sigmoid(), **{**usual, **settings})[0]
 
     return run
@@ -90,3 +92,21 @@ def test_a_picture_for_each_of_a_batch(run_node, tiny, ksample, ipadapter, clip_
     with CallSpy(model.model.diffusion_model) as spy:
         ksample(adapted, wired.positive, wired.negative, latent=empty_latent(3))
     check(spy.calls, wired.answers)
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_type": "style transfer"}, {"end_at": 0.4}],
+                         ids=lambda settings: "+".join(settings) or "plain")
+def test_beside_references_on_sdxls_own_tokens(host_nodes, base_directory, tiny, pack_import, ksample, adapt, settings):
+    """All 70 of its layers, before EMMA Connector and after it."""
+    path = base_directory / "models" / "ipadapter" / "tiny-xl.safetensors"
+    save_ipadapter(path, TOKENS, ATTENTION_WIDTHS)
+    settings = {**settings, "ipadapter": call_node(host_nodes, "IPAdapterModelLoader", ipadapter_file=path.name)[0]}
+    model = SDXL.patcher(tiny.patcher_for)
+    before, entries = wire_own(tiny, pack_import, SDXL, adapt(model, **settings))
+    plain, _ = wire_own(tiny, pack_import, SDXL, model)
+    with TextSpy(model.model.diffusion_model) as spy:
+        samples = ksample(*before, steps=2)
+    check_text(spy.calls, entries)
+    assert torch.equal(samples, ksample(adapt(plain[0], **settings), *plain[1:], steps=2))
+    assert not torch.equal(samples, ksample(*plain, steps=2)), "IPAdapter acts"
+    assert not torch.equal(samples, ksample(before[0], SDXL.conditioning(4), before[2], steps=2)), "the reference acts"

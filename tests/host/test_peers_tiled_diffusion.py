@@ -7,6 +7,8 @@ from dataclasses import replace
 import peers
 import pytest
 import torch
+from model_families import FAMILIES
+from text_input import TextSpy, check_text, wire_own
 from tiny_models import empty_latent, wire
 from token_check import CallSpy, check
 
@@ -49,3 +51,21 @@ def test_every_tile_has_its_tokens(run_node, tiny, ksample, model, way, method, 
     check(list(by_tile(spy.calls)), wired.answers)
     assert max(len(call.timestep_B) for call in spy.calls) > len(spy.calls[0].groups), "no call had several tiles"
     assert not torch.equal(samples, ksample(plain.model, plain.positive, plain.negative, latent=latent))
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_tile_of_sdxl_has_its_own_tokens(run_node, tiny, pack_import, ksample, method, place):
+    family = FAMILIES["sdxl"]
+    model = family.patcher(tiny.patcher_for)
+
+    def tiled(model):
+        return run_node("TiledDiffusion", model=model, method=method, **TILES_OF_64_PX)[0]
+
+    connected, entries = wire_own(tiny, pack_import, family, tiled(model) if place == "before" else model)
+    sampled = connected[0] if place == "before" else tiled(connected[0])
+    with TextSpy(model.model.diffusion_model) as spy:
+        ksample(sampled, *connected[1:], empty_latent(1, 16))
+    calls = list(by_tile(spy.calls))
+    check_text(calls, entries)
+    assert max(len(call.timestep_B) for call in calls) > 2, "no call had several tiles"

@@ -167,3 +167,14 @@ def check_text(calls: list[TextCall], entries: dict[int, list[TextEntry]], frame
     assert verdict.total and verdict.right == verdict.total, f"{verdict.right} of {verdict.total} calls had the right tokens"
     assert set(verdict.met) == wanted, f"entries met: {sorted(verdict.met)}, wanted {sorted(wanted)}"
     return verdict
+
+
+def wire_own(tiny, pack_import, family, model, positive=None, negative=None):
+    """EMMA Connector without an ELLA, one reference: (MODEL, positive, negative), and the entries they must give."""
+    module = tiny.token_module(family)
+    assembly = tiny.assemble((module, tiny.reference(module)))
+    positive, negative = positive or family.conditioning(4), negative or family.conditioning(8)
+    connected = tiny.connecting.connect(model, None, positive, negative, assembly, None, None)
+    answer = LiteralAnswer(assembly.references, model.get_model_object("model_sampling"), family.time,
+                           pack_import("emma_core.files.module_file").module_tensors)
+    return connected, {0: [TextEntry(text, answer) for text, _ in positive], 1: [TextEntry(text) for text, _ in negative]}
