@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import FileError
 from ..files.tensor_file import check_finite, check_shapes, read_tensors
-from ..files.writing import write_atomically
 from . import PLAYGROUND_DIR
 from .autoencoder import Autoencoder
 
@@ -78,13 +75,3 @@ def load_unet(path: str | Path | None = None) -> UNet2DConditionModel:
                  Path(path or "unet.safetensors").name, _UNET)
     unet.load_state_dict(tensors)
     return unet.eval().requires_grad_(False)
-
-
-def save_tensors(
-    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None,
-    dtype: torch.dtype = torch.float16,
-) -> None:
-    """Writes weights of the playground, atomically."""
-    check_finite(tensors, path.name)
-    ready = {key: value.detach().to("cpu", dtype).contiguous() for key, value in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(ready, str(temporary), metadata=dict(metadata or {})))

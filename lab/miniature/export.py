@@ -15,10 +15,10 @@ import torch
 
 from emma_core.files.connector_file import save_connector
 from emma_core.model.connector import Connector, ConnectorConfig
-from emma_core.playground.files import save_tensors
 from lab.playground.text import t5_metadata
 from lab.playground.train_base import CONNECTOR
 
+from ..weights import save_tensors
 from .clip import TEXT_WIDTH, save_clip
 from .timed import read_state
 from .train_autoencoder import load_trained

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from emma_core.playground.files import save_tensors
 from emma_core.playground.unet import PlainAttention
 
+from ..weights import save_tensors
 from .clip import TinyCLIP, token_ids
 from .dataset import TRAIN, load
 from .feed import Feed, caption_tokens, drawing_weights, one_caption

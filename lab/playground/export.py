@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from emma_core.errors import ImageInputError
 from emma_core.files.connector_file import save_connector
 from emma_core.playground import PLAYGROUND_DIR
-from emma_core.playground.files import save_tensors
 
 from ..emoji.dataset import EmojiPeople, load
+from ..weights import save_tensors
 from .text import t5_metadata
 from .timed_run import averaged
 from .train_base import Base

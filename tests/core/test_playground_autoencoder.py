@@ -8,7 +8,6 @@ from emma_core.base.spec import PLAYGROUND_SPEC
 from emma_core.errors import FileError
 from emma_core.playground import load_autoencoder
 from emma_core.playground.autoencoder import Autoencoder
-from emma_core.playground.files import save_tensors
 
 
 def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -19,7 +18,7 @@ def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
 def saved(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "autoencoder.safetensors"
-    save_tensors(Autoencoder(PLAYGROUND_SPEC.latent_scale).state_dict(), path, dtype=torch.float32)
+    save_file(Autoencoder(PLAYGROUND_SPEC.latent_scale).state_dict(), path)
     return path
 
 
