@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..emma_core.base.spec import PLAYGROUND_SPEC
-from ..emma_core.errors import FileError
+from ..emma_core.errors import FileError, ImageInputError
 from ..emma_core.playground import PLAYGROUND_DIR, REFERENCES_DIR, load_autoencoder, reference_names, unet_tensors_and_config
 from ..emma_core.playground.autoencoder import Autoencoder
 from .encoders import load_playground_reference_encoder
@@ -123,3 +123,18 @@ def reference_picture(name: str) -> torch.Tensor:
         raise FileError(f"the playground has no picture named {name!r}; it has {', '.join(reference_names())}. "
                         "Choose one of these, or use Load Image for a picture of your own.")
     return torch.from_numpy(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255)[None]
+
+
+def batch_of(pictures_BHW3: torch.Tensor | None, picture_1HW3: torch.Tensor) -> torch.Tensor:
+    """A picture behind earlier ones, IMAGE (B + 1, H, W, 3).
+
+    Raises:
+        ImageInputError: the earlier ones have another size.
+    """
+    if pictures_BHW3 is None:
+        return picture_1HW3
+    if pictures_BHW3.shape[1:] != picture_1HW3.shape[1:]:
+        found, wanted = (f"{one.shape[2]} x {one.shape[1]}" for one in (pictures_BHW3, picture_1HW3))
+        raise ImageInputError(f"the earlier pictures are {found}, the playground's {wanted}: one batch holds one size. Wire "
+                              "another Load Playground Picture into `pictures`, or scale yours to that size.")
+    return torch.cat([pictures_BHW3, picture_1HW3])

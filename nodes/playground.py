@@ -1,6 +1,6 @@
 """Load EMMA Playground, and its reference pictures."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from .. import host
 from ..emma_core.playground import reference_names
@@ -56,16 +56,20 @@ class EMMAPlaygroundPicture(io.ComfyNode):
             display_name="Load Playground Picture",
             aliases=("emma example picture", "emoji"),
             description="One of the reference pictures shipped with the playground.",
+            is_output_node=True,  # shows its picture at every run, kept results or not
             inputs=[io.Combo.Input("picture", options=reference_names(), tooltip="style-* names an emoji "
-                                   "vendor's style, face-* a skin tone, object-* who is shown.")],
+                                   "vendor's style, face-* a skin tone, object-* who is shown."),
+                    io.Image.Input("pictures", optional=True, tooltip="An earlier Load Playground Picture: this picture is "
+                                                                      "added behind its own, to one batch.")],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="Wire this into Encode Reference Image.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, picture) -> str:
+    def fingerprint_inputs(cls, picture, pictures=None) -> str:
         """Files that were replaced are read again."""
         return paths.playground_state()
 
     @classmethod
-    def execute(cls, picture) -> io.NodeOutput:
-        return io.NodeOutput(host.playground.reference_picture(picture))
+    def execute(cls, picture, pictures=None) -> io.NodeOutput:
+        chosen = host.playground.reference_picture(picture)
+        return io.NodeOutput(host.playground.batch_of(pictures, chosen), ui=ui.PreviewImage(chosen))

@@ -121,6 +121,18 @@ def test_unknown_playground_picture_names_those_there(run_node, errors):
         run_node("EMMAPlaygroundPicture", picture="nobody")
 
 
+def test_playground_pictures_come_one_behind_the_other_in_one_batch(run_node):
+    first = run_node("EMMAPlaygroundPicture", picture="style-noto")[0]
+    both = run_node("EMMAPlaygroundPicture", picture="face-dark", pictures=first)[0]
+    alone = run_node("EMMAPlaygroundPicture", picture="face-dark")[0]
+    assert torch.equal(both, torch.cat([first, alone])) and not torch.equal(first, alone)
+
+
+def test_playground_picture_behind_pictures_of_another_size_is_refused(run_node, errors):
+    with pytest.raises(errors.ImageInputError, match=r"are 40 x 48, the playground's 128 x 128: .*scale yours"):
+        run_node("EMMAPlaygroundPicture", picture="face-dark", pictures=torch.zeros(1, 48, 40, 3))
+
+
 # Pictures and masks
 
 def test_empty_batch_is_refused(encode, errors):
