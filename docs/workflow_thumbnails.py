@@ -1,7 +1,7 @@
 """`python docs/workflow_thumbnails.py [NAME ...]`: redraws workflows/*.jpg, of all graphs or of those named.
 
 Graphs of the playground run on a real ComfyUI and show what came out; for the others, whose weights are not shipped, their
-nodes are drawn. workflows/playground.jpg is a part of the demo's sheet and stays.
+nodes are drawn. A band at the foot says what a graph needs.
 """
 
 from __future__ import annotations
@@ -27,22 +27,33 @@ from harness.server import HostServer  # noqa: E402
 from harness.server_client import ComfyClient, api_prompt, node_titled  # noqa: E402
 
 FOLDER = ROOT / "workflows"
-SIZE_PX, GAP_PX, LABEL_PX, HEAD_PX, QUALITY = 400, 8, 20, 40, 85
+SIZE_PX, GAP_PX, LABEL_PX, HEAD_PX, FOOT_PX, QUALITY = 400, 8, 20, 40, 30, 85
+PLACE_PX = SIZE_PX - FOOT_PX
 INK, FAINT, LINE, PAPER = (40, 40, 40), (120, 120, 120), (150, 150, 150), (255, 255, 255)
 # titles of output nodes, in rows
 SHOWN = {
-    "train-a-module": (("without the module", "with the module"), ("loss",)),
-    "gate-map": (("gates at timestep 900",), ("gates at timestep 100",)),
-    "compose": (("first", "second"), ("averaged", "first, then second")),
-    "video": (("frames",),),
-    "story": (("text only",), ("one character",)),
+    "01-first-picture": (("style reference", "face reference"), ("picture",)),
+    "01-first-picture.app": (("picture",),),
+    "02-compare": (("text only", "+ style"), ("+ face", "+ style + face")),
+    "03-object": (("object reference", "style reference"), ("pictures",)),
+    "04-story": (("text only",), ("one character",)),
+    "05-video": (("frames",),),
+    "06-two-styles": (("first reference", "second reference"), ("averaged", "half each", "one, then other")),
+    "07-gate-map": (("gates at timestep 900",), ("gates at timestep 100",)),
+    "08-train-a-style": (("without the module", "with the module"), ("loss",)),
+}
+# what a graph with a node of this type needs, and the colour of the band that says it; the first one found counts
+NEEDS = {
+    "EMMALoadModule": ("needs a module that you train", (196, 122, 20)),
+    "CheckpointLoaderSimple": ("needs public downloads", (52, 96, 168)),
+    "EMMAPlayground": ("runs at once", (44, 128, 72)),
 }
 # node types that a drawing names -> the name, or None for the node's own title; the rest is left out
 NAMED = {
     "LoadImage": None, "PrimitiveStringMultiline": None, "EMMAEncodeReference": None, "EMMAAssembleModules": None,
     "EMMAConnector": "EMMA Connector", "KSampler": "KSampler", "Canny": "Canny", "ControlNetApplyAdvanced": "Apply ControlNet",
     "ADE_UseEvolvedSampling": "AnimateDiff-Evolved", "ConditioningSetAreaPercentage": None, "ConditioningCombine": "Combine",
-    "SaveImage": "picture", "SaveAnimatedWEBP": "video", "ImageBatch": None,
+    "SaveImage": "picture", "SaveAnimatedWEBP": "video", "EMMABlendReferences": "Blend References",
 }
 LEFT_OUT = "negative"
 FILLS = {"EMMA": (226, 234, 250), "ADE_": (243, 228, 243), "Load": (250, 240, 214), "Prim": (225, 240, 222)}
@@ -55,7 +66,7 @@ def draw_results(name: str, workflow: Mapping[str, Any], url: str) -> Image.Imag
     outputs = client.run(prompt, timeout_s=1800)
     sheet = Image.new("RGB", (SIZE_PX, SIZE_PX), PAPER)
     draw, rows = ImageDraw.Draw(sheet), SHOWN[name]
-    height = SIZE_PX // len(rows)
+    height = PLACE_PX // len(rows)
     for row, titles in enumerate(rows):
         width = SIZE_PX // len(titles)
         for column, title in enumerate(titles):
@@ -96,7 +107,7 @@ def draw_nodes(name: str, workflow: Mapping[str, Any]) -> Image.Image:
              if node["id"] in labels}
     rows = _rows(list(fills), edges)
     sheet = Image.new("RGB", (SIZE_PX, SIZE_PX), PAPER)
-    draw, step = ImageDraw.Draw(sheet), (SIZE_PX - HEAD_PX) / len(rows)
+    draw, step = ImageDraw.Draw(sheet), (PLACE_PX - HEAD_PX) / len(rows)
     boxes = {}
     for row, members in enumerate(rows):
         width, middle = SIZE_PX / len(members), HEAD_PX + (row + 0.5) * step
@@ -113,6 +124,15 @@ def draw_nodes(name: str, workflow: Mapping[str, Any]) -> Image.Image:
         draw.text(middle, label, fill=INK, font=_font_for(draw, label, box[2] - box[0]), anchor="mm")
     draw.text((SIZE_PX / 2, HEAD_PX / 2), _heading(workflow), fill=INK, font=ImageFont.load_default(18), anchor="mm")
     return sheet
+
+
+def draw_foot(sheet: Image.Image, workflow: Mapping[str, Any]) -> None:
+    """What the graph needs, on a band along the lower edge."""
+    types = {node["type"] for node in workflow["nodes"]}
+    text, colour = next(need for kind, need in NEEDS.items() if kind in types)
+    draw = ImageDraw.Draw(sheet)
+    draw.rectangle((0, PLACE_PX, SIZE_PX, SIZE_PX), colour)
+    draw.text((SIZE_PX / 2, PLACE_PX + FOOT_PX / 2), text, fill=PAPER, font=ImageFont.load_default(17), anchor="mm")
 
 
 def _label(node: Mapping[str, Any]) -> str:
@@ -161,7 +181,7 @@ def _font_for(draw: ImageDraw.ImageDraw, text: str, width: float):
 
 def main() -> None:
     """Draw them."""
-    names = sorted(path.stem for path in FOLDER.glob("*.json") if path.stem != "playground")
+    names = sorted(path.stem for path in FOLDER.glob("*.json"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", metavar="NAME", nargs="*", help="workflows to redraw (default: all)")
     parser.add_argument("--comfyui", metavar="DIR", action="append", default=[], help="run graphs in this ComfyUI")
@@ -181,6 +201,7 @@ def main() -> None:
         ) as server:
             drawn |= {name: draw_results(name, graphs[name], server.url) for name in graphs if name in SHOWN}
     for name, picture in drawn.items():
+        draw_foot(picture, graphs[name])
         picture.save(FOLDER / f"{name}.jpg", quality=QUALITY)
         say(f"workflows/{name}.jpg")
 

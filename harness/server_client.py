@@ -124,4 +124,4 @@ def node_titled(prompt: Mapping[str, Any], title: str) -> str:
     for node_id, node in prompt.items():
         if node["_meta"]["title"] == title:
             return node_id
-    raise ServerError(f"the workflow has no node titled {title!r}. Restore workflows/playground.json from the repository.")
+    raise ServerError(f"the workflow has no node titled {title!r}. Restore workflows/ from the repository.")

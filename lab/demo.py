@@ -1,6 +1,6 @@
 """`python -m lab.demo`: one sheet of prompts x {text only, + style, + face, + both}, from the shipped playground.
 
-Bare, or (``--server URL``) by a ComfyUI server from workflows/playground.json. Both take the same path in numbers: the
+Bare, or (``--server URL``) by a ComfyUI server from workflows/02-compare.json. Both take the same path in numbers: the
 same noise, timesteps and steps.
 """
 
@@ -17,7 +17,7 @@ from emma_core.drawing.contact_sheet import SheetRow, draw_contact_sheet
 from emma_core.files.picture_file import open_picture, picture_tensor
 from emma_core.playground import PLAYGROUND_DIR
 
-WORKFLOW = PLAYGROUND_DIR.parent / "workflows" / "playground.json"
+WORKFLOW = PLAYGROUND_DIR.parent / "workflows" / "02-compare.json"
 COLUMNS = ("style reference", "face reference", "text only", "+ style", "+ face", "+ style + face")
 VARIANTS = {"text only": (), "+ style": ("style",), "+ face": ("face",), "+ style + face": ("style", "face")}
 
@@ -49,6 +49,7 @@ def shown(name: str) -> torch.Tensor:
 def bare_pictures(rows=ROWS) -> list[list[torch.Tensor]]:
     """Pictures (H, W, 3) of each row's variants, without ComfyUI."""
     from emma_core.base.pipeline import Request, generate
+    from emma_core.model.addition import ADDITIONS, RECOMMENDED
     from emma_core.model.assembly import Assembly
 
     from .playground.world import load_world
@@ -58,7 +59,7 @@ def bare_pictures(rows=ROWS) -> list[list[torch.Tensor]]:
     for row in rows:
         references = {kind: world.encode_reference(kind, shown(getattr(row, kind)))
                       for kind in ("style", "face")}
-        requests += [Request(row.prompt, Assembly([references[kind] for kind in kinds]), seed=row.seed)
+        requests += [Request(row.prompt, Assembly([references[kind] for kind in kinds], ADDITIONS[RECOMMENDED]), seed=row.seed)
                      for kinds in VARIANTS.values()]
     images_BHW3 = generate(world.pipeline, requests)
     return [list(part) for part in images_BHW3.split(len(VARIANTS))]

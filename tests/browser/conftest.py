@@ -27,7 +27,7 @@ CHROMIUM_ARGUMENTS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]
-WINDOW = {"width": 1600, "height": 1000}
+WINDOW = {"width": 1600, "height": 950}
 PATIENCE_MS = 120_000  # a busy machine opens the editor slowly
 
 if not (os.environ.get("EMMA_TEST_HOST") and os.environ.get("EMMA_TEST_HOST_PYTHON")):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from graphs import PACK, read_graph
-
-CONNECTOR = "EMMA Connector: text only"
+from graphs import FIRST, read_graph
 
 
 def change_conditioning(editor, connector: int, sampler: int, world: int) -> None:
@@ -24,8 +22,8 @@ def leave_connector_out(editor, connector: int, sampler: int, world: int) -> Non
 ])
 def test_mistake_is_told_and_can_be_mended(open_editor, make_mistake, message):
     editor = open_editor()
-    editor.load(read_graph(PACK / "workflows" / "playground.json"))
-    connector, world = editor.node_titled(CONNECTOR), editor.node_of_type("EMMAPlayground")
+    editor.load(read_graph(FIRST))
+    connector, world = editor.node_of_type("EMMAConnector"), editor.node_of_type("EMMAPlayground")
     sampler = editor.target_of(connector, "MODEL")
     make_mistake(editor, connector, sampler, world)
     before = editor.saved()
@@ -39,5 +37,5 @@ def test_mistake_is_told_and_can_be_mended(open_editor, make_mistake, message):
     for output in ("MODEL", "positive"):
         editor.connect(connector, output, sampler, output.lower())
     editor.run()
-    editor.wait_for_pictures(["text only"])
+    editor.wait_for_pictures(["picture"])
     assert not editor.shows_error() and not editor.new_complaints()

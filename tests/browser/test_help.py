@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from graphs import PACK, read_graph
+from graphs import FIRST, PACK, read_graph
 from windows import node_texts, open_help, set_language, tooltip_of_input
 
 NODES = ("EMMAEncodeReference", "EMMAConnector", "EMMALoadTextEncoder", "EMMATrainModule")
@@ -43,9 +43,9 @@ def test_help_opens_in_the_editors_language(editor, language):
 
 
 def test_nodes_speak_the_editors_language(editor, language):
-    editor.load(read_graph(PACK / "workflows" / "playground.json"))
-    wanted = texts(language)["EMMAGateMap"]
-    node = editor.node_of_type("EMMAGateMap")
+    editor.load(read_graph(FIRST))
+    wanted = texts(language)["EMMAConnector"]
+    node = editor.node_of_type("EMMAConnector")
     assert node_texts(editor, node) == {
         "title": wanted["display_name"],
         "inputs": {key: one["name"] for key, one in wanted["inputs"].items()},

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from graphs import PACK, read_graph
+from graphs import FIRST, pack_of, read_graph
 from windows import open_saved, save_as, write_prompt
 
 OLD = Path(__file__).parent / "old"
 NAME = "kept graph"
+ANIMATEDIFF = "comfyui-animatediff-evolved"
 # what a picture preview and the last view add is no part of the graph
 KEPT = ("id", "type", "title", "pos", "size", "mode", "inputs", "outputs", "widgets_values")
 
@@ -32,7 +33,7 @@ def wires(graph: dict) -> set[tuple]:
 
 def test_graph_survives_saving_and_opening_in_a_new_browser(open_editor):
     editor = open_editor()
-    editor.load(read_graph(PACK / "workflows" / "playground.json"))
+    editor.load(read_graph(FIRST))
     write_prompt(editor, "man mage")
     before = editor.saved()
     save_as(editor, NAME)
@@ -47,7 +48,7 @@ def test_graph_survives_saving_and_opening_in_a_new_browser(open_editor):
 
 def test_graph_survives_reloading_the_page(open_editor):
     editor = open_editor()
-    editor.load(read_graph(PACK / "workflows" / "playground.json"))
+    editor.load(read_graph(FIRST))
     write_prompt(editor, "woman judge")
     before = editor.saved()
     editor.page.wait_for_timeout(1500)  # the editor keeps drafts a moment after the last change
@@ -56,10 +57,15 @@ def test_graph_survives_reloading_the_page(open_editor):
     assert nodes_of(after) == nodes_of(before) and sorted(after["links"]) == sorted(before["links"])
 
 
-def test_playground_of_version_0_1_opens_with_its_wires_and_values(editor):
-    old = read_graph(OLD / "playground-0.1.json")
+@pytest.mark.parametrize("path", [OLD / "playground-0.1.json", *sorted((OLD / "templates-0.1").glob("*.json"))],
+                         ids=lambda path: path.stem)
+def test_graphs_of_version_0_1_open_with_their_wires_and_values(editor, path):
+    old = read_graph(path)
     editor.load(old)
-    assert not editor.missing_types() and not editor.red_nodes() and not editor.new_complaints()
+    missing = editor.missing_types()
+    if missing and {pack_of(node) for node in old["nodes"] if node["type"] in missing} == {ANIMATEDIFF}:
+        pytest.skip(f"{ANIMATEDIFF}: not found, or this host cannot load it")
+    assert not missing and not editor.red_nodes() and not editor.new_complaints()
     opened = editor.saved()
     assert wires(opened) == wires(old)
     found = {node["id"]: node for node in opened["nodes"]}

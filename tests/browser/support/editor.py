@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from frontends import frontend_of
@@ -29,15 +30,30 @@ LINKS_BEHIND_NODES = """() => {
         if (ways.some(way => !way)) found.add(`${title(link.origin_id)} -> ${title(link.target_id)} was not drawn`);
         for (const node of graph._nodes) {
             if (node.id === link.origin_id || node.id === link.target_id) continue;
-            const [x, y] = node.pos, [width, height] = node.size;
-            const edge = [];
-            for (let right = 0; right <= width; right += 1) edge.push([x + right, y - 30], [x + right, y + height]);
-            for (let down = -30; down <= height; down += 1) edge.push([x, y + down], [x + width, y + down]);
+            const [x, y, width, height] = node.boundingRect, edge = [];  // with its title; of a collapsed one its title alone
+            for (let right = 0; right <= width; right += 1) edge.push([x + right, y], [x + right, y + height]);
+            for (let down = 0; down <= height; down += 1) edge.push([x, y + down], [x + width, y + down]);
             if (ways.some(way => way && edge.some(([right, down]) => context.isPointInStroke(way, right, down))))
                 found.add(`${title(link.origin_id)} -> ${title(link.target_id)} behind ${title(node.id)}`);
         }
     }
     return [...found];
+}"""
+OVERLAPPING_NODES = """() => {
+    const found = [], nodes = window.app.graph._nodes;
+    for (const one of nodes) for (const other of nodes) {
+        const [a, b] = [one.boundingRect, other.boundingRect], apart = side => a[side] + a[side + 2] <= b[side];
+        if (one.id < other.id && ![0, 1].some(side => apart(side) || b[side] + b[side + 2] <= a[side]))
+            found.push(`${one.title} on ${other.title}`);
+    }
+    return found;
+}"""
+# what the window shows: zoom, whether the editor draws texts at it, nodes that reach out of it
+VIEW = """() => {
+    const canvas = window.app.canvas, [left, top, width, height] = canvas.visible_area;
+    const outside = ({ boundingRect: [x, y, w, h] }) => x < left || y < top || x + w > left + width || y + h > top + height;
+    return { zoom: canvas.ds.scale, draws_texts: !canvas.low_quality,
+        nodes_outside: window.app.graph._nodes.filter(outside).map(node => node.title) };
 }"""
 READY = "() => window.app?.extensionManager && window.app.graph?._nodes.length"
 # brightness of a picture as a node shows it, on a grid of 32 x 32
@@ -49,6 +65,15 @@ PICTURE = """([title, size]) => {
     const { data } = context.getImageData(0, 0, size, size);
     return Array.from({ length: size * size }, (_, i) => (data[4 * i] + data[4 * i + 1] + data[4 * i + 2]) / 3);
 }"""
+
+
+@dataclass(frozen=True)
+class View:
+    """What the window shows of a graph."""
+
+    zoom: float
+    draws_texts: bool
+    nodes_outside: list[str]
 
 
 class Editor:
@@ -92,6 +117,17 @@ class Editor:
         self.page.evaluate("graph => window.app.loadGraphData(graph)", graph)
         self.draw()
 
+    def open_template(self, name: str, graph: dict) -> None:
+        """Open a graph as choosing it among the templates does, and wait until the view has come to rest."""
+        self.page.evaluate("""([name, graph]) =>
+            window.app.loadGraphData(graph, true, true, name, { openSource: "template" })""", [name, graph])
+        self.draw()
+        self.page.wait_for_timeout(800)
+
+    def view(self) -> View:
+        """What the window shows now."""
+        return View(**self.page.evaluate(VIEW))
+
     def draw(self) -> None:
         """Wait until the canvas was drawn twice: sizes follow from the first."""
         self.page.evaluate("""async () => {
@@ -127,6 +163,10 @@ class Editor:
         return self.page.evaluate("""() => window.app.graph._nodes.flatMap(node => (node.widgets ?? [])
             .filter(widget => Array.isArray(widget.options?.values) && !widget.options.values.includes(widget.value))
             .map(widget => `${node.type}.${widget.name} = ${widget.value}`))""")
+
+    def overlapping_nodes(self) -> list[str]:
+        """Pairs of nodes that lie on each other, with their titles."""
+        return self.page.evaluate(OVERLAPPING_NODES)
 
     def links_behind_nodes(self) -> list[str]:
         """Links that pass behind a node, in the whole graph, which is small on the screen afterwards."""

@@ -15,6 +15,7 @@ class Frontend127:
 
     search_option = ".p-autocomplete-option"
     finds_by_aliases = False
+    has_apps = False
     error_marks = (
         ".comfy-error-report, .comfy-missing-nodes, .comfy-missing-models, .p-toast-message-error, .p-toast-message-warn"
     )
@@ -36,12 +37,18 @@ class Frontend149:
 
     search_option = "[data-testid=result-item]"
     finds_by_aliases = True
+    has_apps = True
     error_marks = "[data-testid=error-overlay], .p-toast-message-error, .p-toast-message-warn"
 
     def place_found_node(self, page: Page) -> None:
         """The chosen node follows the mouse until it is put down."""
         page.mouse.move(800, 600)
         page.mouse.click(800, 600)
+
+    def close_app_tour(self, page: Page) -> None:
+        """Leave the tour that the first app of a visitor begins with."""
+        page.get_by_test_id("coach-landing").get_by_text("Skip", exact=True).click()
+        page.get_by_test_id("coach-landing").wait_for(state="detached")
 
     def error_text(self, page: Page) -> str:
         page.get_by_test_id("error-overlay-see-errors").click()

@@ -13,6 +13,11 @@ from harness.hosts import peer_roots
 PACK = Path(os.path.abspath(__file__)).parents[3]
 PACK_NAME = "ComfyUI-EMMA"
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+APP = PACK / "workflows" / "01-first-picture.app.json"
+GRAPHS = [path for path in WORKFLOWS if path != APP]
+FIRST = PACK / "workflows" / "01-first-picture.json"
+COMPARE = PACK / "workflows" / "02-compare.json"
+GATE_MAP = PACK / "workflows" / "07-gate-map.json"
 OUR_PACK, STOCK = "comfyui-emma", "comfy-core"
 # where the files lie that a graph names without saying where to get them: loader -> (its widget's index, folder of models)
 FOLDERS = {
@@ -64,4 +69,4 @@ def place_files(base_directory: Path) -> None:
         if node["type"] == "LoadImage":
             place = base_directory / "input" / node["widgets_values"][0]
             place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(PACK / "workflows" / "playground.jpg", place)
+            shutil.copyfile(PACK / "docs" / "demo.png", place)

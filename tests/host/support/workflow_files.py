@@ -99,6 +99,10 @@ class Executor:
         self._validate = execution.validate_prompt
         self._runs = 0
 
+    def forget(self) -> None:
+        """Drop what was kept, as a node type stands for another class now."""
+        self._executor.reset()
+
     def run(self, prompt: dict) -> dict:
         """Outputs by node id.
 
