@@ -58,6 +58,7 @@ class Sampler:
         self._pipeline, self._sampling = generation.world.pipeline, generation.sampling
         self._scheduler = scheduler_for(self._pipeline.spec.alphas_cumprod_T, self._pipeline.spec.prediction)
         self._scheduler.set_timesteps(self._sampling.steps)
+        self.timesteps = self._scheduler.timesteps.tolist()
         self.evaluations = 0  # of the UNet for one picture of the last batch
 
     @torch.no_grad()
@@ -73,7 +74,7 @@ class Sampler:
             if isinstance(shown, tuple):
                 return torch.cat([tokens(one) for one in shown], dim=2)
             if shown not in known:
-                known[shown] = torch.stack([self._tokens_of(trial, shown) for trial in trials], dim=1)
+                known[shown] = torch.stack([self.tokens_of(trial, shown) for trial in trials], dim=1)
             return known[shown]
 
         for step, timestep in enumerate(steps_T):
@@ -92,7 +93,8 @@ class Sampler:
         """(B, 3, H, W) in [-1, 1]."""
         return torch.cat([self._pipeline.decode(latent_14hw) for latent_14hw in self.latents(trials, way).split(1)])
 
-    def _tokens_of(self, trial: Trial, shown: Shown) -> torch.Tensor:
+    def tokens_of(self, trial: Trial, shown: Shown) -> torch.Tensor:
+        """(T, K, W)."""
         assembly = self._generation.assembly(trial, dict(shown.strengths), Addition(shown.way))
         return self._tokens(self._generation.prompt(trial, self._told), assembly)
 
