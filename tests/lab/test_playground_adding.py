@@ -29,6 +29,7 @@ from lab.playground.adding_ways import (
     together,
 )
 from lab.playground.ceiling import KNOTS, PAIRS, Offsets
+from lab.playground.cosines import COLUMNS, measured
 from lab.playground.evaluate import Generation, Line, choose_trials
 from lab.playground.judge import Judge, save_judge
 from lab.playground.world import load_world
@@ -174,3 +175,17 @@ def test_offsets_of_a_pair_go_straight_from_knot_to_knot():
     found = offsets(context_BKW, timestep_B, torch.tensor([3, 3, 3, 4]))
     torch.testing.assert_close(found[:, 0, 0], torch.tensor([1.0, 2.0, 3.0, 0.0]), rtol=1e-5, atol=1e-5)
     assert len(PAIRS) == 20
+
+
+def test_cosines_and_sizes_are_of_what_the_modules_change(generation):
+    trials = choose_trials(generation.data, 2, seed=0)
+    sampler = sampler_of(generation)
+    found_TBX = measured(sampler, trials)
+    assert found_TBX.shape == (3, 2, len(COLUMNS)) and sampler.evaluations == 15
+    changed = [sampler.tokens_of(trials[1], shown)[0] - sampler.tokens_of(trials[1], TEXT)[0] for shown in (STYLE, FACE)]
+    wanted = torch.nn.functional.cosine_similarity(changed[0].flatten(), changed[1].flatten(), dim=0)
+    torch.testing.assert_close(found_TBX[0, 1, 0], wanted)
+    # |a|^2 + |b|^2 + 2 cos |a| |b| = |a + b|^2, all in parts of |a + b|
+    style_TB, face_TB, cosine_TB = found_TBX[..., 2], found_TBX[..., 3], found_TBX[..., 1]
+    whole_TB = style_TB**2 + face_TB**2 + 2 * cosine_TB * style_TB * face_TB
+    torch.testing.assert_close(whole_TB, torch.ones(3, 2), rtol=1e-3, atol=1e-3)
