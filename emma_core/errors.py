@@ -23,6 +23,11 @@ def short(found: object, most: int = _LONGEST_NAME) -> str:
     return _cut(_escaped(text).replace("\n", "\\n").replace("\t", "\\t"), most)
 
 
+def quoted(found: object) -> str:
+    """A value of a file as Python writes it, of a text its quotes too, cut to a few words."""
+    return _escaped(reprlib.repr(found))
+
+
 def _escaped(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from .errors import SettingsError
+from .errors import SettingsError, short
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+_LARGEST_INTEGER = 1 << 64  # seeds reach it
+_LARGEST, _MOST_PARTS = 1 << 20, 100  # bytes of a file, and parts of a key, whose square the parser's time grows with
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -54,17 +57,23 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
+        if not path.is_file():  # of a pipe the end may never come
+            raise SettingsError(f"{path} cannot be read (no file of this name); wanted a configuration (TOML). Check the path.")
+        if path.stat().st_size > _LARGEST:
+            raise SettingsError(f"{path} holds {path.stat().st_size:,} bytes; wanted a configuration (TOML). Check the path.")
         text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin files with a byte order mark
     except OSError as found:
         raise SettingsError(f"{path} cannot be read ({found.strerror}); wanted a configuration (TOML). Check the path."
                             ) from found
     except UnicodeDecodeError as found:
         raise SettingsError(f"{path} is not TOML: {found}. Save it as UTF-8.") from found
+    if any(line.partition("=")[0].count(".") > _MOST_PARTS for line in text.splitlines()):
+        raise SettingsError(f"{path} has a key of more than {_MOST_PARTS} parts; wanted section.key. Correct that place.")
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as found:  # also of numbers of thousands of digits, of tables in tables in tables
         paths = " Paths of Windows go between single quotes, 'C:\\pictures', or with / in them." if "\\" in text else ""
-        raise SettingsError(f"{path} is not TOML: {found}. Correct that place.{paths}") from found
+        raise SettingsError(f"{path} is not TOML: {short(str(found), 300)}. Correct that place.{paths}") from found
 
 
 def resolve_sections(
@@ -79,7 +88,7 @@ def resolve_sections(
     merged: dict[str, dict[str, Any]] = {name: dict((begin or {}).get(name, {})) for name in sections(of)}
     for name, table in given.items():
         if name not in merged or not isinstance(table, Mapping):
-            raise SettingsError(f"the configuration has {name!r}, which is no section; wanted {', '.join(merged)}.")
+            raise SettingsError(f"the configuration has {short(repr(name))}, which is no section; wanted {', '.join(merged)}.")
         merged[name].update(table)
     for path, value in (changes or {}).items():
         section, _, key = path.partition(".")
@@ -91,7 +100,8 @@ def _section(name: str, kind: type, table: Mapping[str, Any]) -> Any:
     known = {entry.name: entry for entry in dataclasses.fields(kind)}
     unknown = sorted(set(table) - set(known))
     if unknown:
-        raise SettingsError(f"[{name}] has the unknown key {unknown[0]!r}; it knows {', '.join(known)}. Correct the name.")
+        raise SettingsError(f"[{name}] has the unknown key {short(repr(unknown[0]))}; it knows {', '.join(known)}. Correct the "
+                            "name.")
     hints = get_type_hints(kind)
     return kind(**{key: _value(f"{name}.{key}", value, hints[key], known[key].metadata) for key, value in table.items()})
 
@@ -99,14 +109,15 @@ def _section(name: str, kind: type, table: Mapping[str, Any]) -> Any:
 def _value(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or not all(isinstance(item, get_args(kind)[0]) for item in value):
-            raise SettingsError(f"{path} = {value!r}; wanted a list of texts.")
+            raise SettingsError(f"{path} = {short(repr(value))}; wanted a list of texts.")
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise SettingsError(f"{path} = {value!r}; wanted {_NAMES[kind]}.")
+        value = float(value) if abs(value) < _LARGEST_INTEGER else math.inf
+    odd = kind is int and (isinstance(value, bool) or (isinstance(value, int) and abs(value) >= _LARGEST_INTEGER))
+    if not isinstance(value, kind) or odd:
+        raise SettingsError(f"{path} = {short(repr(value))}; wanted {_NAMES[kind]}.")
     if "choices" in limits and value not in limits["choices"]:
-        raise SettingsError(f"{path} = {value!r}; choose one of {', '.join(limits['choices'])}.")
+        raise SettingsError(f"{path} = {short(repr(value))}; choose one of {', '.join(limits['choices'])}.")
     if not limits.get("least", value) <= value <= limits.get("most", value):
-        raise SettingsError(f"{path} = {value!r}; wanted {limits.get('least', '')} to {limits.get('most', 'any')}.")
+        raise SettingsError(f"{path} = {short(repr(value))}; wanted {limits.get('least', '')} to {limits.get('most', 'any')}.")
     return value

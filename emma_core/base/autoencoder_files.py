@@ -5,6 +5,7 @@ Shapes: B pictures H x W, latents 4 x h x w.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import FileError
-from .checkpoint_files import build, read, read_json, shapes_of, weights_in, without_loss
+from ..errors import FileError, short
+from ..files.diffusers_models import converted, load_model
+from ..files.json_file import entry_of
+from .checkpoint_files import read, read_config, shapes_of, side, weights_in
 from .spec import BaseSpec
 
 VAE_PREFIX = "first_stage_model."
@@ -53,7 +56,7 @@ def load_autoencoder(path: Path, spec: BaseSpec) -> KlAutoencoder:
     """
     if path.is_dir():
         folder = path if (path / "config.json").exists() else path / "vae"
-        config = read_json(folder / "config.json")
+        config = read_config(folder / "config.json")
         tensors = read(weights_in(folder), _VAE)
         return _autoencoder(config, tensors, f"{folder.parent.name}/{folder.name}", spec)
     shapes, _ = shapes_of(path, _VAE)
@@ -64,7 +67,7 @@ def load_autoencoder(path: Path, spec: BaseSpec) -> KlAutoencoder:
     if "encoder.down.0.block.0.conv1.weight" in tensors:
         from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-        tensors = without_loss(tensors, convert_ldm_vae_checkpoint(dict(tensors), config), path.name, _VAE)
+        tensors = converted(convert_ldm_vae_checkpoint, tensors, config, path.name, _VAE)
     return _autoencoder(config, tensors, path.name, spec)
 
 
@@ -74,15 +77,15 @@ def vae_config_of(shapes: Mapping[str, tuple[int, ...]], name: str, spec: BaseSp
     Raises:
         FileError: no such autoencoder, or one with other latents.
     """
-    last = shapes.get("encoder.conv_out.weight")
+    last = side(shapes, "encoder.conv_out.weight", 0)
     widths, layers = [], 0
     for layer in ("encoder.down.{}.block.{}.conv1.weight", "encoder.down_blocks.{}.resnets.{}.conv1.weight"):
         while layer.format(len(widths), 0) in shapes:
-            widths.append(shapes[layer.format(len(widths), 0)][0])
+            widths.append(side(shapes, layer.format(len(widths), 0), 0))
         layers = layers or sum(layer.format(0, index) in shapes for index in range(8))
-    if last is None or not widths:
+    if not last or not widths:
         raise FileError(f"{name} holds no autoencoder (encoder.*, decoder.*); wanted {_VAE}. Choose another file.")
-    _check_channels(last[0] // 2, name, spec)
+    _check_channels(last // 2, name, spec)
     return {"block_out_channels": widths, "layers_per_block": layers, "latent_channels": spec.latent_channels,
             "down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths),
             "scaling_factor": spec.latent_scale}
@@ -98,11 +101,13 @@ def _autoencoder(
     for key, value in tensors.items():
         old = _OLD_ATTENTION.fullmatch(key)
         renamed[f"{old[1]}.{_OLD_NAMES[old[2]]}.{old[3]}" if old else key] = value
-    model = build(AutoencoderKL, config, renamed, name, _VAE)
-    return KlAutoencoder(model, float(config.get("scaling_factor", spec.latent_scale)))
+    scale = entry_of(config, "scaling_factor", float, f"{name}: its configuration", FileError, spec.latent_scale)
+    if not (math.isfinite(scale) and scale > 0):
+        raise FileError(f"{name}: its configuration has scaling_factor = {scale}; wanted a number above 0. Download it again.")
+    return KlAutoencoder(load_model(AutoencoderKL, config, renamed, name, _VAE), float(scale))
 
 
 def _check_channels(found: Any, name: str, spec: BaseSpec) -> None:
     if found != spec.latent_channels:
-        raise FileError(f"{name} has latents of {found} channels; wanted {spec.latent_channels}, as {_VAE} has. Choose an "
-                        "autoencoder made for Stable Diffusion 1.5.")
+        raise FileError(f"{name} has latents of {short(found)} channels; wanted {spec.latent_channels}, as {_VAE} has. Choose "
+                        "an autoencoder made for Stable Diffusion 1.5.")

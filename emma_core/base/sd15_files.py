@@ -11,20 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError
+from ..errors import FileError, short
+from ..files.diffusers_models import converted, load_model
 from ..files.tensor_file import sha256_of_file
 from .autoencoder_files import VAE_PREFIX, load_autoencoder
-from .checkpoint_files import (
-    LoadedBase,
-    build,
-    declared_prediction,
-    read,
-    read_json,
-    read_schedule,
-    shapes_of,
-    weights_in,
-    without_loss,
-)
+from .checkpoint_files import LoadedBase, declared_prediction, read, read_config, read_schedule, shapes_of, side, weights_in
 from .schedule import zero_terminal
 from .spec import SD15
 
@@ -43,13 +34,13 @@ def load_folder(folder: Path, with_autoencoder: bool = True) -> LoadedBase:
     Raises:
         FileError: parts that are missing, pickled, of another model, damaged; a schedule of another count of timesteps.
     """
-    config = read_json(folder / "unet" / "config.json")
+    config = read_config(folder / "unet" / "config.json")
     name = f"{folder.name}/unet"
     _refuse_other_models(config.get("in_channels"), config.get("cross_attention_dim"), name)
     weights = weights_in(folder / "unet")
     from diffusers import UNet2DConditionModel
 
-    unet = build(UNet2DConditionModel, config, read(weights, _UNET), name, _UNET)
+    unet = load_model(UNet2DConditionModel, config, read(weights, _UNET), name, _UNET)
     alphas_cumprod_T, prediction = read_schedule(folder)
     spec = replace(SD15, context_width=config["cross_attention_dim"], alphas_cumprod_T=alphas_cumprod_T, prediction=prediction)
     autoencoder = load_autoencoder(folder / "vae", spec) if with_autoencoder else None
@@ -74,9 +65,8 @@ def load_single_file(path: Path, with_autoencoder: bool = True) -> LoadedBase:
     if with_autoencoder and not any(key.startswith(VAE_PREFIX) for key in shapes):
         raise FileError(f"{path.name} holds no autoencoder; wanted first_stage_model.* beside the UNet. Name one as base.vae.")
     found = read(path, _CHECKPOINT, (_UNET_PREFIX,))
-    # both helpers of diffusers drop what they do not know, so nothing may be lost
-    converted = without_loss(found, convert_ldm_unet_checkpoint(dict(found), config), path.name, _CHECKPOINT)
-    unet = build(UNet2DConditionModel, config, converted, path.name, _UNET)
+    renamed = converted(convert_ldm_unet_checkpoint, found, config, path.name, _CHECKPOINT)
+    unet = load_model(UNet2DConditionModel, config, renamed, path.name, _UNET)
     alphas_cumprod_T = zero_terminal(SD15.alphas_cumprod_T) if "ztsnr" in shapes else SD15.alphas_cumprod_T
     spec = replace(SD15, context_width=config["cross_attention_dim"], alphas_cumprod_T=alphas_cumprod_T,
                    prediction=declared_prediction(shapes, metadata, path.name))
@@ -90,17 +80,17 @@ def unet_config_of(shapes: Mapping[str, tuple[int, ...]], name: str) -> dict[str
     Raises:
         FileError: no such UNet, or that of another model.
     """
-    first, key = shapes.get("input_blocks.0.0.weight"), "attn2.to_k.weight"
-    contexts = {shape[1] for layer, shape in shapes.items() if layer.endswith(key)}
-    if first is None or not contexts:
+    in_channels, key = side(shapes, "input_blocks.0.0.weight", 1), "attn2.to_k.weight"
+    contexts = {side(shapes, layer, 1) for layer in shapes if layer.endswith(key)}
+    if not in_channels or not contexts:
         raise FileError(f"{name} holds no {_UNET_PREFIX}* weights of a UNet with cross-attention; wanted {_CHECKPOINT}, UNet "
                         "and autoencoder in one file. Choose another file, or the diffusers folder as a whole.")
     context_width = max(contexts)
-    _refuse_other_models(first[1], context_width, name, more="label_emb.0.0.weight" in shapes)
+    _refuse_other_models(in_channels, context_width, name, more="label_emb.0.0.weight" in shapes)
     widths, attends, layers = _levels(shapes)
     down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in attends]
     up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)]
-    return {"in_channels": first[1], "out_channels": SD15.latent_channels, "block_out_channels": widths,
+    return {"in_channels": in_channels, "out_channels": SD15.latent_channels, "block_out_channels": widths,
             "layers_per_block": layers, "down_block_types": down, "up_block_types": up, "cross_attention_dim": context_width,
             "attention_head_dim": _HEADS}
 
@@ -113,7 +103,7 @@ def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[bool
             widths.append(0)
             attends.append(False)
         else:
-            widths[-1] = shapes[f"input_blocks.{block}.0.out_layers.3.weight"][0]
+            widths[-1] = side(shapes, f"input_blocks.{block}.0.out_layers.3.weight", 0)
             attends[-1] |= f"input_blocks.{block}.1.proj_in.weight" in shapes
             layers += len(widths) == 1
         block += 1
@@ -121,9 +111,11 @@ def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[bool
 
 
 def _refuse_other_models(in_channels: Any, context_width: Any, name: str, more: bool = False) -> None:
-    kind = "SDXL" if more else _OTHER_INPUTS.get(in_channels) or _OTHER_WIDTHS.get(context_width)
-    if kind is None and in_channels == SD15.latent_channels and isinstance(context_width, int):
+    numbers = isinstance(in_channels, int) and isinstance(context_width, int)
+    known = _OTHER_INPUTS.get(in_channels) or _OTHER_WIDTHS.get(context_width) if numbers else None
+    kind = "SDXL" if more else known
+    if kind is None and in_channels == SD15.latent_channels and numbers:
         return
-    raise FileError(f"{name} is {kind or 'another model'}: {in_channels} input channels, cross-attention of width "
-                    f"{context_width}; wanted Stable Diffusion 1.5 or a model tuned from it: {SD15.latent_channels} input "
-                    f"channels, width {SD15.context_width}. Choose such a checkpoint.")
+    raise FileError(f"{name} is {kind or 'another model'}: {short(in_channels)} input channels, cross-attention of width "
+                    f"{short(context_width)}; wanted Stable Diffusion 1.5 or a model tuned from it: {SD15.latent_channels} "
+                    f"input channels, width {SD15.context_width}. Choose such a checkpoint.")

@@ -6,15 +6,14 @@ pixel is (0, 0), in the order of `options.KEYPOINTS`.
 
 from __future__ import annotations
 
-import json
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ..errors import ImageInputError
+from ..errors import ImageInputError, short
+from ..files.json_file import JsonFault, loads
 from .options import KEYPOINTS
 
 TEMPLATE_SIZE_PX = 112
@@ -26,6 +25,7 @@ ARCFACE_TEMPLATE = (
 _BOX_MIDDLE = (56.0, 67.0)
 _BOX_SIDE = 103.0
 _LEAST_LIKENESS = 1e-3
+_FARTHEST_PX = 1e6  # that a keypoint may be from the picture's corner
 _EXAMPLE = "for example 38 52 74 52 56 72 42 92 71 92"
 
 Points = tuple[tuple[float, float], ...]
@@ -125,10 +125,10 @@ def _from_line(line: str, where: str) -> tuple[Points, ...]:
 
 def _from_json(text: str) -> tuple[tuple[Points, ...], ...]:
     try:
-        pictures = json.loads(text)
-    except json.JSONDecodeError as found:
-        raise ImageInputError(f"line {found.lineno} of the keypoints is not JSON ({found.msg}); wanted pictures, in each its "
-                              "faces, in each five [x, y]. Correct the line.") from found
+        pictures = loads(text)
+    except JsonFault as found:
+        raise ImageInputError(f"the text of the keypoints {found}; wanted pictures, in each its faces, in each five [x, y]. "
+                              "Correct it.") from None
     return tuple(
         tuple(_face(face, f"picture {p} of the keypoints, face {f}") for f, face in enumerate(_some(faces, f"picture {p}"), 1))
         for p, faces in enumerate(_some(pictures, "the text"), 1)
@@ -137,7 +137,7 @@ def _from_json(text: str) -> tuple[tuple[Points, ...], ...]:
 
 def _some(found: Any, where: str) -> list:
     if not isinstance(found, list) or not found:
-        raise ImageInputError(f"{where} of the keypoints holds {json.dumps(found)[:40]}; wanted lists: pictures, in each its "
+        raise ImageInputError(f"{where} of the keypoints holds {short(found, 40)}; wanted lists: pictures, in each its "
                               "faces, in each five [x, y]. Correct it.")
     return found
 
@@ -145,10 +145,11 @@ def _some(found: Any, where: str) -> list:
 def _face(pairs: Any, where: str) -> Points:
     try:
         points = tuple((float(x), float(y)) for x, y in pairs)
-    except (TypeError, ValueError) as found:
-        raise ImageInputError(f"{where}: {found}; wanted five x and y, {_EXAMPLE}. Correct the numbers.") from found
-    if len(points) != len(KEYPOINTS) or not all(math.isfinite(value) for point in points for value in point):
-        raise ImageInputError(f"{where} holds {points}; wanted five finite x and y, {_EXAMPLE}. Correct the numbers.")
+    except (TypeError, ValueError, OverflowError) as found:
+        raise ImageInputError(f"{where}: {short(str(found))}; wanted five x and y, {_EXAMPLE}. Correct the numbers.") from found
+    if len(points) != len(KEYPOINTS) or not all(abs(value) <= _FARTHEST_PX for point in points for value in point):
+        raise ImageInputError(f"{where} holds {short(points)}; wanted five finite x and y in pixels, {_EXAMPLE}. Correct the "
+                              "numbers.")
     _check_not_mirrored(points, where)
     return points
 

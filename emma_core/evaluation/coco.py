@@ -17,13 +17,19 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, quoted, short
+from ..files.json_file import JsonFault, loads
+from ..files.plain_file import is_file, read_text
 from .config import PromptsConfig, ReferencesConfig
 from .references import ReferencePicture
 
 # polygons are drawn larger and scaled down: Pillow counts the pixels on an edge as inside
 _FINER = 4
 _HALF = 128
+_ROWS_AT_ONCE = 512  # of the picture, so that the larger drawing of any picture fits the memory
+_FEWEST_CORNERS, _MOST_CORNERS, _FARTHEST_PX = 3, 100_000, 1_000_000
+_FIRST_LETTER, _MOST_BITS = 48, 60  # of compressed run lengths
+_MOST_GROUPS, _LETTERS_PER_GROUP = 1_000_000, 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,40 +47,73 @@ class Segmentation:
         """See `Mask.drawn`.
 
         Raises:
-            EvaluationError: not such a segmentation, of another size, or compressed while pycocotools is missing.
+            EvaluationError: not such a segmentation, or of another size.
         """
         if isinstance(self.content, Mapping):
-            return self._from_run_lengths(size)
-        try:
-            fine = Image.new("L", (size[0] * _FINER, size[1] * _FINER))
-            for part in self.content:
-                outline = [(x * _FINER, y * _FINER) for x, y in zip(part[::2], part[1::2], strict=True)]
-                ImageDraw.Draw(fine).polygon(outline, fill=255)
-        except (TypeError, ValueError) as found:
-            raise EvaluationError(f"{self.name}: its segmentation holds no polygons ({found}). Get the file again.") from found
-        return fine.reduce(_FINER).point(lambda level: 255 * (level >= _HALF))
+            return Image.fromarray(self._from_run_lengths(size))
+        outlines = self._outlines()
+        mask, (width, height) = Image.new("L", size), size
+        for top in range(0, height, _ROWS_AT_ONCE):
+            rows = min(_ROWS_AT_ONCE, height - top)
+            fine = Image.new("L", (width * _FINER, rows * _FINER))
+            for outline in outlines:
+                ImageDraw.Draw(fine).polygon([(x, y - top * _FINER) for x, y in outline], fill=255)
+            mask.paste(fine.reduce(_FINER).point(lambda level: 255 * (level >= _HALF)), (0, top))
+        return mask
 
-    def _from_run_lengths(self, size: tuple[int, int]) -> Image.Image:
-        counts, stated = self.content.get("counts"), tuple(self.content.get("size", ()))
-        if stated != (size[1], size[0]):
-            raise EvaluationError(f"{self.name}: its segmentation is of height and width {stated}, the picture's are "
+    def _outlines(self) -> list[list[tuple[int, int]]]:
+        """The polygons' corners on the finer grid."""
+        try:
+            outlines = [[(int(x * _FINER), int(y * _FINER)) for x, y in zip(part[::2], part[1::2], strict=True)]
+                        for part in self.content]
+            corners = [corner for outline in outlines for corner in outline]
+            if any(len(outline) < _FEWEST_CORNERS for outline in outlines):
+                raise ValueError(f"one has fewer than {_FEWEST_CORNERS} corners")
+            if len(corners) > _MOST_CORNERS or any(abs(number) > _FARTHEST_PX * _FINER for xy in corners for number in xy):
+                raise ValueError(f"{len(corners)} corners, or some far outside of the picture")
+        except (TypeError, ValueError, OverflowError) as found:
+            raise EvaluationError(f"{self.name}: its segmentation holds no polygons ({short(str(found))}). Get the file again."
+                                  ) from found
+        return outlines
+
+    def _from_run_lengths(self, size: tuple[int, int]) -> np.ndarray:
+        """Grey levels (H, W) of runs of 0 and 1 in turn, column by column."""
+        stated, counts = self.content.get("size"), self.content.get("counts")
+        if stated != [size[1], size[0]]:
+            raise EvaluationError(f"{self.name}: its segmentation is of height and width {quoted(stated)}, the picture's are "
                                   f"{(size[1], size[0])}. Get the file again.")
-        if isinstance(counts, str):
-            return Image.fromarray(self._uncompressed() * np.uint8(255))
-        # runs of 0 and 1 in turn, column by column
-        levels = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-        if len(levels) != size[0] * size[1]:
-            raise EvaluationError(f"{self.name}: the run lengths of its segmentation cover {len(levels)} pixels of "
+        counts = _unpacked(counts) if isinstance(counts, str) else counts
+        if not isinstance(counts, list) or any(type(count) is not int or count < 0 for count in counts):
+            raise EvaluationError(f"{self.name}: its segmentation has the run lengths {quoted(counts)}; wanted whole numbers. "
+                                  "Get the file again.")
+        if sum(counts) != size[0] * size[1]:
+            raise EvaluationError(f"{self.name}: the run lengths of its segmentation cover {sum(counts)} pixels of "
                                   f"{size[0] * size[1]}. Get the file again.")
-        return Image.fromarray(np.ascontiguousarray(levels.reshape(size).T).astype(np.uint8) * 255)
+        levels = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+        return np.ascontiguousarray(levels.reshape(size).T).astype(np.uint8) * 255
 
-    def _uncompressed(self) -> np.ndarray:
-        try:
-            from pycocotools import mask
-        except ImportError as found:
-            raise EvaluationError(f"{self.name}: its segmentation is compressed, which needs the package pycocotools. Install "
-                                  "it (pip install pycocotools), or set references.mask to never.") from found
-        return mask.decode(dict(self.content))
+
+def _unpacked(text: str) -> list[int] | None:
+    """Run lengths of COCO's compressed form, None if it is none.
+
+    Each character holds five bits of a number, the lowest first, and a sixth that says whether the number goes on; from the
+    fourth number on it is the difference to the one before the last.
+    """
+    counts: list[int] = []
+    number, shift = 0, 0
+    for letter in text:
+        bits = ord(letter) - _FIRST_LETTER
+        if not 0 <= bits < 64 or shift > _MOST_BITS:
+            return None
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+        number, shift = 0, 0
+    return None if shift else counts
 
 
 def coco_references(config: ReferencesConfig) -> tuple[list[ReferencePicture], str]:
@@ -96,16 +135,16 @@ def coco_references(config: ReferencesConfig) -> tuple[list[ReferencePicture], s
                   if not config.categories or categories[entry["category_id"]] in config.categories]
         things = [entry for entry in wanted if not entry.get("iscrowd")]
         found = [_reference(entry, images[entry["image_id"]], categories[entry["category_id"]], folder) for entry in things]
-    except (AttributeError, KeyError, TypeError, ValueError) as reason:
-        raise EvaluationError(f"{path.name} is not in COCO's format ({type(reason).__name__}: {reason}). Wanted instances "
-                              "with images, annotations (image_id, category_id, bbox) and categories.") from reason
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as reason:
+        raise EvaluationError(f"{path.name} is not in COCO's format ({type(reason).__name__}: {short(str(reason))}). Wanted "
+                              "instances with images, annotations (image_id, category_id, bbox) and categories.") from reason
     large = [reference for reference in found if _shorter_side(reference) >= config.smallest_px]
     small = f"{len(found) - len(large)} boxes with a side below {config.smallest_px} px"
     left_out = f"{len(wanted) - len(things)} crowds and {small} are left out"
     if not large:
         raise EvaluationError(f"{path.name} has no annotation to use ({left_out}). Lower references.smallest_px, or choose "
                               "other categories.")
-    missing = sorted({reference.path.name for reference in large if not reference.path.is_file()})
+    missing = sorted({reference.path.name for reference in large if not is_file(reference.path)})
     if missing:
         raise EvaluationError(f"{len(missing)} pictures of {path.name} are not in {folder} (such as {missing[0]}). Set "
                               "references.images to their folder, or get them.")
@@ -124,8 +163,8 @@ def coco_captions(config: PromptsConfig) -> list[str]:
         for entry in sorted(_read(path, ("annotations",))["annotations"], key=lambda entry: entry["id"]):
             first.setdefault(entry["image_id"], " ".join(entry["caption"].split()))
     except (AttributeError, KeyError, TypeError) as found:
-        raise EvaluationError(f"{path.name} is not in COCO's format ({type(found).__name__}: {found}). Wanted captions with "
-                              "annotations (id, image_id, caption).") from found
+        raise EvaluationError(f"{path.name} is not in COCO's format ({type(found).__name__}: {short(str(found))}). Wanted "
+                              "captions with annotations (id, image_id, caption).") from found
     captions = list(dict.fromkeys(caption for caption in first.values() if caption))
     if not captions:
         raise EvaluationError(f"{path.name} holds no caption. Choose a captions_*.json file.")
@@ -133,13 +172,13 @@ def coco_captions(config: PromptsConfig) -> list[str]:
 
 
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    text = read_text(path, "annotations in COCO's format", EvaluationError)
+    if text.count("[") + text.count("{") > _MOST_GROUPS + len(text) // _LETTERS_PER_GROUP:
+        raise EvaluationError(f"{path.name} has more lists and objects than annotations need. Get the file again.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as found:
-        raise EvaluationError(f"{path} cannot be read ({found.strerror}); wanted annotations in COCO's format. Check the path."
-                              ) from found
-    except ValueError as found:
-        raise EvaluationError(f"{path.name} is not JSON ({found}). Get the file again.") from found
+        content = loads(text)
+    except JsonFault as found:
+        raise EvaluationError(f"{path.name} {found}. Get the file again.") from None
     lacking = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if lacking:
         raise EvaluationError(f"{path.name} is not in COCO's format: it has no list of {' and of '.join(lacking)}. Choose "
@@ -156,6 +195,8 @@ def _check_categories(wanted, known, name: str) -> None:
 
 def _reference(entry: Mapping[str, Any], image: Mapping[str, Any], category: str, folder: Path) -> ReferencePicture:
     file, size = str(image["file_name"]), (int(image["width"]), int(image["height"]))
+    if min(size) < 1 or max(size) > _FARTHEST_PX:
+        raise ValueError(f"a picture of {size[0]} x {size[1]} px")
     left, top, width, height = map(float, entry["bbox"])
     box = (max(0, math.floor(left)), max(0, math.floor(top)), min(size[0], math.ceil(left + width)),
            min(size[1], math.ceil(top + height)))

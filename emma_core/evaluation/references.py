@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from PIL import Image
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, FileError
 from ..files.picture_file import (
     MASK_SUFFIX,
     PICTURE_SUFFIXES,
@@ -22,7 +22,7 @@ from ..files.picture_file import (
     picture_size,
     readable_suffixes,
 )
-from ..files.plain_file import visible
+from ..files.plain_file import read_text, visible
 from ..files.tensor_file import sha256_of_file
 from .config import SUBJECT, PlanConfig, PromptsConfig, ReferencesConfig
 
@@ -93,9 +93,12 @@ class ReferencePicture:
         """
         whole = _decoded(open_picture, self.path)
         if self.size not in (None, whole.size):
-            raise EvaluationError(f"{self.path.name} is {whole.width} x {whole.height} px, its annotations are for "
-                                  f"{self.size[0]} x {self.size[1]}. Get the picture that was annotated.")
+            raise self._other_size(whole.size)
         return whole.crop(self.box) if self.box else whole
+
+    def _other_size(self, found: tuple[int, int]) -> EvaluationError:
+        return EvaluationError(f"{self.path.name} is {found[0]} x {found[1]} px, its annotations are for {self.size[0]} x "
+                               f"{self.size[1]}. Get the picture that was annotated.")
 
     def mask_picture(self) -> Image.Image:
         """Grey, of the picture's size.
@@ -106,7 +109,10 @@ class ReferencePicture:
         if self.mask is None:
             raise EvaluationError(f"{self.name} has no mask, but its background is to be removed. Put <name>{MASK_SUFFIX} "
                                   "beside the picture, or set references.mask to never.")
-        whole = self.mask.drawn(self.size or picture_size(self.path))
+        size = _decoded(picture_size, self.path)
+        if self.size not in (None, size):
+            raise self._other_size(size)
+        whole = self.mask.drawn(size)
         mask = whole.crop(self.box) if self.box else whole
         if not mask.getbbox():
             raise EvaluationError(f"the mask of {self.name} is all black; white marks the object to keep. Correct it, or "
@@ -150,12 +156,9 @@ def prompts_in(config: PromptsConfig) -> list[str]:
         EvaluationError: no such file, not UTF-8, or no prompt in it.
     """
     try:
-        lines = Path(config.file).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as found:
-        raise EvaluationError(f"prompts.file = {config.file!r} cannot be read ({found.strerror}); wanted a text file with a "
-                              "prompt a line. Check the path.") from found
-    except UnicodeDecodeError as found:
-        raise EvaluationError(f"prompts.file = {config.file!r} is not UTF-8 (byte {found.start}). Save it so.") from found
+        lines = read_text(config.file, "a text file with a prompt a line").splitlines()
+    except FileError as found:
+        raise EvaluationError(f"prompts.file = {config.file!r} cannot be read: {found}") from found
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise EvaluationError(f"prompts.file = {config.file!r} holds no prompt; wanted one a line. Write some.")

@@ -120,7 +120,7 @@ def draw_sheet(
     sheet_rows = []
     for reference, prompt in pairs[:_SHEET_ROWS]:
         jobs = [first[reference, prompt, row.name] for row in rows]
-        pictures = [references[reference].picture(), *(Image.open(folder / f"{job.key}.png") for job in jobs)]
+        pictures = [references[reference].picture(), *(Image.open(folder / f"{job.key}.png", formats=("PNG",)) for job in jobs)]
         label = f'{references[reference].name}: "{jobs[-1].prompt}"'
         sheet_rows.append(SheetRow(label[:_LONGEST_LABEL], [_square(picture) for picture in pictures]))
     return draw_contact_sheet(["reference", *(row.title for row in rows)], sheet_rows, 1, footer)

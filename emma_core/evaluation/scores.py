@@ -6,6 +6,8 @@ Shapes: B pictures, D width of an embedding, R references, P prompts, K draws.
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..errors import EmmaWarning, FileError
+from ..files.json_file import entry_of, parse_json
 from ..files.writing import write_atomically
 from .plan import Comparison
 from .references import ReferencePicture
@@ -37,7 +41,10 @@ class Model:
 
 
 class ScoreFile:
-    """Lines of {model, picture, reference_sha256, prompt, ..., scores}; they are only added, a torn last one is dropped."""
+    """Lines of {model, picture, reference_sha256, prompt, ..., scores}; they are only added.
+
+    A torn last line is dropped, a damaged one passed over: what they held is computed again.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -57,9 +64,16 @@ class ScoreFile:
         whole = content[:content.rfind(b"\n") + 1]
         if len(whole) < len(content):  # the run ended while it wrote
             write_atomically(self.path, lambda temporary: temporary.write_bytes(whole))
-        for text in whole.splitlines():
-            line = json.loads(text)
-            self.known[_key_of(line)] = line["scores"]
+        damaged = 0
+        for text in whole.split(b"\n")[:-1]:
+            try:
+                line = parse_json(text.decode("utf-8"), "a line", FileError)
+                self.known[_key_of(line)] = _scores_of(line)
+            except (FileError, UnicodeDecodeError):
+                damaged += 1
+        if damaged:
+            warnings.warn(f"{damaged} lines of {self.path.name} are damaged; what they held is computed again", EmmaWarning,
+                          stacklevel=3)
 
 
 def missing(compared: Iterable[Comparison], file: ScoreFile, model: Model, references: Sequence[ReferencePicture]
@@ -136,9 +150,19 @@ def _key(model: Model, one: Comparison, references: Sequence[ReferencePicture]) 
 
 
 def _key_of(line: Mapping) -> Key:
-    return line["model"], line["picture"], line["reference_sha256"], line["prompt"]
+    model, picture, reference, prompt = (entry_of(line, key, str, "a line", FileError) for key in
+                                         ("model", "picture", "reference_sha256", "prompt"))
+    return model, picture, reference, prompt
+
+
+def _scores_of(line: Mapping) -> dict[str, float]:
+    scores = entry_of(line, "scores", dict, "a line", FileError)
+    found = {name: float(entry_of(scores, name, float, "scores", FileError)) for name in scores}
+    if not found or not all(map(math.isfinite, found.values())):
+        raise FileError("a line without finite scores. Compute it again.")
+    return found
 
 
 def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as opened:
+    with Image.open(path, formats=("PNG",)) as opened:
         return opened.convert("RGB")

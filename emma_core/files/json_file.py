@@ -25,8 +25,8 @@ class JsonFault(ValueError):
     """What is wrong with a text that should be JSON, in a few words that begin with "is" or "has"."""
 
 
-def loads(text: str) -> Any:
-    """Any JSON value: at most `DEEPEST` levels, whole numbers of 20 digits, whole characters.
+def loads(text: str, whole: bool = True) -> Any:
+    """Any JSON value: at most `DEEPEST` levels, whole numbers of 20 digits, and, unless ``whole`` is False, whole characters.
 
     Raises:
         JsonFault: no JSON, or beyond one of these.
@@ -42,7 +42,7 @@ def loads(text: str) -> Any:
     except ValueError as found:
         raise JsonFault(f"is not JSON ({found})") from None
     _check_depth(value)
-    if "\\u" in text or not is_whole(text):
+    if whole and ("\\u" in text or not (text.isascii() or is_whole(text))):
         _check_characters(value)
     return value
 
@@ -138,6 +138,11 @@ def _check_characters(value: Any) -> None:
             elif isinstance(item, list):
                 following += item
         level = following
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text of whole characters."""
+    return isinstance(value, str) and is_whole(value)
 
 
 def is_whole(text: str) -> bool:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..errors import ImageInputError
-from .plain_file import check_plain_file
+from .plain_file import check_plain_file, is_file
 
 MASK_SUFFIX = ".mask.png"
 _FORMATS = {
@@ -104,8 +104,10 @@ def picture_tensor(picture: Image.Image) -> torch.Tensor:
 
 def mask_beside(picture: Path) -> Path | None:
     """The file `<name>.mask.png` of a picture, if there is one."""
+    if not picture.name:
+        return None
     mask = picture.with_name(picture.stem + MASK_SUFFIX)
-    return mask if mask.is_file() else None
+    return mask if is_file(mask) else None
 
 
 def _content(source: Readable | io.BytesIO) -> bytes:

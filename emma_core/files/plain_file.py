@@ -20,6 +20,14 @@ _CONFIGURATIONS = (".json", ".yaml")
 _KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 
 
+def is_file(path: Path) -> bool:
+    """Whether a plain file is there; no name is too odd to ask."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # names that no file can have
+        return False
+
+
 def is_plain_name(name: object) -> bool:
     """Whether a name that a file gives can be that of another file beside it, and nowhere else."""
     return (isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")

@@ -42,9 +42,6 @@ class Stored:
     shape: tuple[int, ...]
     kind: str
 
-    def get_shape(self) -> tuple[int, ...]:
-        return self.shape
-
 
 class TensorFile(ABC):
     """An open file of tensors; a context manager. Values are read with `tensor`."""
@@ -86,16 +83,6 @@ class TensorFile(ABC):
     def tensors(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """Some of the tensors, or all."""
         return {name: self.tensor(name) for name in (self.stored if names is None else names)}
-
-    # the names that safetensors gives these, for what still calls them so
-    def keys(self) -> list[str]:
-        return list(self.stored)
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return self.tensor(name)
-
-    def get_slice(self, name: str) -> Stored:
-        return self.stored[name]
 
     @abstractmethod
     def _tensor(self, name: str) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import FileError
+from ..files.diffusers_models import check_config, load_model
+from ..files.json_file import parse_json
 from ..files.tensor_file import check_finite, check_shapes, read_tensors
 from . import PLAYGROUND_DIR
 from .autoencoder import Autoencoder
@@ -58,7 +59,9 @@ def unet_tensors_and_config(path: str | Path | None = None) -> tuple[dict[str, t
         raise FileError(f"{path.name} has no `unet` metadata, so it is not {_UNET}. "
                         "Restore the file from the repository.")
     check_finite(tensors, path.name)
-    return tensors, json.loads(metadata["unet"])
+    config = parse_json(metadata["unet"], f"{path.name}: its `unet` metadata", FileError)
+    check_config(config, tensors, path.name, _UNET)
+    return tensors, config
 
 
 def load_unet(path: str | Path | None = None) -> UNet2DConditionModel:
@@ -70,8 +73,4 @@ def load_unet(path: str | Path | None = None) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     tensors, config = unet_tensors_and_config(path)
-    unet = UNet2DConditionModel(**config)
-    check_shapes(tensors, {key: tuple(value.shape) for key, value in unet.state_dict().items()},
-                 Path(path or "unet.safetensors").name, _UNET)
-    unet.load_state_dict(tensors)
-    return unet.eval().requires_grad_(False)
+    return load_model(UNet2DConditionModel, config, tensors, Path(path or "unet.safetensors").name, _UNET)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import ImageInputError, TrainingConfigError
 from ..files.picture_file import check_whole, open_mask, open_picture, picture_size
+from ..files.plain_file import is_file
 from .config import DataConfig
 from .shards import Source
 
@@ -34,7 +36,7 @@ class Look:
 
 def look_at(source: Source, is_mask: bool = False) -> Look:
     """A picture or a mask, decoded."""
-    if not source.is_file():
+    if not (is_file(source) if isinstance(source, Path) else source.is_file()):
         return Look(fault="is no plain file; check the name" if _exists(source) else "does not exist; check the name")
     try:
         content = source.read_bytes()
@@ -54,7 +56,7 @@ def look_at(source: Source, is_mask: bool = False) -> Look:
 
 
 def _exists(source: Source) -> bool:
-    return isinstance(source, Path) and source.exists()
+    return isinstance(source, Path) and os.path.exists(source)
 
 
 def content_of(source: Source) -> Look:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,8 +10,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ..errors import TrainingConfigError, TrainingDataError
+from ..errors import FileError, TrainingConfigError, TrainingDataError, quoted, short
+from ..files.json_file import JsonFault, loads
 from ..files.picture_file import PICTURE_SUFFIXES, mask_beside
+from ..files.plain_file import read_bytes
 from .buckets import Look, bucket_of, content_of, enlargement, look_at, same_shape
 from .config import DataConfig
 from .folder import find_in
@@ -241,24 +242,26 @@ def _captions_in(path: Path) -> tuple[tuple[str, ...], str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as found:
         return ("",), f"its caption file {path.name} is not UTF-8 (byte {found.start}); save it as UTF-8"
+    except OSError as found:
+        return ("",), f"its caption file {path.name} cannot be read ({found.strerror or found}); check its permissions"
     return tuple(line.strip() for line in lines if line.strip()) or ("",), ""
 
 
 def _from_jsonl(path: Path) -> tuple[list[Example], list[Problem]]:
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-    except OSError as found:
-        return [], [Problem(str(path), f"cannot be read ({found.strerror}); wanted a JSON-lines file", True)]
+        lines = read_bytes(path, "a JSON-lines file").removeprefix(b"\xef\xbb\xbf").splitlines()
+    except FileError as found:
+        return [], [Problem(str(path), f"cannot be read: {found}", True)]
     examples, problems = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line.decode("utf-8"))
+            entry = loads(line.decode("utf-8"))
         except UnicodeDecodeError:
             faults = ["is not UTF-8; save the file as UTF-8"]
-        except json.JSONDecodeError as found:
-            faults = [f"is not JSON ({found.msg} at character {found.colno})"]
+        except JsonFault as found:
+            faults = [str(found)]
         else:
             faults = _entry_faults(entry)
         problems += [Problem(f"{path.name} line {number}", fault, True) for fault in faults]
@@ -269,17 +272,17 @@ def _from_jsonl(path: Path) -> tuple[list[Example], list[Problem]]:
 
 def _entry_faults(entry: Any) -> list[str]:
     if not isinstance(entry, dict):
-        return [f"is {entry!r:.40}; wanted an object with the key image"]
-    faults = [f"has the unknown key {key!r}; known are {', '.join(_KEYS)}" for key in entry if key not in _KEYS]
+        return [f"is {quoted(entry)}; wanted an object with the key image"]
+    faults = [f"has the unknown key {short(repr(key))}; known are {', '.join(_KEYS)}" for key in entry if key not in _KEYS]
     faults += [] if "image" in entry else ["has no key image"]
     faults += [f"has both {one} and {many}; give one of them" for one, many in
                (("caption", "captions"), ("reference", "references")) if one in entry and many in entry]
     for key in ("image", "caption", "group", "reference", "mask"):
         if key in entry and (not isinstance(entry[key], str) or (key in ("image", "reference", "mask") and not entry[key])):
-            faults.append(f"has {key} = {entry[key]!r:.40}; wanted text")
+            faults.append(f"has {key} = {quoted(entry[key])}; wanted text")
     for key in ("captions", "references"):
         if key in entry and not (isinstance(entry[key], list) and all(isinstance(item, str) for item in entry[key])):
-            faults.append(f"has {key} = {entry[key]!r:.40}; wanted a list of texts")
+            faults.append(f"has {key} = {quoted(entry[key])}; wanted a list of texts")
     return faults
 
 

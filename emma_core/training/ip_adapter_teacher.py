@@ -14,7 +14,7 @@ from ..base.backbones import Backbone
 from ..encoders.clip_vision import ClipVisionEncoder, load_clip_vision
 from ..encoders.options import EncodeOptions
 from ..encoders.weights import weights_path
-from ..errors import FileError, ReferenceMismatchError, TrainingConfigError
+from ..errors import FileError, ReferenceMismatchError, TrainingConfigError, short
 from ..files.picture_file import open_picture, picture_tensor
 from ..files.tensor_file import check_finite, check_shapes, read_tensors
 from .config import TeacherConfig
@@ -36,14 +36,19 @@ class IpAdapterTeacher(Teacher):
         self._base, self._backbone, self._encoder = backbone, backbone.twin(), image_encoder
         projection, attention = _read_ip_adapter(path)
         self._plus = "latents" in projection
-        self._dim = projection["proj_in.weight" if self._plus else "proj.weight"].shape[1]
+        first = projection["proj_in.weight" if self._plus else "proj.weight"]
+        last = projection["proj_out.weight"] if self._plus else first
+        if first.ndim != 2 or last.ndim != 2:
+            raise FileError(f"{path.name} has projections of shape {tuple(first.shape)} and {tuple(last.shape)}; wanted "
+                            f"{_IP_ADAPTER}. Download it again.")
+        self._dim = first.shape[1]
         _check_ip_adapter(projection, attention, self._backbone, path.name)
         self._check_encoder(path.name)
         unet = self._backbone.unet
         try:
             unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": attention}], low_cpu_mem_usage=False)
-        except (RuntimeError, KeyError) as found:
-            reason = " ".join(str(found).split())[:200]
+        except Exception as found:  # diffusers and torch have no common error for weights that do not go together
+            reason = short(" ".join(str(found).split()), 200)
             raise FileError(f"{path.name} is not {_IP_ADAPTER} that can be read ({reason}). Download it again.") from found
         for processor in unet.attn_processors.values():
             if hasattr(processor, "to_k_ip"):

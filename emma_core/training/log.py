@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..files.json_file import JsonFault, loads
+
 
 class Log:
     """One JSON line for each report, appended; a resumed run goes on in the same file."""
@@ -22,9 +24,10 @@ class Log:
         if not self.path.exists():
             return []
         found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:  # the end of a run that was killed while it wrote
+                entry = loads(line)
+            except JsonFault:  # the end of a run that was killed while it wrote
                 continue
+            found += [entry] if isinstance(entry, dict) else []
         return found

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ..base.backbones import Backbone
-from ..errors import TrainingConfigError
+from ..errors import FileError, TrainingConfigError
+from ..files.plain_file import read_text
 from ..model.assembly import Assembly
 from ..model.connector import Connector
 from .config import TrainConfig
@@ -82,10 +83,9 @@ def read_prompts(path: str | Path) -> list[str]:
         TrainingConfigError: no such file, not text, or no prompts in it.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as found:
-        raise TrainingConfigError(f"teacher.prompts = {str(path)!r} cannot be read ({found}); wanted a text file with a prompt "
-                                  "on each line. Check the path.") from found
+        lines = read_text(path, "a text file with a prompt on each line").splitlines()
+    except FileError as found:
+        raise TrainingConfigError(f"teacher.prompts = {str(path)!r} cannot be read: {found}") from found
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise TrainingConfigError(f"{path} holds no prompts; wanted one on each line. Write some.")

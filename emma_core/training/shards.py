@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import json
 import os
 import re
 import tarfile
@@ -21,7 +20,8 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import EmmaWarning, TrainingConfigError, TrainingError
+from ..errors import EmmaWarning, TrainingConfigError, TrainingError, quoted, short
+from ..files.json_file import JsonFault, is_text, loads
 from .store import FeatureStore, Filling
 
 SAMPLE_PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -32,7 +32,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 _BLOCK = 512  # of a tar file: zeros end it
 _MOST_ZEROS = 1 << 20  # at the end; more is a file that was never filled
 _FEWEST_FOR_PROCESSES = 16  # starting processes takes longer than reading fewer
-_MOST_NAMED = 10
+_MOST_NAMED, _MOST_SHARDS = 10, 100_000
 _LONGEST_WAIT = timedelta(days=7)  # for a process that encodes more than this one
 
 Item, Made = TypeVar("Item"), TypeVar("Made")
@@ -287,7 +287,11 @@ def _braces(pattern: str) -> list[str]:
         raise TrainingConfigError(f"data.shards = {pattern!r} has braces, which the package braceexpand reads; it is not "
                                   "installed: pip install braceexpand, or use * in place of them.") from found
     try:
-        return list(braceexpand(pattern, escape=False))  # a backslash is part of a path
+        names = list(itertools.islice(braceexpand(pattern, escape=False), _MOST_SHARDS + 1))  # a backslash is part of a path
+        if len(names) > _MOST_SHARDS:
+            raise TrainingConfigError(f"data.shards = {short(repr(pattern))} names more than {_MOST_SHARDS:,} files; wanted "
+                                      "fewer. Correct the braces, as in data/{000..099}.tar.")
+        return names
     except UnbalancedBracesError as found:
         raise TrainingConfigError(f"data.shards = {pattern!r}: {found}. Correct the braces, as in data/{{000..099}}.tar."
                                   ) from found
@@ -310,8 +314,9 @@ def _walk(shard: Path, stream: BinaryIO) -> tuple[dict[str, dict[str, list[Shard
                         plain = member.isreg() and not member.issparse()
                         endings.setdefault(ending, []).append(
                             ShardMember(shard, Path(member.name).name, member.offset_data, member.size) if plain else None)
-    except (tarfile.TarError, ValueError, OverflowError) as found:  # the last two of numbers in broken headers
-        reason = str(found)
+    # of numbers in broken headers, and of headers of long names behind each other
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as found:
+        reason = short(str(found), 200)
         if end == 0:
             return {}, f"is no tar file that can be read ({reason}); get it again"
     reason = reason or _end_fault(stream, end, nbytes)
@@ -360,18 +365,18 @@ def _texts(contents: dict[str, bytes]) -> tuple[tuple[str, ...], str | None, lis
             faults.append(f"its {ending} is not UTF-8 (byte {found.start}); save it as UTF-8")
     if "json" in texts:
         try:
-            entry = json.loads(texts["json"])
-        except ValueError as found:
-            faults.append(f"its json cannot be read ({found})")
+            entry = loads(texts["json"], whole=False)
+        except JsonFault as found:
+            faults.append(f"its json {found}")
     if not isinstance(entry, dict):
-        faults.append(f"its json is {entry!r:.40}; wanted an object")
+        faults.append(f"its json is {quoted(entry)}; wanted an object")
         entry = {}
     known = {name: entry[name] for name in ("caption", "captions", "group") if entry.get(name) is not None}
-    faults += [f"its json has {name} = {known[name]!r:.40}; wanted text" for name in ("caption", "group")
-               if not isinstance(known.get(name, ""), str)]
+    faults += [f"its json has {name} = {quoted(known[name])}; wanted text" for name in ("caption", "group")
+               if not is_text(known.get(name, ""))]
     many = known.get("captions", [known.get("caption", "")])
-    if "captions" in known and not (isinstance(many, list) and all(isinstance(text, str) for text in many)):
-        faults.append(f"its json has captions = {many!r:.40}; wanted a list of texts")
+    if "captions" in known and not (isinstance(many, list) and all(map(is_text, many))):
+        faults.append(f"its json has captions = {quoted(many)}; wanted a list of texts")
     if "caption" in known and "captions" in known:
         faults.append("its json has both caption and captions; give one of them")
     if faults:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from ..errors import TrainingConfigError
+from ..errors import TrainingConfigError, short
+from ..files.json_file import parse_json
 from ..files.module_file import load_module
 from ..model.conditions import CONDITIONS
 from ..model.connector import Connector
@@ -34,10 +34,10 @@ def wanted_features(config: TrainConfig) -> dict[str, int]:
         if settings.condition not in CONDITIONS:
             raise TrainingConfigError('a custom condition needs module.features, for instance {"global": 4}. Name them.')
         return dict(CONDITIONS[settings.condition].features)
-    try:
-        features = {str(name): int(count) for name, count in json.loads(settings.features).items()}
-    except (AttributeError, TypeError, ValueError) as found:
-        raise TrainingConfigError(f'module.features = {settings.features!r}; wanted JSON such as {{"global": 4}}.') from found
+    wanted = f'module.features = {short(settings.features)}; wanted JSON such as {{"global": 4}}'
+    features = parse_json(settings.features, wanted, TrainingConfigError, advice="Correct it.")
+    if not all(type(count) is int for count in features.values()):
+        raise TrainingConfigError(f"{wanted}.")
     if not features or min(features.values()) < 1:
         raise TrainingConfigError(f"module.features = {settings.features!r}; wanted one feature or more, of 1 token or more.")
     return features

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..errors import EmmaWarning, FileError, TrainingError
-from ..files.tensor_file import open_tensors
+from ..errors import EmmaWarning, FileError, TrainingError, short
+from ..files.json_file import parse_json, read_json
+from ..files.tensor_file import TensorFile, open_tensors
 from ..files.writing import write_atomically
 
 MOST_OPEN = 64
@@ -81,8 +81,8 @@ class FeatureStore:
         entry = self._index[key]
         try:
             shard = self._shard(entry.shard)
-            tensors = {name: shard.get_tensor(f"{key}/{name}").clone() for name in entry.names}
-        except (FileError, SafetensorError, OSError) as found:
+            tensors = {name: shard.tensor(f"{key}/{name}").clone() for name in entry.names}
+        except (FileError, OSError, KeyError) as found:
             raise self._damaged(entry.shard, str(found)) from found
         if key not in self._sound and _sha256(tensors) != entry.sha256:
             raise self._damaged(entry.shard, f"the checksum of the entry {key} differs")
@@ -129,8 +129,8 @@ class FeatureStore:
         if not path.exists():
             self._write(path, text.encode(), 1)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = read_json(path, "the settings of a training cache")
+        except FileError:
             found = None
         if found != json.loads(text):
             raise TrainingError(f"{path} is damaged or was changed: it does not hold the settings that its folder is named "
@@ -145,16 +145,17 @@ class FeatureStore:
     def _read(self, path: Path) -> bool:
         """Index one shard by its header; a damaged one is set aside."""
         try:
-            about = json.loads((self._shard(path).metadata() or {})["entries"])
-            found = {key: _Entry(path, tuple(entry["names"]), entry["bytes"], entry["sha256"]) for key, entry in about.items()}
-        except (FileError, SafetensorError, OSError, KeyError, TypeError, ValueError) as reason:
+            shard = self._shard(path)
+            about = parse_json(shard.metadata().get("entries", ""), f"{path.name}: its `entries` metadata", FileError)
+            found = {key: _entry_of(path, entry, shard) for key, entry in about.items()}
+        except (FileError, OSError, KeyError, TypeError) as reason:
             self._set_aside(path, str(reason))
             return False
         self._index |= found
         self._known.add(path)
         return True
 
-    def _shard(self, path: Path) -> safe_open:
+    def _shard(self, path: Path) -> TensorFile:
         if path in self._open:
             self._open.move_to_end(path)
         else:
@@ -178,6 +179,19 @@ class FeatureStore:
             os.replace(path, path.with_name(path.name + ".damaged"))
         warnings.warn(f"{path} is damaged ({reason}); it was set aside as {path.name}.damaged, and its entries are computed "
                       "again", EmmaWarning, stacklevel=3)
+
+
+def _entry_of(path: Path, entry: Any, shard: TensorFile) -> _Entry:
+    """What a shard says of one entry.
+
+    Raises:
+        KeyError, TypeError: it says no such thing.
+    """
+    names, nbytes, sha256 = entry["names"], entry["bytes"], entry["sha256"]
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in (*names, sha256))
+    if not texts or type(nbytes) is not int or not 0 <= nbytes <= shard.path.stat().st_size:
+        raise TypeError(f"an entry of other kinds of values: {short(entry)}")
+    return _Entry(path, tuple(names), nbytes, sha256)
 
 
 class Filling:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from evaluation_world import tables_for, two_boxes
-from PIL import Image
+from PIL import Image, ImageDraw
 from playground_world import load_world
 
 from emma_core.base.pipeline import Request, Sampling, generate
 from emma_core.commands import evaluate as command
 from emma_core.encoders.matching import encoder_for
-from emma_core.errors import ReferenceMismatchError, SettingsError
+from emma_core.errors import EmmaWarning, ReferenceMismatchError, SettingsError
 from emma_core.evaluation.coco import Segmentation, coco_captions, coco_references
 from emma_core.evaluation.config import (
     EvalConfig,
@@ -30,6 +30,7 @@ from emma_core.evaluation.generation import Drawer
 from emma_core.evaluation.plan import DrawingJob, Files, comparisons, sha256_of
 from emma_core.evaluation.references import chosen, prompts_in, references_in
 from emma_core.evaluation.report import RESAMPLES, crossed_interval
+from emma_core.evaluation.scores import ScoreFile
 from emma_core.files.module_file import load_module, save_module
 from emma_core.files.picture_file import open_picture, picture_tensor
 from emma_core.model.assembly import Assembly
@@ -85,25 +86,45 @@ def test_polygons_cover_the_pixels_between_their_corners(tmp_path, object_HW):
     assert abs(triangle.mean() - 0.5) < 0.01 and triangle[1, 1] and not triangle[-2, -2]
 
 
-def test_compressed_masks_are_read_by_pycocotools(tmp_path, object_HW):
-    mask = pytest.importorskip("pycocotools.mask")
-    packed = mask.encode(np.asfortranarray(object_HW))
-    [reference], _ = coco_references(coco(tmp_path, {"size": [60, 80], "counts": packed["counts"].decode()}))
+def packed(counts: list[int]) -> str:
+    """Run lengths as the COCO API writes them: differences, in groups of five bits behind each other."""
+    letters = []
+    for index, count in enumerate(counts):
+        rest, more = count - (counts[index - 2] if index > 2 else 0), True
+        while more:
+            bits, rest = rest & 31, rest >> 5
+            more = rest != (-1 if bits & 16 else 0)
+            letters.append(chr(48 + bits + 32 * more))
+    return "".join(letters)
+
+
+def test_compressed_run_lengths_are_read_without_further_packages(tmp_path, object_HW):
+    counts = run_lengths(object_HW)["counts"]
+    assert min(counts) < 32 < max(counts) and any(b < a for a, b in zip(counts, counts[2:], strict=False)), "all kinds"
+    [reference], _ = coco_references(coco(tmp_path, {"size": [60, 80], "counts": packed(counts)}))
     assert np.array_equal(np.asarray(reference.mask_picture()), 255 * object_HW[20:45, 10:40])
 
 
-def test_compressed_masks_without_pycocotools_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pycocotools", None)
-    [reference], _ = coco_references(coco(tmp_path, {"size": [60, 80], "counts": "abc"}))
-    with pytest.raises(EvaluationError, match="#1 .cat.: its segmentation is compressed, which needs the package pycocotools"):
-        reference.mask_picture()
-    assert reference.picture().size == (30, 25), "the picture needs no mask"
+def test_a_large_polygon_mask_is_that_of_one_drawing(tmp_path):
+    outline = [3.3, 2.9, 50.2, 700.6, -4.5, 1300.1, 58.8, 1399.9, 20.0, 640.4]
+    fine = Image.new("L", (60 * 4, 1400 * 4))
+    ImageDraw.Draw(fine).polygon([(x * 4, y * 4) for x, y in zip(outline[::2], outline[1::2], strict=True)], fill=255)
+    wanted = fine.reduce(4).point(lambda level: 255 * (level >= 128))
+    assert np.array_equal(np.asarray(Segmentation([outline], "a").drawn((60, 1400))), np.asarray(wanted))
 
 
 @pytest.mark.parametrize(("segmentation", "found"), [
     ({"size": [80, 60], "counts": [4800]}, "of height and width .80, 60., the picture's are .60, 80."),
     ({"size": [60, 80], "counts": [10, 20]}, "cover 30 pixels of 4800"),
-    ([[1, 2, 3]], "holds no polygons"), ([5], "holds no polygons"),
+    ([[1, 2, 3]], "holds no polygons"), ([5], "holds no polygons"), ([["a", "b"]], "holds no polygons"),
+    ([[1e300, 2, 3, 4]], "holds no polygons"), ([[float("nan")] * 6], "holds no polygons"),
+    ([[1, 2]], "fewer than 3 corners"), ([[0, 0] * 120_000], "holds no polygons"),
+    ({"size": [60, 80], "counts": [10**10, -(10**10) + 4800]}, "wanted whole numbers"),
+    ({"size": [60, 80], "counts": [10**10]}, "cover 10000000000 pixels of 4800"),
+    ({"size": 7, "counts": []}, "height and width 7"),
+    ({"size": [60, 80], "counts": [True] * 4800}, "wanted whole numbers"),
+    ({"size": [60, 80], "counts": None}, "run lengths None"),
+    ({"size": [60, 80], "counts": "abc"}, "run lengths"), ({"size": [60, 80], "counts": "P" * 100}, "run lengths"),
     ({"size": [60, 80], "counts": [4800]}, "is all black"), ([], "has no mask"),
 ])
 def test_unusable_segmentations_are_refused(tmp_path, segmentation, found):
@@ -112,12 +133,27 @@ def test_unusable_segmentations_are_refused(tmp_path, segmentation, found):
         reference.mask_picture()
 
 
+@pytest.mark.parametrize("damaged", [
+    b"\0" * 300, b"\xff\xfe", b"[" * 100_000, b"{}", b"7", b'{"model": "a", "picture": "b"}',
+    b'{"model": 1, "picture": "b", "reference_sha256": "c", "prompt": "d", "scores": {"s": 0.5}}',
+    b'{"model": "a", "picture": "b", "reference_sha256": "c", "prompt": "d", "scores": {"s": NaN}}',
+    b'{"model": "a", "picture": "b", "reference_sha256": "c", "prompt": "d", "scores": {"s": 1' + b"0" * 5000 + b"}}",
+])
+def test_damaged_lines_of_a_score_file_are_told_of_and_computed_again(tmp_path, damaged):
+    line = {"model": "a", "picture": "b", "reference_sha256": "c", "prompt": "whole", "scores": {"s": 0.5}}
+    path = tmp_path / "scores.jsonl"
+    path.write_bytes(damaged + b"\n" + json.dumps(line).encode() + b"\n" + b'{"model": "to')
+    with pytest.warns(EmmaWarning, match="1 lines of scores.jsonl are damaged; what they held is computed again"):
+        assert ScoreFile(path).known == {("a", "b", "c", "whole"): {"s": 0.5}}
+    assert path.read_bytes().endswith(b"}\n"), "the torn last line is dropped"
+
+
 def test_coco_files_that_do_not_fit_are_refused(tmp_path):
     config = coco(tmp_path, [])
     for changes, found in (({"smallest_px": 26}, "no annotation to use .1 crowds and 2 boxes with a side below 26 px"),
                            ({"categories": ("dog",)}, "no category 'dog'; it has cat, tie"),
                            ({"images": str(tmp_path)}, "1 pictures of instances.json are not in .* .such as 7.png."),
-                           ({"coco": str(tmp_path / "none.json")}, "cannot be read")):
+                           ({"coco": str(tmp_path / "none.json")}, "does not exist")):
         with pytest.raises(EvaluationError, match=found):
             coco_references(dataclasses.replace(config, **changes))
     [reference], _ = coco_references(config)

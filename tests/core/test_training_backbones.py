@@ -378,7 +378,7 @@ def test_folders_of_other_models_are_refused(tmp_path, folder, part, change, mes
         load_backbone(BaseConfig(str(folder)))
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "not a JSON obj")])
+@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ("{", "is not JSON"), ("[]", "is a list, wanted")])
 def test_folders_without_a_schedule_are_refused(tmp_path, folder, content, message):
     folder = shutil.copytree(folder, tmp_path / "bad")
     path = folder / "scheduler" / "scheduler_config.json"

@@ -88,7 +88,7 @@ def test_all_problems_of_json_lines_are_told_with_their_lines(tmp_path):
     (tmp_path / "set.jsonl").write_bytes((tmp_path / "set.jsonl").read_bytes() + b'\n{"image": "\xff"}')
     examples, problems = read_examples(data)
     found = texts(problems)
-    assert examples == [] and found["set.jsonl line 1"].startswith("! is not JSON (Expecting value at character")
+    assert examples == [] and found["set.jsonl line 1"].startswith("! is not JSON (Expecting value at line 1, character")
     assert found["set.jsonl line 2"] == "! is [1]; wanted an object with the key image"
     assert found["set.jsonl line 3"] == "! has no key image"
     assert found["set.jsonl line 4"].startswith("! has the unknown key 'prompt'; known are image, caption")
@@ -212,7 +212,7 @@ def test_what_a_run_wrote_is_not_learnt_from(people, run):
 def test_a_set_of_nothing_is_refused(tmp_path):
     for data, text in ((config(folder=str(tmp_path)), "holds no example; wanted pictures"),
                        (config(folder=str(tmp_path / "none")), "is no folder"),
-                       (config(jsonl=str(tmp_path / "none.jsonl")), "cannot be read .* wanted a JSON-lines file")):
+                       (config(jsonl=str(tmp_path / "none.jsonl")), "cannot be read: .* wanted a JSON-lines file")):
         with pytest.raises(TrainingDataError, match=text):
             require(*read_examples(data))
     with pytest.raises(TrainingDataError, match="no picture to learn from"):

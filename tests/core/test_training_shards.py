@@ -162,7 +162,7 @@ def test_bad_samples_are_all_told_and_the_others_found(tmp_path):
     assert [example.name for example in examples] == ["0.tar/a", "0.tar/c"] and set(found) == set("bcdefghijklmnopq")
     assert found["b"].startswith("! is no picture that can be read") and found["h"].startswith("! cannot be decoded")
     assert found["c"] == "has no caption: the empty caption is used" and found["d"] == "has no picture (jpg, jpeg, png, webp)"
-    assert found["e"].startswith("! its json cannot be read (Expecting property name")
+    assert found["e"].startswith("! its json is not JSON (Expecting property name")
     assert Counter(problem.text for problem in problems if problem.where == "0.tar/f") == Counter(
         ["its json has caption = 3; wanted text", "its json has group = []; wanted text"])
     assert found["g"] == "! its txt is not UTF-8 (byte 0); save it as UTF-8"
