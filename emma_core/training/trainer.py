@@ -241,8 +241,10 @@ class Trainer:
 
     def _end_if(self, interrupts: Interrupts) -> None:
         """All processes end after the same update, whichever of them was told to."""
-        told = torch.tensor(float(interrupts.count), device=self.accelerator.device)
-        if self.accelerator.reduce(told, "sum") if self.accelerator.num_processes > 1 else told:
+        told = interrupts.count
+        if self.accelerator.num_processes > 1:
+            told = self.accelerator.reduce(torch.tensor(float(told), device=self.accelerator.device), "sum").item()
+        if told:
             raise KeyboardInterrupt
 
     def _update_or_save(self, buckets: TimestepBuckets) -> float:

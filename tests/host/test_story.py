@@ -210,7 +210,7 @@ def test_gate_map_draws_the_first_prompt(run_node, tiny, ella, module, listed, a
 
 
 def test_training_reads_each_text_at_its_length(listed, alone, pack_import):
-    texts = pack_import("host.training")._entries([listed], "positive")
+    texts = pack_import("host.training_set")._entries([listed], "positive")
     assert len(texts) == PICTURES
     assert all(torch.equal(text, conditioning[0][0]) for text, conditioning in zip(texts, alone, strict=True))
 
