@@ -99,8 +99,7 @@ def _replace_files_and_copies(patch: pytest.MonkeyPatch) -> None:
             module._buffers[name] = None if value is None else change(value)
         return module
 
-    for module in (tensor_file, store):
-        patch.setattr(module, "safe_open", RealFile)
+    patch.setattr(tensor_file, "safe_open", RealFile)
     patch.setattr(store, "save", save_ones)
     patch.setattr(nn.Module, "_apply", applied)
     patch.setattr(trainer, "copy", types.SimpleNamespace(deepcopy=lambda module: module))
