@@ -7,7 +7,7 @@ import pytest
 
 from harness.server_client import ServerError, api_prompt, node_titled
 
-WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "playground.json"
+WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
 OBJECT_INFO = {
     "Load": {"input": {"required": {"name": [["a", "b"]]}}},
     "Sample": {"input": {
@@ -49,8 +49,9 @@ def test_unknown_nodes_and_titles_are_refused():
         node_titled(api_prompt(GRAPH, OBJECT_INFO), "prompt")
 
 
-def test_links_of_the_shipped_workflow_agree_with_its_sockets():
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_links_of_a_shipped_workflow_agree_with_its_sockets(path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
     nodes = {node["id"]: node for node in workflow["nodes"]}
     for link_id, source, source_slot, target, target_slot, kind in workflow["links"]:
         assert link_id in nodes[source]["outputs"][source_slot]["links"]

@@ -223,7 +223,7 @@ def test_the_third_signal_leaves_at_once_and_saves_nothing(tmp_path, capfd):
         step()
 
     trainer.optimizer.step = signalled
-    with pytest.raises(KeyboardInterrupt):
+    with ending_signals(), pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert not list(tmp_path.iterdir())
     assert "once more leaves without, and what was learnt since the last checkpoint is lost" in capfd.readouterr().err
