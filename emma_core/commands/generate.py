@@ -27,7 +27,7 @@ from .flags import add_keys, changes_of
 
 _EPILOG = """examples:
   python -m emma_core generate "man cook" --module playground/emma-style.safetensors playground/references/style-noto.png
-  python -m emma_core generate "man cook" "woman judge" --count 4 --out pictures \\
+  python -m emma_core generate "man cook" "woman judge" --count 4 --out drawn \\
       --module playground/emma-style.safetensors playground/references/style-noto.png \\
       --module playground/emma-face.safetensors playground/references/face-dark.png 1.2        (both assembled)
   python -m emma_core generate "a castle" --base.checkpoint v1-5-pruned-emaonly.safetensors \\
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adding", choices=list(ADDITIONS), default=RECOMMENDED,
                         help="where several modules are added up: each alone, in what is predicted at the start or to the end; "
                              "in the tokens; or together in the blocks (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("pictures"), help="folder to write to (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("output"), help="folder to write to (default: %(default)s)")
     parser.add_argument("--count", type=int, default=1, help="pictures of each prompt, from different noise")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next ones count up")
     parser.add_argument("--device", default="", choices=["", "cpu"], help="cpu: leave GPUs alone")

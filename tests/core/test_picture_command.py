@@ -72,6 +72,12 @@ def test_a_picture_tells_what_it_shows_and_is_never_overwritten(tmp_path, capsys
                                        "emma_modules": "emma-style.safetensors style-noto.png 1.5"}
 
 
+def test_pictures_go_into_a_folder_that_no_guide_trains_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [path.rpartition("/")[0] for path in written(capsys, "man cook")] == ["output"]
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--module", STYLE], "found 1 words; wanted a module file, its reference picture"),
     (["--module", STYLE, str(NOTO), "1", "man cook"], "found 4 words; .* Prompts stand before the first --module"),
