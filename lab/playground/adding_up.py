@@ -54,7 +54,7 @@ class Sampler:
     """
 
     def __init__(self, generation: Generation, told: bool):
-        self._generation, self._told = generation, told
+        self.generation, self._told = generation, told
         self._pipeline, self._sampling = generation.world.pipeline, generation.sampling
         self._scheduler = scheduler_for(self._pipeline.spec.alphas_cumprod_T, self._pipeline.spec.prediction)
         self._scheduler.set_timesteps(self._sampling.steps)
@@ -95,8 +95,8 @@ class Sampler:
 
     def tokens_of(self, trial: Trial, shown: Shown) -> torch.Tensor:
         """(T, K, W)."""
-        assembly = self._generation.assembly(trial, dict(shown.strengths), Addition(shown.way))
-        return self._tokens(self._generation.prompt(trial, self._told), assembly)
+        assembly = self.generation.assembly(trial, dict(shown.strengths), Addition(shown.way))
+        return self._tokens(self.generation.prompt(trial, self._told), assembly)
 
     def _tokens(self, prompt: str, assembly: Assembly) -> torch.Tensor:
         text_1ND = self._pipeline.encode_text([prompt])[0]
@@ -154,42 +154,57 @@ LINES: dict[str, Line] = {
 }
 
 
-def measure(options: argparse.Namespace) -> None:
-    """Every line's hits, in a file of its own; what a file has already is kept."""
-    data, judge = load(options.data), load_judge(options.judge)
-    numbers, _ = labels_of(data)
-    generation = Generation(load_world(options.playground), data, Sampling())
-    trials = choose_trials(data, options.pictures, options.seed, options.split)
-    emoji = [data.rows[trial.target].emoji for trial in trials]
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.lines or LINES:
-        line = LINES[name]
-        sampler = Sampler(generation, line.told)
+class Scoring:
+    """Trials, what they are aimed at, and the judge; what is found is kept in a folder."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.data, self._judge, self._out = load(options.data), load_judge(options.judge), options.out
+        self._numbers, _ = labels_of(self.data)
+        self._split, self._seed = options.split, options.seed
+        self._trials = choose_trials(self.data, options.pictures, options.seed, options.split)
+        self._out.mkdir(parents=True, exist_ok=True)
+
+    def row(self, name: str, begin: Callable[[], Way], sampler: Sampler) -> str:
+        """A line of the table, in Markdown; what the folder has already of it is believed."""
         hits, evaluations = {}, 0
-        for start in range(0, len(trials), PICTURES_AT_ONCE):
-            part = trials[start:start + PICTURES_AT_ONCE]
-            path = options.out / f"{file_stem(name)}-{options.split}-{options.seed}-{start}-{len(part)}.npz"
+        for start in range(0, len(self._trials), PICTURES_AT_ONCE):
+            part = self._trials[start:start + PICTURES_AT_ONCE]
+            path = self._out / f"{file_stem(name)}-{self._split}-{self._seed}-{start}-{len(part)}.npz"
             if not path.exists():
-                wanted = {label: numbers[label][[trial.target for trial in part]] for label in LABELS}
-                found = hits_of(judge, sampler.pictures(part, line.begin()), wanted)
+                wanted = {label: self._numbers[label][[trial.target for trial in part]] for label in LABELS}
+                found = hits_of(self._judge, sampler.pictures(part, begin()), wanted)
                 np.savez(path, evaluations=sampler.evaluations, **found)
             with np.load(path) as known:
                 hits = {label: np.concatenate([hits.get(label, known[label][:0]), known[label]]) for label in (*LABELS, ALL)}
                 evaluations = int(known["evaluations"])
+        emoji = [self.data.rows[trial.target].emoji for trial in self._trials]
         scores = {label: bootstrapped(hit_B, emoji) for label, hit_B in hits.items()}
-        print(table({f"{name} ({evaluations})": scores}).splitlines()[-1], flush=True)
+        return table({f"{name} ({evaluations})": scores}).splitlines()[-1]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(options: argparse.Namespace) -> None:
+    """Prints every line."""
+    scoring = Scoring(options)
+    generation = Generation(load_world(options.playground), scoring.data, Sampling())
+    for name in options.lines or LINES:
+        print(scoring.row(name, LINES[name].begin, Sampler(generation, LINES[name].told)), flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `Scoring` reads."""
     parser.add_argument("--data", type=Path, required=True, help="folder made by `python -m lab.emoji build`")
     parser.add_argument("--judge", type=Path, required=True, help="file of `python -m lab.playground.judge`")
     parser.add_argument("--out", type=Path, required=True, help="folder for the hits; a run that was stopped goes on with it")
     parser.add_argument("--playground", type=Path, default=PLAYGROUND_DIR)
     parser.add_argument("--pictures", type=int, default=96)
     parser.add_argument("--split", choices=[SPLITS[0], TRIPLES], default=TRIPLES, help="train: to choose settings on")
-    parser.add_argument("--lines", nargs="+", choices=LINES, help="only these")
     parser.add_argument("--seed", type=int, default=SEED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--lines", nargs="+", choices=LINES, help="only these")
     options = parser.parse_args()
     torch.set_num_threads(1)
     measure(options)

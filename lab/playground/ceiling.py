@@ -1,4 +1,6 @@
-"""`python -m lab.playground.ceiling --data DIR --out FILE`: can any tokens say both a vendor and a tone to the frozen UNet?
+"""Can any tokens say both a vendor and a tone to the frozen UNet?
+
+`python -m lab.playground.ceiling train --data DIR --out FILE`; then `... score --offsets FILE --data ...`.
 
 No module and no reference: for each pair of vendor and tone one free offset of all tokens, at a few timesteps with straight
 lines between, learnt on the training pictures. What pictures of held-out roles score with it is what modules that are added up
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from emma_core.base.pipeline import Sampling
 from emma_core.base.spec import PLAYGROUND_SPEC
 from emma_core.files.connector_file import load_connector
 from emma_core.model.strength_keyframes import TIMESTEPS
@@ -28,9 +31,13 @@ from emma_core.training.student import tokens_of_texts
 from ..emoji.dataset import EmojiPicture, load
 from ..emoji.icons import VENDORS
 from ..emoji.people import TONES
+from .adding_up import Sampler, Scoring, add_arguments
+from .adding_ways import TEXT, Shown, together
+from .evaluate import Generation, Trial
 from .text import wordings
 from .timed_run import BATCH, Predicted, TimedRun, averaged, noised
 from .train_base import CONNECTOR, unit_latents
+from .world import load_world
 
 PAIRS = [(vendor.name, tone) for vendor in VENDORS for tone in TONES.values()]
 KNOTS = 6  # at timesteps 0, 200 ... 1000
@@ -62,8 +69,29 @@ def load_offsets(checkpoint: Path) -> Offsets:
     return averaged(Offsets(), checkpoint)
 
 
+class OffsetSampler(Sampler):
+    """Shows the offset of what a trial is aimed at."""
+
+    def __init__(self, generation: Generation, offsets: Offsets):
+        super().__init__(generation, told=True)
+        self._offsets = offsets
+
+    @torch.no_grad()
+    def tokens_of(self, trial: Trial, shown: Shown) -> torch.Tensor:
+        pair = pair_of(self.generation.data.rows[trial.target])
+        timestep_T = torch.tensor(self.timesteps)
+        return self._offsets(super().tokens_of(trial, shown), timestep_T, torch.full_like(timestep_T, pair))
+
+
+def score(options: argparse.Namespace) -> None:
+    """Prints the line."""
+    scoring = Scoring(options)
+    generation = Generation(load_world(options.playground), scoring.data, Sampling())
+    sampler = OffsetSampler(generation, load_offsets(options.offsets))
+    print(scoring.row(f"offsets of {options.offsets.stem}", lambda: together(TEXT), sampler))
+
+
 def train(options: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     folder, data = options.playground, load(options.data)
     seen = data.positions("train")
@@ -89,13 +117,20 @@ def train(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder made by `python -m lab.emoji build`")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
-    parser.add_argument("--playground", type=Path, default=PLAYGROUND_DIR)
-    parser.add_argument("--minutes", type=float, default=60, help="wall-clock time of the whole run")
-    parser.add_argument("--rate", type=float, default=RATE)
-    parser.add_argument("--seed", type=int, default=0)
-    train(parser.parse_args())
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="learn the offsets")
+    training.add_argument("--data", type=Path, required=True, help="folder made by `python -m lab.emoji build`")
+    training.add_argument("--out", type=Path, required=True, help="checkpoint to write")
+    training.add_argument("--playground", type=Path, default=PLAYGROUND_DIR)
+    training.add_argument("--minutes", type=float, default=60, help="wall-clock time of the whole run")
+    training.add_argument("--rate", type=float, default=RATE)
+    training.add_argument("--seed", type=int, default=0)
+    scoring = commands.add_parser("score", help="judge pictures made with them")
+    add_arguments(scoring)
+    scoring.add_argument("--offsets", type=Path, required=True, help="checkpoint of `train`")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    {"train": train, "score": score}[options.command](options)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from lab.playground.adding_ways import (
     taking_turns,
     together,
 )
-from lab.playground.ceiling import KNOTS, PAIRS, Offsets
+from lab.playground.ceiling import KNOTS, PAIRS, Offsets, OffsetSampler, pair_of
 from lab.playground.cosines import COLUMNS, measured
 from lab.playground.evaluate import Generation, Line, choose_trials
 from lab.playground.judge import Judge, save_judge
@@ -189,3 +189,12 @@ def test_cosines_and_sizes_are_of_what_the_modules_change(generation):
     style_TB, face_TB, cosine_TB = found_TBX[..., 2], found_TBX[..., 3], found_TBX[..., 1]
     whole_TB = style_TB**2 + face_TB**2 + 2 * cosine_TB * style_TB * face_TB
     torch.testing.assert_close(whole_TB, torch.ones(3, 2), rtol=1e-3, atol=1e-3)
+
+
+def test_a_trial_is_shown_the_offset_of_what_it_is_aimed_at(generation):
+    offsets = Offsets()
+    trial = choose_trials(generation.data, 1, seed=0)[0]
+    with torch.no_grad():
+        offsets.offset_PSKW[pair_of(generation.data.rows[trial.target])] = 0.5
+    plain_TKW = sampler_of(generation).tokens_of(trial, TEXT)
+    torch.testing.assert_close(OffsetSampler(generation, offsets).tokens_of(trial, TEXT), plain_TKW + 0.5)
