@@ -29,6 +29,7 @@ from .adding_ways import (
     Way,
     above,
     alternating,
+    at_steps,
     in_predictions,
     keeping_corrections,
     keeping_differences,
@@ -107,11 +108,12 @@ class Sampler:
             return self._pipeline.predict_noise(latent_B4hw, timestep.expand(len(latent_B4hw)), context_BKW).float()
 
 
-STYLE, FACE, OBJECT = (Shown(((condition, 1.0),)) for condition in ("style", "face", "object"))
-STYLE_2, FACE_2 = (Shown(((condition, 2.0),)) for condition in ("style", "face"))
-BOTH, ALL_THREE = STYLE + FACE, OBJECT + STYLE + FACE
+STYLE_1, STYLE, STYLE_15, STYLE_2 = (Shown((("style", strength),)) for strength in (1.0, 1.25, 1.5, 2.0))
+FACE, FACE_2 = (Shown((("face", strength),)) for strength in (1.0, 2.0))
+OBJECT_1, OBJECT = (Shown((("object", strength),)) for strength in (1.0, 1.25))
+BOTH, EACH, EACH_AT_1 = STYLE + FACE, (STYLE, FACE), (STYLE_1, FACE)
 BOTH_TOKENS = replace(BOTH, way=TOKENS)
-EACH, EACH_OF_THREE = (STYLE, FACE), (OBJECT, STYLE, FACE)
+EACH_OF_THREE = (OBJECT_1, STYLE, FACE)
 
 
 @dataclass(frozen=True)
@@ -122,35 +124,49 @@ class Line:
     told: bool = True
 
 
-def _until(limits: Sequence[int], name: str, way: Callable[[], Way], then: Shown, told: bool = True) -> dict[str, Line]:
-    return {f"{name} above {limit}": Line(lambda limit=limit: above(limit, way(), together(then)), told) for limit in limits}
+def _early(limit: int, way: Callable[[], Way], then: Shown = BOTH, told: bool = True) -> Line:
+    return Line(lambda: above(limit, way(), together(then)), told)
 
 
+def _one(shown: Shown | tuple[Shown, ...], told: bool = True) -> Line:
+    return Line(lambda: together(shown), told)
+
+
+# style is at 1.25 and object at 1 where the name does not say otherwise
 LINES: dict[str, Line] = {
-    "text only": Line(lambda: together(TEXT)),
-    "style alone": Line(lambda: together(STYLE)),
-    "face alone": Line(lambda: together(FACE)),
-    "blocks": Line(lambda: together(BOTH)),
-    "tokens": Line(lambda: together(BOTH_TOKENS)),
+    "text only": _one(TEXT),
+    "style alone": _one(STYLE),
+    "style alone, at 1": _one(STYLE_1),
+    "face alone": _one(FACE),
+    "blocks, style at 1": _one(STYLE_1 + FACE),
+    "blocks": _one(BOTH),
+    "blocks, style at 1.5": _one(STYLE_15 + FACE),
+    "tokens": _one(BOTH_TOKENS),
+    "predictions, style at 1": Line(lambda: in_predictions(EACH_AT_1)),
     "predictions": Line(lambda: in_predictions(EACH)),
-    **_until((900, 850, 800, 700), "predictions", lambda: in_predictions(EACH), BOTH),
-    **_until((800,), "predictions, then tokens:", lambda: in_predictions(EACH), BOTH_TOKENS),
-    **_until((700,), "taking turns", lambda: taking_turns(EACH), BOTH),
-    **_until((600,), "differences kept", lambda: keeping_differences(EACH, {0, 1, 3, 5}), BOTH),
-    "corrections kept": Line(lambda: keeping_corrections(EACH, {0, 3}, BOTH)),
-    **_until((800,), "mean of each at twice", lambda: mean_of((STYLE_2, FACE_2)), BOTH),
-    "alternating, each at twice": Line(lambda: alternating((STYLE_2, FACE_2))),
-    "tokens joined": Line(lambda: together((STYLE, FACE))),
-    "face early": Line(lambda: above(700, together(BOTH), together(STYLE))),
+    **{f"predictions above {limit}": _early(limit, lambda: in_predictions(EACH)) for limit in (950, 900, 850, 800, 700)},
+    "predictions above 800, then tokens": _early(800, lambda: in_predictions(EACH), BOTH_TOKENS),
+    "predictions in steps 1, 3, 5": Line(lambda: at_steps({0, 2, 4}, in_predictions(EACH), together(BOTH))),
+    "taking turns above 700": _early(700, lambda: taking_turns(EACH)),
+    "differences kept until 600": _early(600, lambda: keeping_differences(EACH, {0, 1, 3, 5})),
+    "blocks, corrected until 700": _early(700, lambda: keeping_corrections(EACH, {0, 2, 4}, BOTH)),
+    "blocks, corrected to the end": Line(lambda: keeping_corrections(EACH, {0, 3}, BOTH)),
+    "mean of each at 2 above 800": _early(800, lambda: mean_of((STYLE_2, FACE_2))),
+    "one in turn, at 2": Line(lambda: alternating((STYLE_2, FACE_2))),
+    "tokens side by side": _one((STYLE, FACE)),
+    "face early": _early(700, lambda: together(BOTH), STYLE),
     "predictions, projected": Line(lambda: projected(EACH, 1.0)),
     "predictions, shared once": Line(lambda: projected(EACH, 0.5)),
-    "person: text only": Line(lambda: together(TEXT), told=False),
-    "person: object alone": Line(lambda: together(OBJECT), told=False),
-    "person: blocks": Line(lambda: together(ALL_THREE), told=False),
-    "person: predictions against the text": Line(lambda: in_predictions(EACH_OF_THREE), told=False),
-    "person: predictions against the object": Line(lambda: in_predictions(EACH, OBJECT), told=False),
-    **_until((900, 850), "person: predictions against the text", lambda: in_predictions(EACH_OF_THREE), ALL_THREE, told=False),
-    **_until((900, 800), "person: predictions against the object", lambda: in_predictions(EACH, OBJECT), ALL_THREE, told=False),
+    "person: text only": _one(TEXT, told=False),
+    "person: object alone": _one(OBJECT_1, told=False),
+    "person: blocks, all at 1": _one(OBJECT_1 + STYLE_1 + FACE, told=False),
+    "person: blocks": _one(OBJECT_1 + STYLE + FACE, told=False),
+    "person: tokens against the object": _one(replace(OBJECT_1 + BOTH, way=TOKENS), told=False),
+    "person: against the text above 850": _early(850, lambda: in_predictions(EACH_OF_THREE), OBJECT_1 + BOTH, told=False),
+    "person: against the object, all at 1": Line(lambda: in_predictions(EACH_AT_1, OBJECT_1), told=False),
+    "person: against the object": Line(lambda: in_predictions(EACH, OBJECT_1), told=False),
+    "person: against the object above 800": _early(800, lambda: in_predictions(EACH, OBJECT_1), OBJECT_1 + BOTH, told=False),
+    "person: so, object at 1.25": _early(800, lambda: in_predictions(EACH, OBJECT), OBJECT + BOTH, told=False),
 }
 
 

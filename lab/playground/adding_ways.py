@@ -55,6 +55,11 @@ def above(limit: int, way: Way, then: Way) -> Way:
     return lambda step, timestep, ask: (way if timestep >= limit else then)(step, timestep, ask)
 
 
+def at_steps(steps: set[int], way: Way, then: Way) -> Way:
+    """One way at some steps, another at the others."""
+    return lambda step, timestep, ask: (way if step in steps else then)(step, timestep, ask)
+
+
 def taking_turns(each: Sequence[Shown], base: Shown = TEXT) -> Way:
     """In the predictions, but after the first step one module a step is evaluated; the others' differences are kept."""
     kept: dict[Shown, torch.Tensor] = {}

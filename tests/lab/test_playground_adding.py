@@ -20,6 +20,7 @@ from lab.playground.adding_ways import (
     Shown,
     above,
     alternating,
+    at_steps,
     in_predictions,
     keeping_corrections,
     keeping_differences,
@@ -111,10 +112,11 @@ def test_projected_differences_have_nothing_along_each_other_and_half_counts_wha
     torch.testing.assert_close(projected(EACH, 0.5)(0, 951, same.at(0)), same.of(0, STYLE))
 
 
-def test_a_limit_parts_the_timesteps():
-    answers, way = Answers(), above(800, together(STYLE), together(FACE))
-    assert torch.equal(way(3, 801, answers.at(3)), answers.of(3, STYLE))
-    assert torch.equal(way(4, 751, answers.at(4)), answers.of(4, FACE))
+def test_a_limit_parts_the_timesteps_and_a_set_the_steps():
+    answers = Answers()
+    for way in (above(800, together(STYLE), together(FACE)), at_steps({3}, together(STYLE), together(FACE))):
+        assert torch.equal(way(3, 801, answers.at(3)), answers.of(3, STYLE))
+        assert torch.equal(way(4, 751, answers.at(4)), answers.of(4, FACE))
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +140,8 @@ def test_the_cores_ways_give_the_cores_pictures(generation, name, addition, eval
     trials = choose_trials(generation.data, 2, seed=0)
     sampler = sampler_of(generation)
     found = sampler.pictures(trials, LINES[name].begin())
-    wanted = generation.pictures(trials, Line("", {"style": 1.0, "face": 1.0}, addition=addition))
-    other = generation.pictures(trials, Line("", {"style": 1.0}))
+    wanted = generation.pictures(trials, Line("", {"style": 1.25, "face": 1.0}, addition=addition))
+    other = generation.pictures(trials, Line("", {"style": 1.25}))
     assert sampler.evaluations == evaluations
     assert (found - wanted).square().mean() < 0.05 * (found - other).square().mean()
 
