@@ -61,6 +61,7 @@ class Person:
 
 
 def plain_codepoints(text: str) -> str:
+    """Lower-case hex joined by "-", without the variation selector."""
     return "-".join(part for part in text.lower().split("-") if part != "fe0f")
 
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-TONES = {
-    "1f3fb": "light",
-    "1f3fc": "medium-light",
-    "1f3fd": "medium",
-    "1f3fe": "medium-dark",
-    "1f3ff": "dark",
-}
+from ..emoji.people import TONES, plain_codepoints
 
 _LEFT_OUT_CATEGORIES = {"Flags", "Component", "Symbols"}
 _LEFT_OUT_SUBCATEGORIES = {"family", "person-symbol"}  # too many figures for the size
@@ -96,11 +90,6 @@ class Concept:
     role: str
     gender: str
     has_tones: bool
-
-
-def plain_codepoints(text: str) -> str:
-    """Lower-case hex joined by "-", without the variation selector."""
-    return "-".join(part for part in text.lower().split("-") if part != "fe0f")
 
 
 def readable(name: str) -> str:

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .concepts import TONES, Concept, plain_codepoints, select_concepts
-from .icons import DATASOURCE, IconSet, PackageError, codepoints_by_name, read_json, render, with_tone
+from ..emoji.icons import DATASOURCE, EmojiPackageError, render
+from ..emoji.people import TONES, plain_codepoints
+from .concepts import Concept, select_concepts
+from .icons import IconSet, codepoints_by_name, read_json, with_tone
 from .styles import LEARNT, UNSEEN, Style
 
 SIZE_PX = 128
@@ -147,7 +149,7 @@ def _card(rows: list[Row], versions: dict[str, str]) -> dict:
 def load(folder: Path) -> Pictures:
     """Reads what `build` wrote; the pictures are memory-mapped, copied where written to."""
     if not (folder / INDEX_FILE).is_file():
-        raise PackageError(f"{folder} has no {INDEX_FILE}: make it with `python -m lab.miniature.dataset --out {folder}`")
+        raise EmojiPackageError(f"{folder} has no {INDEX_FILE}: make it with `python -m lab.miniature.dataset --out {folder}`")
     lines = (folder / INDEX_FILE).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     rows = [Row(**{**record, "names": tuple(record["names"])}) for record in records]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from emma_core.base.pipeline import Sampling
 from emma_core.model.addition import BLOCKS, PREDICTIONS, WAYS, Addition
-from lab.playground.evaluate import ASSEMBLING, Score, bootstrapped, save_sheet, with_gates
+from lab.playground.evaluate import ASSEMBLING, Score, Trial, bootstrapped, save_sheet, shuffled_trials, with_gates
 from lab.playground.training import to_float
 
 from .captions import category_of, full_caption
@@ -28,7 +28,7 @@ from .dataset import UNSEEN_SPLIT, Pictures, load
 from .judge import load_judge
 from .scores import Scorer, Table
 from .train_clip import load_clip
-from .trials import SPLITS, Trial, choose_trials, shuffled
+from .trials import SPLITS, TELLS, choose_trials
 from .world import World, load_world
 
 CLIP_I = "clip-i"
@@ -125,7 +125,7 @@ class Evaluation:
         for condition, (name, strength) in line.references.items():
             module = self.world.modules[name]
             shown[condition] = (module if line.gates == 1.0 else with_gates(module, line.gates), strength)
-        references = shuffled(trials, rows, seed=1) if line.misled else trials
+        references = shuffled_trials(trials, rows, seed=1, tells=TELLS) if line.misled else trials
         prompts = [PROMPTS[line.prompt](rows[trial.target]) for trial in trials]
         return self.world.draw(prompts, references, shown, replace(self.world.pipeline, assemble=ASSEMBLING[line.assemble]),
                                Addition(line.added), self.sampling)

@@ -7,20 +7,15 @@ the short names of `emoji-datasource-google`.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
-from emma_core.errors import FileError
-
-from .concepts import TONES, plain_codepoints
+from ..emoji.icons import EmojiPackageError
+from ..emoji.people import TONES, plain_codepoints
 from .styles import Style
 
-DATASOURCE = "emoji-datasource-google"
 _WITH_CODEPOINTS = ("twemoji", "noto", "openmoji")  # ordered: the first that knows a name decides
 _BORROWED_NAMES = {"fluent-emoji": "fluent-emoji-flat"}  # the same names, but an empty chars.json
 _TONE_SUFFIXES = {f"-{name}-skin-tone": modifier for modifier, name in TONES.items()} | {
@@ -28,14 +23,11 @@ _TONE_SUFFIXES = {f"-{name}-skin-tone": modifier for modifier, name in TONES.ite
 _DROPPED_SUFFIX = {"streamline-emojis": re.compile(r"-1$")}  # its -2, -3 are other drawings of the same thing
 
 
-class PackageError(FileError):
-    """A package, or the data made of them, is missing; the message says which one and how to get it."""
-
-
 def read_json(packages: Path, name: str):
     path = packages / name
     if not path.is_file():
-        raise PackageError(f"{path} was not found: install its package with npm and give --packages the node_modules folder")
+        raise EmojiPackageError(f"{path} was not found: install its package with npm and give --packages the node_modules "
+                                "folder")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -120,14 +112,3 @@ def with_tone(codepoints: str, modifier: str) -> str:
     """The code points with a skin tone modifier after the first of them (Unicode TR51)."""
     first, *rest = codepoints.split("-")
     return "-".join([first, modifier, *rest])
-
-
-def render(svg: str, size_px: int) -> np.ndarray:
-    """uint8 (size, size, 3) on white."""
-    import resvg_py
-    from PIL import Image
-
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg, width=size_px, height=size_px, background="#ffffff", skip_system_fonts=True
-    )
-    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))

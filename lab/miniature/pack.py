@@ -12,9 +12,10 @@ import json
 import tarfile
 from pathlib import Path
 
+from ..emoji.icons import DATASOURCE
 from .concepts import plain_codepoints, select_concepts
 from .dataset import USUAL_NAMES_FROM, forms
-from .icons import DATASOURCE, IconSet, codepoints_by_name, read_json
+from .icons import IconSet, codepoints_by_name, read_json
 from .styles import LEARNT, UNSEEN
 
 PART_BYTES = 15 << 20

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
+from ..playground.evaluate import Trial
 from .dataset import PAIR, TRAIN, TRIPLE, UNSEEN_SPLIT, Pictures, Row
 from .lists import CONDITIONS, References
 from .styles import LEARNT, UNSEEN
@@ -13,18 +13,7 @@ from .styles import LEARNT, UNSEEN
 SPLITS = (TRIPLE, PAIR)
 SHOWN = ("style", "face", "object")
 _FAMILIES = {style.word: style.family for style in (*LEARNT, *UNSEEN)}
-_TELLS = {"style": lambda row: row.style, "face": lambda row: row.tone, "object": lambda row: row.concept}
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One picture to aim at, by position in the data, a reference for each condition, and the seed of its noise."""
-
-    target: int
-    style: int
-    face: int
-    object: int
-    seed: int
+TELLS = {"style": "style", "face": "tone", "object": "concept"}  # condition -> what its reference tells of a row
 
 
 def choose_targets(data: Pictures, split: str, count: int, seed: int) -> list[int]:
@@ -62,16 +51,3 @@ def _one(references: References, rows: Sequence[Row], target: int, name: str, ch
     if name == "face":
         others = [other for other in others if _FAMILIES[rows[other].style] != _FAMILIES[rows[target].style]]
     return chance.choice(others) if others else None
-
-
-def shuffled(trials: Sequence[Trial], rows: Sequence[Row], seed: int) -> list[Trial]:
-    """The same references, each given to a target of another style, another tone, another concept."""
-    chance = random.Random(seed)
-    found = []
-    for trial in trials:
-        wrong = {}
-        for name, tells in _TELLS.items():
-            others = [getattr(other, name) for other in trials]
-            wrong[name] = chance.choice([other for other in others if tells(rows[other]) != tells(rows[trial.target])])
-        found.append(replace(trial, **wrong))
-    return found

@@ -25,8 +25,8 @@ from emma_core.model.gated_resampler import GatedResampler
 from emma_core.model.reference_features import combine_features
 from emma_core.text.encoder import load_text_encoder
 
+from ..playground.evaluate import Trial
 from .dataset import Pictures
-from .trials import Trial
 
 
 @dataclass(frozen=True)

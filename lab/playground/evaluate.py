@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from emma_core.model.gated_resampler import GatedResampler
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder
 from emma_core.playground.autoencoder import Autoencoder
 
-from ..emoji.dataset import UNSEEN_SPLIT, EmojiPeople, EmojiPicture, load
+from ..emoji.dataset import UNSEEN_SPLIT, EmojiPeople, load
 from .assembling import averaged, sequential, strongest
 from .judge import Judge, load_judge, verdicts
 from .pairs import GROUPS, ReferencePicker
@@ -88,13 +89,18 @@ def choose_trials(data: EmojiPeople, count: int, seed: int, split: str = TRIPLES
     return trials[:count]
 
 
-def shuffled_trials(trials: Sequence[Trial], rows: Sequence[EmojiPicture], seed: int) -> list[Trial]:
-    """Trials whose references were given to other targets: each at random to one of another vendor, tone and caption."""
+def shuffled_trials(trials: Sequence[Trial], rows: Sequence[Any], seed: int, tells: Mapping[str, str] = GROUPS) -> list[Trial]:
+    """Trials whose references were given to other targets: each at random to one of which another thing is wanted.
+
+    Args:
+        rows: what is known of each picture.
+        tells: condition -> the attribute of a row that its reference tells.
+    """
     chance = random.Random(seed)
     shuffled = []
     for trial in trials:
         others = {}
-        for condition, label in GROUPS.items():
+        for condition, label in tells.items():
             wrong = [getattr(other, condition) for other in trials
                      if getattr(rows[getattr(other, condition)], label) != getattr(rows[trial.target], label)]
             others[condition] = chance.choice(wrong)

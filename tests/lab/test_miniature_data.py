@@ -6,11 +6,12 @@ import random
 import numpy as np
 import pytest
 
+from lab.emoji.icons import EmojiPackageError
 from lab.miniature.captions import STYLE_SHARE, TONE_SHARE, captions_of, full_caption
 from lab.miniature.concepts import select_concepts
 from lab.miniature.dataset import PAIR, TRAIN, TRIPLE, UNSEEN_SPLIT, halved, load, split_of
 from lab.miniature.feed import drawing_weights
-from lab.miniature.icons import PackageError, codepoints_by_name, read_json, with_tone
+from lab.miniature.icons import codepoints_by_name, read_json, with_tone
 from lab.miniature.lists import write_lists
 from lab.miniature.styles import LEARNT, UNSEEN
 
@@ -40,7 +41,7 @@ def test_the_tone_comes_behind_the_first_code_point():
 
 
 def test_a_missing_package_is_named(tmp_path):
-    with pytest.raises(PackageError, match="was not found: install its package with npm"):
+    with pytest.raises(EmojiPackageError, match="was not found: install its package with npm"):
         read_json(tmp_path, "@iconify-json/noto/icons.json")
 
 

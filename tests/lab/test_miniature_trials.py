@@ -8,7 +8,8 @@ import pytest
 from lab.miniature.dataset import TRAIN, UNSEEN_SPLIT, Pictures, Row, build, load
 from lab.miniature.pack import PART_BYTES, join, slim_packages, split, write_tar
 from lab.miniature.styles import LEARNT, UNSEEN
-from lab.miniature.trials import choose_trials, shuffled
+from lab.miniature.trials import TELLS, choose_trials
+from lab.playground.evaluate import shuffled_trials
 
 FAMILIES = {style.word: style.family for style in (*LEARNT, *UNSEEN)}
 
@@ -44,7 +45,7 @@ def test_references_tell_what_they_should_and_nothing_else(data, split):
 def test_shuffled_references_tell_something_else(data):
     trials = choose_trials(data, 16, seed=1)
     assert len(trials) == 16
-    for trial, misled in zip(trials, shuffled(trials, data.rows, seed=2), strict=True):
+    for trial, misled in zip(trials, shuffled_trials(trials, data.rows, seed=2, tells=TELLS), strict=True):
         target = data.rows[trial.target]
         assert misled.target == trial.target and misled.seed == trial.seed
         assert data.rows[misled.style].style != target.style
