@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ..errors import TrainingError
+from ..errors import EmmaError, TrainingError
+from ..files.plain_file import check_plain_file
 from ..files.writing import write_atomically
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
@@ -76,7 +77,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's state, opened as tensors and plain values alone, compared with the sum of its bytes.
 
     Raises:
-        TrainingError: damaged, or of another version; the newest one before it that is whole is named.
+        TrainingError: no plain file, damaged, or of another version; the newest one before it that is whole is named.
     """
     try:
         return _read(path)
@@ -84,7 +85,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise TrainingError(f"{path} cannot be read ({found}). Remove it: {_before(path)}.") from found
 
 
-class _Damaged(Exception):
+class _Damaged(EmmaError):
     """What is wrong with a checkpoint's bytes."""
 
 
@@ -96,6 +97,7 @@ def _write(state: Mapping[str, Any], path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    check_plain_file(path, "a checkpoint of a training run", _Damaged)
     summed = _check_sum(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

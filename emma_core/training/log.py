@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import TrainingError
 from ..files.json_file import JsonFault, loads
+from ..files.plain_file import check_plain_file
 
 
 class Log:
@@ -20,9 +22,14 @@ class Log:
             stream.write(json.dumps(values) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines that are whole."""
+        """All lines that are whole.
+
+        Raises:
+            TrainingError: a folder, a pipe or a device stands in its place.
+        """
         if not self.path.exists():
             return []
+        check_plain_file(self.path, "the log of a training run", TrainingError)
         found = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:

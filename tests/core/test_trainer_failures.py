@@ -18,6 +18,7 @@ from emma_core import load_module
 from emma_core.errors import EmmaWarning, TrainingError
 from emma_core.training import checkpoints as checkpoint_files
 from emma_core.training.checkpoints import checkpoints, load_checkpoint
+from emma_core.training.log import Log
 
 
 def full(state, path):
@@ -392,3 +393,15 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="the disk is full. Nothing was lost"):
         trainer.run()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_in_place_of_a_runs_file_is_refused_at_once(tmp_path):
+    """Reading it would wait for ever."""
+    path, log = tmp_path / "checkpoint-00000001.pt", tmp_path / "log.jsonl"
+    for pipe in (path, log):
+        os.mkfifo(pipe)
+    with pytest.raises(TrainingError, match="is a named pipe; wanted a checkpoint of a training run"):
+        load_checkpoint(path)
+    with pytest.raises(TrainingError, match="is a named pipe; wanted the log of a training run"):
+        Log(log).read()
