@@ -21,7 +21,8 @@ class EMMAConnector(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A checkpoint of the ELLA's family (SD1.5 for the released one), with its "
                                                 "LoRAs and other patches."),
-                Ella.Input("ella", optional=True, tooltip="The connector, from Load ELLA."),
+                Ella.Input("ella", optional=True, tooltip="The connector, from Load ELLA. Leave it empty for"
+                                                          " modules made for a checkpoint's own tokens."),
                 io.Conditioning.Input("positive", tooltip="The prompt, encoded with Load ELLA Text Encoder."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt (often empty), encoded the same way. It gets no "
                                                           "references."),

@@ -19,7 +19,8 @@ class EMMAGateMap(io.ComfyNode):
             description="Draws where each module of an assembly acts: token index across, block depth down, one panel per "
                         "module. Sparse maps that differ between modules are why modules can be assembled.",
             inputs=[
-                Ella.Input("ella", optional=True, tooltip="The ELLA that the modules are used with."),
+                Ella.Input("ella", optional=True, tooltip="The ELLA that the modules are used with. Leave it empty for"
+                                                          " modules made for a checkpoint's own tokens."),
                 Assembly.Input("assembly", tooltip="The assembly to look into."),
                 io.Conditioning.Input("conditioning", tooltip="The prompt, encoded with Load ELLA Text Encoder. The first "
                                                               "entry is drawn."),

@@ -58,7 +58,8 @@ class EMMATrainModule(io.ComfyNode):
 def _wired() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The checkpoint to train on, with its LoRAs. It stays as it is: a copy is used."),
-        Ella.Input("ella", optional=True, tooltip="The connector, from Load ELLA. The module belongs to it."),
+        Ella.Input("ella", optional=True, tooltip="The connector, from Load ELLA. The module belongs to it. "
+                                                  "Leave it empty for modules made for a checkpoint's own tokens."),
         io.Latent.Input("latents", tooltip="Pictures to learn from, from VAE Encode: a batch, or a list of any sizes."),
         io.Conditioning.Input("positive", tooltip="Their texts, encoded with Load ELLA Text Encoder: one for all pictures, or "
                                                   "one for each (a list, or combined)."),
