@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     options, further = parser.parse_known_args(arguments)
     try:
         if options.command == "test":
-            return run_tests(options.comfyui, further, slow=options.slow)
+            return run_tests(options.comfyui, further, slow=options.slow, jobs=options.jobs)
         if further:
             parser.error(f"unknown arguments: {' '.join(further)}")
         return run_demo(options)
@@ -51,6 +51,8 @@ def command_parser() -> argparse.ArgumentParser:
         "--comfyui", metavar="DIR", action="append", default=[], help="test in this ComfyUI alone (may be given again)"
     )
     test.add_argument("--slow", action="store_true", help="also the core tests at full size (minutes, 10 GB of memory)")
+    test.add_argument("--jobs", type=int, metavar="N", default=min(2, os.cpu_count() or 1),
+                      help="suites to run at the same time (default here: %(default)s)")
     return parser
 
 

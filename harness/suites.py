@@ -1,6 +1,4 @@
-"""Runs the tests: core and lab in `.venv`, then each ComfyUI in a process of its own, then each in a browser; adds up what
-pytest reports.
-"""
+"""Runs the tests, a process of their own for core, lab, each ComfyUI, and each in a browser; adds up what pytest reports."""
 
 from __future__ import annotations
 
@@ -10,7 +8,9 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .browser import ensure_browser_environment, find_chromium
@@ -32,6 +32,17 @@ PYTEST_NO_TESTS = 5
 
 
 @dataclass(frozen=True)
+class Suite:
+    """One pytest process to run."""
+
+    label: str
+    python: Path
+    arguments: tuple[str, ...]
+    folder: Path
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
 class SuiteResult:
     """What one pytest process reported."""
 
@@ -47,27 +58,18 @@ class SuiteResult:
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
 
-def run_tests(named_hosts: Sequence[str], pytest_arguments: Sequence[str], slow: bool = False) -> int:
-    """All tests, or those that `pytest_arguments` choose, then the slow core tests if `slow`.
+def run_tests(named_hosts: Sequence[str], pytest_arguments: Sequence[str], slow: bool = False, jobs: int = 1) -> int:
+    """All tests, or those that `pytest_arguments` choose, then the slow core tests if `slow`; `jobs` suites at a time.
 
     Prints a summary and returns the exit status.
     """
     hosts, chromium = find_hosts(named_hosts), find_chromium()
     choice = split_arguments(pytest_arguments)
-    python = ensure_base_environment()
-    browser_hosts = hosts if chromium and choice.wants(choice.browser_paths) else []
-    if browser_hosts:
-        ensure_browser_environment()  # what it lacks is better known now than after the other suites
-    results = []
-    if choice.wants(choice.core_paths):
-        results.append(run_core(python, choice))
-    if choice.wants(choice.lab_paths):
-        results.append(run_bare("lab", python, [*(choice.lab_paths or (str(LAB_TESTS),)), *choice.options]))
-    for host in hosts if choice.wants(choice.host_paths) else ():
-        results.append(run_host(host, choice))
-    results += [run_browser(host, choice) for host in browser_hosts]
-    if slow:
-        results.append(run_core(python, choice, slow=True))
+    # Environments first: what they lack is better known now than after the other suites.
+    suites = chosen_suites(choice, hosts, browser=chromium is not None)
+    results = run_suites(suites, jobs)
+    if slow:  # alone: it needs the memory
+        results += run_suites([core_suite(ensure_base_environment(), choice, slow=True)], 1)
     say("\n" + "=" * 100)
     for result in results:
         say(f"{result.label}: {result.counts} ({result.duration_s:.0f} s)")
@@ -118,48 +120,82 @@ def skipped_suites(choice: Choice, has_host: bool, has_chromium: bool) -> list[s
     return lines
 
 
-def run_core(python: Path, choice: Choice, slow: bool = False) -> SuiteResult:
+def chosen_suites(choice: Choice, hosts: Sequence[Host], browser: bool) -> list[Suite]:
+    """The suites to run, each with its environment made, the longest first."""
+    python = ensure_base_environment()
+    suites = [host_suite(host, choice) for host in hosts if choice.wants(choice.host_paths)]
+    if choice.wants(choice.core_paths):
+        suites.append(core_suite(python, choice))
+    suites += [browser_suite(host, choice) for host in hosts if browser and choice.wants(choice.browser_paths)]
+    if choice.wants(choice.lab_paths):
+        suites.append(bare_suite("lab", python, [*(choice.lab_paths or (str(LAB_TESTS),)), *choice.options]))
+    return suites
+
+
+def core_suite(python: Path, choice: Choice, slow: bool = False) -> Suite:
     """The tests that need no ComfyUI: those that pyproject.toml does not leave out, or the slow ones alone."""
     # Last, as the last -m counts.
     arguments = [*(choice.core_paths or (str(CORE_TESTS),)), *choice.options, *(("-m", "slow") if slow else ())]
-    return run_bare("core, slow" if slow else "core", python, arguments)
+    return bare_suite("core, slow" if slow else "core", python, arguments)
 
 
-def run_bare(label: str, python: Path, arguments: Sequence[str]) -> SuiteResult:
+def bare_suite(label: str, python: Path, arguments: Sequence[str]) -> Suite:
     """Tests that need no ComfyUI, from the repository's root."""
-    return run_pytest(label, python, arguments, ROOT, {"OMP_WAIT_POLICY": "passive", "PYTHONUTF8": "1", **os.environ})
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONUTF8": "1", **os.environ}
+    return Suite(label, python, tuple(arguments), ROOT, environment)
 
 
-def run_host(host: Host, choice: Choice) -> SuiteResult:
+def host_suite(host: Host, choice: Choice) -> Suite:
     """The host tests in one ComfyUI."""
     python = host_python(host, HOST_TEST_NEEDS)
-    arguments = [*(choice.host_paths or (str(HOST_TESTS),)), *choice.options]
+    arguments = (*(choice.host_paths or (str(HOST_TESTS),)), *choice.options)
     environment = {"OMP_NUM_THREADS": "1", **host_environment(), "EMMA_TEST_HOST": str(host.path)}
-    return run_pytest(host.label, python, arguments, HOST_TESTS, environment)
+    return Suite(host.label, python, arguments, HOST_TESTS, environment)
 
 
-def run_browser(host: Host, choice: Choice) -> SuiteResult:
+def browser_suite(host: Host, choice: Choice) -> Suite:
     """The browser tests against a server of one ComfyUI."""
     server_python, python = host_python(host, SERVER_NEEDS), ensure_browser_environment()
-    arguments = [*(choice.browser_paths or (str(BROWSER_TESTS),)), *choice.options]
+    arguments = (*(choice.browser_paths or (str(BROWSER_TESTS),)), *choice.options)
     environment = {
         "OMP_NUM_THREADS": "1", **host_environment(), "EMMA_TEST_HOST": str(host.path),
         "EMMA_TEST_HOST_PYTHON": str(server_python),
     }
-    return run_pytest(f"browser: {host.label}", python, arguments, BROWSER_TESTS, environment)
+    return Suite(f"browser: {host.label}", python, arguments, BROWSER_TESTS, environment)
 
 
-def run_pytest(
-    label: str, python: Path, arguments: Sequence[str], folder: Path, environment: dict[str, str]
-) -> SuiteResult:
+def run_suites(suites: Sequence[Suite], jobs: int) -> list[SuiteResult]:
+    """Every suite's result, in the order of `suites`. Where several run at a time, each line is led by its suite's name."""
+    jobs = max(1, min(jobs, len(suites)))
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(partial(run_pytest, named_lines=jobs > 1), suites))
+
+
+def run_pytest(suite: Suite, named_lines: bool) -> SuiteResult:
     """One pytest process, its output shown as it comes."""
-    say(f"\n===== {label}")
+    say(f"\n===== {suite.label}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="emma-test-") as report_folder:
         report = Path(report_folder) / "report.xml"
-        command = [str(python), "-m", "pytest", f"--junitxml={report}", *arguments]
-        exit_status = subprocess.run(command, cwd=folder, env=environment).returncode
-        return read_report(label, report, exit_status, time.monotonic() - started)
+        command = [str(suite.python), "-m", "pytest", f"--junitxml={report}", *suite.arguments]
+        if named_lines:
+            exit_status = run_with_named_lines(command, suite)
+        else:
+            exit_status = subprocess.run(command, cwd=suite.folder, env=suite.environment).returncode
+        return read_report(suite.label, report, exit_status, time.monotonic() - started)
+
+
+def run_with_named_lines(command: Sequence[str], suite: Suite) -> int:
+    """The exit status of a command, whose lines are shown behind the suite's name."""
+    name = suite.label.partition(" (")[0]
+    process = subprocess.Popen(command, cwd=suite.folder, env=suite.environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+    try:
+        for line in process.stdout or ():
+            say(f"{name} | {line.rstrip()}")
+        return process.wait()
+    finally:
+        process.kill()  # where this one was interrupted
 
 
 def read_report(label: str, report: Path, exit_status: int, duration_s: float) -> SuiteResult:

@@ -1,5 +1,6 @@
 """Set-up and test running behind `python run.py`."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from harness.browser import find_chromium
 from harness.commands import main
 from harness.environment import InstallStep, SetupError, ensure_environment, explain_failure, python_of
 from harness.hosts import find_hosts, read_host, without_torch
-from harness.suites import SuiteResult, complaints, read_report, split_arguments, total_line
+from harness.suites import Suite, SuiteResult, complaints, read_report, run_suites, split_arguments, total_line
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = '<testsuites><testsuite tests="7" failures="1" errors="1" skipped="2"/></testsuites>'
@@ -104,9 +105,9 @@ def started(tmp_path, monkeypatch):
     """The pytest processes that a run would start, as (label, its arguments)."""
     host, suites = read_host(make_host(tmp_path / "host")), []
 
-    def run_pytest(label, python, arguments, folder, environment):
-        suites.append((label.partition(" (")[0], arguments))
-        return SuiteResult(label, 1, 0, 0, 0)
+    def run_pytest(suite, named_lines):
+        suites.append((suite.label.partition(" (")[0], [*suite.arguments]))
+        return SuiteResult(suite.label, 1, 0, 0, 0)
 
     monkeypatch.setattr("harness.suites.find_hosts", lambda named: [host])
     monkeypatch.setattr("harness.suites.find_chromium", lambda: tmp_path / "chromium")
@@ -119,15 +120,15 @@ def started(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("chosen", [[], ["-m", "gpu"]])
 def test_slow_tests_run_last_and_only_when_asked_for(started, chosen, capsys):
-    assert main(["test", *chosen]) == 0
-    assert [label for label, _ in started] == ["core", "lab", "ComfyUI 0.3.64", "browser: ComfyUI 0.3.64"]
+    assert main(["test", "--jobs", "1", *chosen]) == 0
+    assert [label for label, _ in started] == ["ComfyUI 0.3.64", "core", "browser: ComfyUI 0.3.64", "lab"]
     started.clear()
-    assert main(["test", "--slow", *chosen]) == 0
-    assert [label for label, _ in started] == ["core", "lab", "ComfyUI 0.3.64", "browser: ComfyUI 0.3.64", "core, slow"]
-    assert started[0][1] == [str(ROOT / "tests" / "core"), *chosen]
-    assert started[1][1] == [str(ROOT / "tests" / "lab"), *chosen]
-    assert started[3][1] == [str(ROOT / "tests" / "browser"), *chosen]
-    assert started[4][1] == [str(ROOT / "tests" / "core"), *chosen, "-m", "slow"]
+    assert main(["test", "--jobs", "1", "--slow", *chosen]) == 0
+    assert [label for label, _ in started] == ["ComfyUI 0.3.64", "core", "browser: ComfyUI 0.3.64", "lab", "core, slow"]
+    assert [arguments for _, arguments in started] == [
+        *([str(ROOT / "tests" / folder), *chosen] for folder in ("host", "core", "browser", "lab")),
+        [str(ROOT / "tests" / "core"), *chosen, "-m", "slow"],
+    ]
     assert capsys.readouterr().out.strip().endswith("5 passed, 0 failed, 0 skipped")
 
 
@@ -141,7 +142,7 @@ def test_named_tests_run_in_their_suite_alone(started, suite):
 def test_without_a_chromium_the_rest_runs_and_the_end_says_what_to_install(started, monkeypatch, capsys):
     monkeypatch.setattr("harness.suites.find_chromium", lambda: None)
     assert main(["test"]) == 0
-    assert [label for label, _ in started] == ["core", "lab", "ComfyUI 0.3.64"]
+    assert {label for label, _ in started} == {"core", "lab", "ComfyUI 0.3.64"}
     assert "BROWSER TESTS SKIPPED: NO CHROMIUM FOUND (install one" in capsys.readouterr().out
 
 
@@ -149,8 +150,22 @@ def test_without_a_comfyui_the_end_names_both_suites(started, monkeypatch, capsy
     monkeypatch.setattr("harness.suites.find_hosts", lambda named: [])
     assert main(["test"]) == 0
     printed = capsys.readouterr().out
-    assert [label for label, _ in started] == ["core", "lab"]
+    assert {label for label, _ in started} == {"core", "lab"}
     assert "HOST TESTS SKIPPED: NO COMFYUI FOUND" in printed and "BROWSER TESTS SKIPPED: NO COMFYUI FOUND" in printed
+
+
+def test_suites_that_run_at_the_same_time_name_their_lines_and_report_each_for_itself(tmp_path, capfd):
+    suites = []
+    for name, claim in (("good", "assert True"), ("bad", "assert False")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test_it.py").write_text(f"def test_it():\n    {claim}\n")
+        arguments = ("-c", str(ROOT / "pyproject.toml"), str(tmp_path / name))
+        suites.append(Suite(f"{name} (somewhere)", Path(sys.executable), arguments, tmp_path, dict(os.environ)))
+    good, bad = run_suites(suites, jobs=2)
+    assert (good.passed, good.exit_status, bad.failed, bad.exit_status) == (1, 0, 1, 1)
+    lines = capfd.readouterr().out.splitlines()
+    assert any(line.startswith("good | ") and "1 passed" in line for line in lines)
+    assert any(line.startswith("bad | ") and "1 failed" in line for line in lines)
 
 
 def test_slow_tests_of_a_chosen_file_alone(started):
