@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..base.config import PRECISIONS, BaseConfig, EllaConfig
+from ..base.ip_adapter_blocks import BLOCKS
 from ..base.spec import PLAYGROUND_SPEC
 from ..encoders.options import BACKGROUNDS, FRAMES, LAYERS
 from ..errors import TrainingConfigError
@@ -143,6 +144,8 @@ class TeacherConfig:
     ip_adapter: str = key("", "IP-Adapter file on the base: the teacher sees the reference itself")
     ip_image_encoder: str = key("", "CLIP vision folder of the IP-Adapter")
     scale: float = key(1.0, "strength of the teacher's LoRA or IP-Adapter", least=0)
+    blocks: str = key("all", "where the IP-Adapter works: `style` gives style and no content, `no layout` leaves the "
+                             "composition to the text", choices=BLOCKS)
     own_latents: bool = key(False, "train on samples of the model itself: prompts and references are all that is needed")
     prompts: str = key("", "text file of prompts, one a line, for own_latents")
     samples: int = key(4, "samples of each prompt, for own_latents", least=1)

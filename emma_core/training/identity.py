@@ -8,21 +8,24 @@ from typing import Any
 
 from ..errors import TrainingError
 from .checkpoints import checkpoints, load_checkpoint
-from .config import ModuleSettings, TrainConfig
+from .config import TrainConfig
 
 
 def run_identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that a checkpoint belongs to; what may change between sittings is left out."""
-    flat = {f"{section}.{key}": list(value) if isinstance(value, tuple) else value
-            for section, table in config.to_dict().items() if isinstance(table, dict) for key, value in table.items()}
     free = ("report.", "output.", "train.steps", "data.workers", "data.cache")
-    usual = {f"module.{key}": value for key, value in vars(ModuleSettings()).items()}
-    return {"what": config.what, **{key: value for key, value in flat.items() if not key.startswith(free)
+    usual = _flat(TrainConfig())
+    return {"what": config.what, **{key: value for key, value in _flat(config).items() if not key.startswith(free)
                                     and not (key in _NEWER and value == usual[key])}}
 
 
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    return {f"{section}.{key}": list(value) if isinstance(value, tuple) else value
+            for section, table in config.to_dict().items() if isinstance(table, dict) for key, value in table.items()}
+
+
 # runs that are older than these settings must find their folder again
-_NEWER = ("module.layers", "module.inner")
+_NEWER = ("module.layers", "module.inner", "teacher.blocks")
 _PLACES = ("data.folder", "data.jsonl", "data.shards")
 
 

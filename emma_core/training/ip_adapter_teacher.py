@@ -11,48 +11,50 @@ from pathlib import Path
 import torch
 
 from ..base.backbones import Backbone
+from ..base.ip_adapter_blocks import layers_in
+from ..base.ip_adapter_file import read_ip_adapter
 from ..encoders.clip_vision import ClipVisionEncoder, load_clip_vision
 from ..encoders.options import EncodeOptions
 from ..encoders.weights import weights_path
 from ..errors import FileError, ReferenceMismatchError, TrainingConfigError, short
 from ..files.picture_file import open_picture, picture_tensor
-from ..files.tensor_file import check_finite, check_shapes, read_tensors
 from .config import TeacherConfig
 from .draws import BatchRow
 from .prepared import Prepared
 from .student import TeacherTarget
 from .teacher import Teacher, TeacherKind
 
-_IP_ADAPTER = "an IP-Adapter for SD1.5"
-# of the plain one, and of the plus one
-_PROJECTIONS = ({"proj.weight"}, {"latents", "proj_in.weight", "proj_out.weight"})
-_TOKENS = 4  # that a plain IP-Adapter makes of one embedding
-
 
 class IpAdapterTeacher(Teacher):
-    """The base with an IP-Adapter (plain or plus), on the base's own weights; rows without reference get the base's word."""
+    """The base with an IP-Adapter (plain or plus), on the base's own weights; rows without reference get the base's word.
 
-    def __init__(self, backbone: Backbone, path: Path, image_encoder: ClipVisionEncoder, scale: float):
+    Args:
+        backbone: the base.
+        path: of the IP-Adapter.
+        image_encoder: the CLIP that it was trained with.
+        scale: strength.
+        blocks: where it works, see `layers_in`.
+    """
+
+    def __init__(self, backbone: Backbone, path: Path, image_encoder: ClipVisionEncoder, scale: float, blocks: str = "all"):
         self._base, self._backbone, self._encoder = backbone, backbone.twin(), image_encoder
-        projection, attention = _read_ip_adapter(path)
-        self._plus = "latents" in projection
-        first = projection["proj_in.weight" if self._plus else "proj.weight"]
-        last = projection["proj_out.weight"] if self._plus else first
-        if first.ndim != 2 or last.ndim != 2:
-            raise FileError(f"{path.name} has projections of shape {tuple(first.shape)} and {tuple(last.shape)}; wanted "
-                            f"{_IP_ADAPTER}. Download it again.")
-        self._dim = first.shape[1]
-        _check_ip_adapter(projection, attention, self._backbone, path.name)
-        self._check_encoder(path.name)
+        adapter = read_ip_adapter(path)
+        self._layout = adapter.layout
+        adapter.layout.check_base(backbone.spec.context_width, backbone.name)
+        weights, layers = backbone.unet.state_dict(), _cross_attentions(backbone)
+        adapter.check_layers([tuple(tuple(weights[f"{layer}.to_{part}.weight"].shape) for part in "kv") for layer in layers])
+        config = image_encoder.model.config
+        adapter.layout.check_encoder(config.projection_dim, config.hidden_size)
         unet = self._backbone.unet
+        parts = {"image_proj": dict(adapter.projection), "ip_adapter": dict(adapter.attention)}
         try:
-            unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": attention}], low_cpu_mem_usage=False)
+            unet._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
         except Exception as found:  # diffusers and torch have no common error for weights that do not go together
             reason = short(" ".join(str(found).split()), 200)
-            raise FileError(f"{path.name} is not {_IP_ADAPTER} that can be read ({reason}). Download it again.") from found
-        for processor in unet.attn_processors.values():
-            if hasattr(processor, "to_k_ip"):
-                processor.scale = [scale]
+            raise FileError(f"{path.name} is no IP-Adapter that can be read ({reason}). Download it again.") from found
+        for layer, chosen in zip(layers, layers_in(blocks, len(layers)), strict=True):
+            # diffusers leaves the image's attention out where its scale is 0
+            unet.attn_processors[f"{layer}.processor"].scale = [scale if chosen else 0.0]
         unet.requires_grad_(False).eval()
         self.to(backbone.device)
 
@@ -63,7 +65,7 @@ class IpAdapterTeacher(Teacher):
             ImageInputError: unusable pictures.
         """
         # as the published adapters were trained: plain on the projected embedding, plus on the penultimate hidden states
-        name = "local" if self._plus else "global"
+        name = self._layout.reads
         encoded = self._encoder.encode(image_BHW3, None, EncodeOptions((name,), "penultimate"))
         return {"ip_adapter": torch.cat([one.features[name] for one in encoded])}
 
@@ -81,7 +83,7 @@ class IpAdapterTeacher(Teacher):
             if shown:
                 embeds_GVD = reference["ip_adapter"].to(self._backbone.device, self._backbone.dtype)[rows_G]
                 # diffusers wants (B, pictures, D), or of hidden states (B, pictures, V, D)
-                embeds = [embeds_GVD[:, None] if self._plus else embeds_GVD]
+                embeds = [embeds_GVD[:, None] if self._layout.plus else embeds_GVD]
                 target_B4hw[rows_G] = self._backbone.predict_noise(*seen, {"image_embeds": embeds})
             else:
                 target_B4hw[rows_G] = self._base.predict_noise(*seen)
@@ -111,52 +113,16 @@ class IpAdapterTeacher(Teacher):
 
     def _present(self, reference: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:
         found = reference.get("ip_adapter")
-        if found is None or found.ndim != 3 or (len(found), found.shape[-1]) != (rows, self._dim):
+        if found is None or found.ndim != 3 or (len(found), found.shape[-1]) != (rows, self._layout.dim):
             size = "nothing" if found is None else f"shape {tuple(found.shape)}"
             raise ReferenceMismatchError(f"the IP-Adapter teacher got {size} as its reference; wanted ({rows}, vectors, "
-                                         f"{self._dim}). Make it with this teacher's encode_reference.")
+                                         f"{self._layout.dim}). Make it with this teacher's encode_reference.")
         return reference.get("present_B", torch.ones(rows, dtype=torch.bool))
 
-    def _check_encoder(self, name: str) -> None:
-        config = self._encoder.model.config
-        found = config.hidden_size if self._plus else config.projection_dim
-        if found != self._dim:
-            raise FileError(f"{name} reads vectors of {self._dim}, and the image encoder gives {found}; wanted the one it was "
-                            "trained with (for SD1.5 adapters CLIP ViT-H, models/image_encoder). Choose it as "
-                            "teacher.ip_image_encoder.")
 
-
-def _read_ip_adapter(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The image projection and the attention of a file, names without prefix."""
-    tensors, _ = read_tensors(path, _IP_ADAPTER)
-    check_finite(tensors, path.name)
-    parts = tuple({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-                  for prefix in ("image_proj.", "ip_adapter."))
-    if not all(parts):
-        raise FileError(f"{path.name} holds no IP-Adapter (image_proj.*, ip_adapter.*); wanted {_IP_ADAPTER}, such as "
-                        "ip-adapter_sd15.safetensors. Choose another file.")
-    projection, attention = parts
-    known = any(keys <= projection.keys() for keys in _PROJECTIONS)
-    if not known or any("lora" in key for key in attention):
-        raise FileError(f"{path.name} is an IP-Adapter of another kind (FaceID, full-face); wanted the plain or the plus one "
-                        "for SD1.5. Choose ip-adapter_sd15.safetensors or ip-adapter-plus_sd15.safetensors.")
-    return projection, attention
-
-
-def _check_ip_adapter(
-    projection: Mapping[str, torch.Tensor], attention: Mapping[str, torch.Tensor], backbone: Backbone, name: str
-) -> None:
-    width = backbone.spec.context_width
-    found = projection["proj_out.weight"].shape[0] if "latents" in projection else projection["proj.weight"].shape[0] / _TOKENS
-    if found != width:
-        raise FileError(f"{name} makes tokens of width {found:g}, and {backbone.name} has {width}; wanted {_IP_ADAPTER}. "
-                        "Choose one made for this kind of model.")
-    weights = backbone.unet.state_dict()
-    layers = [key.removesuffix(".processor") for key in backbone.unet.attn_processors if key.endswith("attn2.processor")]
-    # the published files number all attention layers, and every second one is a cross-attention
-    wanted = {f"{2 * index + 1}.to_{part}_ip.weight": tuple(weights[f"{layer}.to_{part}.weight"].shape)
-              for index, layer in enumerate(layers) for part in "kv"}
-    check_shapes(attention, wanted, name, _IP_ADAPTER)
+def _cross_attentions(backbone: Backbone) -> list[str]:
+    """Their names, in the order of an IP-Adapter's layers."""
+    return [key.removesuffix(".processor") for key in backbone.unet.attn_processors if key.endswith("attn2.processor")]
 
 
 def _check(config: TeacherConfig) -> None:
@@ -170,7 +136,7 @@ def _check(config: TeacherConfig) -> None:
 
 def _load(config: TeacherConfig, backbone: Backbone) -> Teacher:
     encoder = load_clip_vision(weights_path(config.ip_image_encoder))
-    return IpAdapterTeacher(backbone, Path(config.ip_adapter), encoder, config.scale)
+    return IpAdapterTeacher(backbone, Path(config.ip_adapter), encoder, config.scale, config.blocks)
 
 
 KIND = TeacherKind("ip_adapter", _check, _load)
