@@ -1,7 +1,7 @@
 """A run on disk: checkpoints that resume bit for bit, written atomically, with a sum of their bytes, the last few kept.
 
-A checkpoint is PyTorch's archive, followed by `_SUMMED` and the SHA-256 of all before it. The archive itself says that a
-sum follows, so that a damaged end is no checkpoint of the time before sums.
+A checkpoint is PyTorch's archive, its larger tensors packed (see `packing`), followed by `_SUMMED` and the SHA-256 of all
+before it. The archive itself says that a sum follows, so that a damaged end is no checkpoint of the time before sums.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ import torch
 from ..errors import EmmaError, TrainingError
 from ..files.plain_file import check_plain_file
 from ..files.writing import write_atomically
+from .packing import packed, unpacked
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: nothing is packed
 _SUMMED = b"EMMA SHA-256 of all before: "
 _BLOCK = 1 << 20
 _END = len(_SUMMED) + hashlib.sha256().digest_size
 _KINDS = {"step": int, "seconds": (int, float), "learning": dict, "optimizer": dict, "draws": dict, "average": dict,
           "scaler": dict, "run": dict}
+
+_PACKED = ("learning", "average", "optimizer")
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
@@ -39,7 +42,8 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
     if broken:
         raise TrainingError(f"after update {step} the state holds NaN or infinite values ({broken}), so it was not saved; "
                             f"earlier checkpoints are in {folder}. Try a lower rate (train.rate).")
-    write_or_explain(path, lambda temporary: _write({"format_version": FORMAT_VERSION, **state, "summed": True}, temporary))
+    kept = {**state, **packed({key: state[key] for key in _PACKED}, {"average": state["learning"]})}
+    write_or_explain(path, lambda temporary: _write({"format_version": FORMAT_VERSION, **kept, "summed": True}, temporary))
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
@@ -107,13 +111,18 @@ def _read(path: Path) -> dict[str, Any]:
         raise _Damaged(f"it holds {type(state).__name__}, no training state")
     if state.pop("summed", False) and not summed:
         raise _Damaged("the sum at its end is damaged")
-    if state.get("format_version") != FORMAT_VERSION:
+    if state.get("format_version") not in range(1, FORMAT_VERSION + 1):
         raise TrainingError(f"{path} has format version {state.get('format_version')!r}, this version of ComfyUI-EMMA reads "
-                            f"{FORMAT_VERSION}. Finish the run with the version that began it.")
+                            f"1 to {FORMAT_VERSION}. Finish the run with the version that began it.")
     wrong = next((key for key, kind in _KINDS.items() if not isinstance(state.get(key), kind)), None)
     if wrong:
         raise _Damaged(f"its {wrong} is {type(state.get(wrong)).__name__}")
-    return state
+    try:
+        learning = unpacked(state["learning"])
+        return {**state, "learning": learning, "average": unpacked(state["average"], learning),
+                "optimizer": unpacked(state["optimizer"])}
+    except ValueError as found:
+        raise _Damaged(str(found)) from found
 
 
 def _check_sum(path: Path) -> bool:

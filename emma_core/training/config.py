@@ -125,7 +125,7 @@ class ReportConfig:
     """Logs, checkpoints and sample pictures."""
 
     save_every: int = key(1000, "updates between checkpoints", least=1)
-    keep: int = key(3, "checkpoints kept", least=1)
+    keep: int = key(2, "checkpoints kept", least=1)
     log_every: int = key(50, "updates between log lines", least=1)
     sample_every: int = key(0, "updates between sample pictures; 0: none", least=0)
     sample_prompts: tuple[str, ...] = key((), "prompts of the sample pictures")
