@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .environment import ROOT, SetupError, ensure_base_environment, say
 from .hosts import find_hosts, host_python
+from .registry import run_pack
 from .server import SERVER_NEEDS, HostServer
 from .suites import run_tests
 
@@ -28,7 +29,8 @@ def main(arguments: Sequence[str]) -> int:
             return run_tests(options.comfyui, further, slow=options.slow, jobs=options.jobs)
         if further:
             parser.error(f"unknown arguments: {' '.join(further)}")
-        return run_demo(options)
+        out = checked_place(options.out)
+        return run_pack(out) if options.command == "pack" else run_demo(out, options)
     except SetupError as error:
         say(f"\n{error}")
         return 1
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """`demo` and `test`, with the options each takes."""
+    """`demo`, `test` and `pack`, with the options each takes."""
     parser = argparse.ArgumentParser(prog="run.py", allow_abbrev=False, description="Sets up what it needs, then:")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", allow_abbrev=False, help="make a contact sheet of prompts and references")
@@ -53,14 +55,21 @@ def command_parser() -> argparse.ArgumentParser:
     test.add_argument("--slow", action="store_true", help="also the core tests at full size (minutes, 10 GB of memory)")
     test.add_argument("--jobs", type=int, metavar="N", default=min(2, os.cpu_count() or 1),
                       help="suites to run at the same time (default here: %(default)s)")
+    pack = commands.add_parser("pack", allow_abbrev=False, help="validate and pack what the Comfy registry would publish")
+    pack.add_argument("--out", metavar="FILE", default="node.zip", help="default: %(default)s")
     return parser
 
 
-def run_demo(options: argparse.Namespace) -> int:
+def checked_place(out: str) -> Path:
+    """The file to write. Raises SetupError if its folder is not there."""
+    place = Path(out).resolve()
+    if not place.parent.is_dir():
+        raise SetupError(f"--out: there is no folder {place.parent}; make it first, or choose another.")
+    return place
+
+
+def run_demo(out: Path, options: argparse.Namespace) -> int:
     """The demo through a real ComfyUI server where there is one, else with emma_core alone."""
-    out = Path(options.out).resolve()
-    if not out.parent.is_dir():
-        raise SetupError(f"--out: there is no folder {out.parent}; make it first, or choose another.")
     hosts = [] if options.bare else find_hosts(options.comfyui)
     python = ensure_base_environment()
     command = [str(python), "-m", "lab.demo", "--out", str(out)]
