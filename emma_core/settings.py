@@ -26,9 +26,13 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def key(default: Any, explain: str, *, choices: tuple[str, ...] = (), least: float | None = None,
-        most: float | None = None) -> Any:
-    """A key of a section: its default, its explanation for ``--help``, and the values it may have."""
-    limits = {"help": explain, "choices": choices, "least": least, "most": most}
+        most: float | None = None, folders: tuple[str, ...] = ()) -> Any:
+    """A key of a section: its default, its explanation for ``--help``, and the values it may have.
+
+    Args:
+        folders: keys of ComfyUI's model folders that a file named by its name lies in.
+    """
+    limits = {"help": explain, "choices": choices, "least": least, "most": most, "folders": folders}
     metadata = {name: value for name, value in limits.items() if value not in (None, ())}
     return dataclasses.field(default=default, metadata=metadata)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..encoders.kinds import KINDS
 from ..errors import SettingsError
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from ..settings import key
@@ -13,31 +14,36 @@ from .precision import PRECISIONS
 from .spec import PLAYGROUND_SPEC, SD15, BaseSpec
 
 PICTURES_AT_ONCE = 16
+ENCODER_FOLDERS = tuple(kind.folder for kind in KINDS if kind.folder)
 
 
 @dataclass(frozen=True)
 class BaseConfig:
     """The frozen diffusion model."""
 
-    checkpoint: str = key(PLAYGROUND, "an SD1.5-family .safetensors file, a diffusers folder, or `playground`")
-    vae: str = key("", "another autoencoder: a .safetensors file or a diffusers folder")
+    checkpoint: str = key(PLAYGROUND, "an SD1.5-family .safetensors file, a diffusers folder, or `playground`",
+                          folders=("checkpoints", "diffusers"))
+    vae: str = key("", "another autoencoder: a .safetensors file or a diffusers folder", folders=("vae",))
     prediction: str = key("auto", "what the UNet predicts", choices=("auto", "eps", "v"))
-    lora: str = key("", "a LoRA that is part of the frozen model")
+    lora: str = key("", "a LoRA that is part of the frozen model", folders=("loras",))
 
 
 @dataclass(frozen=True)
 class EllaConfig:
     """The frozen connector and its text encoder (of `train ella`: the connector to start from)."""
 
-    file: str = key("", "ELLA file; the playground has its own")
-    text_encoder: str = key("", "T5 encoder, a file or a folder; the playground has its own")
+    file: str = key("", "ELLA file; the playground has its own", folders=("ella",))
+    text_encoder: str = key("", "T5 encoder, a file or a folder; the playground has its own",
+                            folders=("text_encoders", "ella_encoder"))
+    tokenizer: str = key("", "tokenizer.json of the T5 encoder; default: its own, or the one that ComfyUI has")
 
 
 @dataclass(frozen=True)
 class EncodersConfig:
     """The reference encoders: each module takes the one that its metadata name."""
 
-    files: tuple[str, ...] = key((), "files or folders: CLIP, open_clip, AdaFace; the playground has its own")
+    files: tuple[str, ...] = key((), "files or folders: CLIP, open_clip, AdaFace; the playground has its own",
+                                  folders=ENCODER_FOLDERS)
     open_clip_model: str = key("", "open_clip's name of the model, where a file does not tell")
 
 
@@ -83,7 +89,7 @@ def check_files(
         raise SettingsError("ella.text_encoder is not set; wanted flan-t5-xl, a file or a folder. Name it.")
     checkpoint = "" if base.checkpoint == PLAYGROUND else base.checkpoint
     named = [("base.checkpoint", checkpoint), ("base.vae", base.vae), ("base.lora", base.lora), ("ella.file", ella.file),
-             ("ella.text_encoder", ella.text_encoder), *others]
+             ("ella.text_encoder", ella.text_encoder), ("ella.tokenizer", ella.tokenizer), *others]
     for setting, path in named:
         if path and not Path(path).exists():
             raise SettingsError(f"{setting} = {path!r} does not exist. Check the path; nothing is downloaded.")

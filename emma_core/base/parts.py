@@ -66,7 +66,8 @@ def load_base_parts(
     backbone = load_backbone(base, dtype)
     backbone.alphas_cumprod_T = backbone.alphas_cumprod_T.to(device)
     width, connector = backbone.spec.context_width, load_connector(file) if file else None
-    text_encoder = load_text_encoder(text, usual_dtype(device), width=connector.config.text_dim if connector else None)
+    text_encoder = load_text_encoder(text, usual_dtype(device), width=connector.config.text_dim if connector else None,
+                                     tokenizer=ella.tokenizer or None)
     connector = connector or Connector(ConnectorConfig(width=width, text_dim=text_encoder.width))
     if connector.width != width:
         raise SettingsError(f"the ELLA has tokens of width {connector.width}, {backbone.name} reads width {width}. Choose an "

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ..base.found_files import with_found_files
 from ..errors import EmmaError
 from ..evaluation.config import EvalConfig, resolve_evaluation
+from ..files.comfyui_folders import find_comfyui
 from ..settings import read_toml
-from .flags import add_keys, changes_of, end_as_interrupt
+from .flags import add_comfyui, add_keys, changes_of, end_as_interrupt
 
 _EPILOG = """examples:
   python -m emma_core eval my.toml
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [CONFIG.toml] [--section.key VALUE ...]"
     parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help="a configuration file; flags win over it")
     parser.add_argument("--device", default="", choices=["", "cpu"], help="cpu: leave GPUs alone")
+    add_comfyui(parser)
     add_keys(parser, EvalConfig)
 
 
@@ -34,9 +37,10 @@ def config_of(options: argparse.Namespace) -> EvalConfig:
     """The configuration that the arguments name.
 
     Raises:
-        SettingsError: see `resolve_evaluation`.
+        SettingsError: see `resolve_evaluation` and `with_found_files`.
     """
-    return resolve_evaluation(read_toml(options.config) if options.config else {}, changes_of(options))
+    config = resolve_evaluation(read_toml(options.config) if options.config else {}, changes_of(options))
+    return with_found_files(config, find_comfyui(options.comfyui))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -21,6 +21,13 @@ def add_keys(parser: argparse.ArgumentParser, of: type) -> None:
                                **_flag(hints[entry.name], entry))
 
 
+def add_comfyui(parser: argparse.ArgumentParser) -> None:
+    """The flag `--comfyui`."""
+    parser.add_argument("--comfyui", default="", metavar="DIR",
+                        help="a ComfyUI: files may be named as in its model folders, its extra_model_paths.yaml honoured "
+                             "(default: the first of COMFYUI_PATH, or the ComfyUI that this pack is installed in)")
+
+
 def changes_of(options: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given: `section.key` -> value."""
     return {path: tuple(value) if isinstance(value, list) else value

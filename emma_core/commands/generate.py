@@ -14,16 +14,18 @@ import torch
 from PIL import Image
 
 from ..base.config import BaseConfig, EllaConfig, EncodersConfig, SamplingConfig, check_files, encoder_files, size_px
+from ..base.found_files import found_file, with_found_files
 from ..base.pipeline import Request, Sampling
 from ..base.text_to_image import TextToImage, save_picture
 from ..errors import EmmaError, ImageInputError
 from ..evaluation.references import reference_of
+from ..files.comfyui_folders import find_comfyui
 from ..files.module_file import read_module_config
 from ..files.picture_file import picture_tensor
 from ..model.addition import ADDITIONS, RECOMMENDED
 from ..model.assembly import Assembly, Reference
 from ..settings import resolve_sections
-from .flags import add_keys, changes_of
+from .flags import add_comfyui, add_keys, changes_of
 
 _EPILOG = """examples:
   python -m emma_core generate "man cook" --module playground/emma-style.safetensors playground/references/style-noto.png
@@ -73,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=1, help="pictures of each prompt, from different noise")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next ones count up")
     parser.add_argument("--device", default="", choices=["", "cpu"], help="cpu: leave GPUs alone")
+    add_comfyui(parser)
     add_keys(parser, PictureConfig)
 
 
@@ -97,8 +100,9 @@ def draw(options: argparse.Namespace) -> list[Path]:
         raise EmmaError(f"--count {options.count}; wanted 1 or more.")
     if options.out.exists() and not options.out.is_dir():
         raise EmmaError(f"--out {str(options.out)!r} is a file; wanted a folder, which is made if there is none. Name another.")
-    shown = [shown_of(words) for words in options.shown]
-    config = PictureConfig(**resolve_sections(PictureConfig, {}, changes_of(options)))
+    comfyui = find_comfyui(options.comfyui)
+    shown = [shown_of([found_file("--module", words[0], ("emma",), comfyui), *words[1:]]) for words in options.shown]
+    config = with_found_files(PictureConfig(**resolve_sections(PictureConfig, {}, changes_of(options))), comfyui)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoders = encoder_files(config.encoder, bool(shown))
     sampling = Sampling(config.sampling.steps, config.sampling.guidance, *size_px(config.base, config.sampling))

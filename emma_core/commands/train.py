@@ -7,11 +7,13 @@ import dataclasses
 import sys
 from typing import Any
 
+from ..base.found_files import with_found_files
 from ..errors import EmmaError
+from ..files.comfyui_folders import find_comfyui
 from ..settings import read_toml
 from ..training.config import TrainConfig, resolve
 from ..training.presets import PRESETS
-from .flags import add_keys, changes_of, end_as_interrupt
+from .flags import add_comfyui, add_keys, changes_of, end_as_interrupt
 
 _EPILOG = """examples:
   python -m emma_core train --preset small-card --data.folder pictures --output.folder run     (on the playground)
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "paper, or the file's `preset`)")
     parser.add_argument("--dry-run", action="store_true", help="list what would be trained on and every problem in the data")
     parser.add_argument("--device", default="", choices=["", "cpu"], help="cpu: leave GPUs alone")
+    add_comfyui(parser)
     add_keys(parser, TrainConfig)
 
 
@@ -41,12 +44,13 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
     """The configuration that the arguments name.
 
     Raises:
-        SettingsError: see `resolve`.
+        SettingsError: see `resolve` and `with_found_files`.
     """
     words = list(options.words)
     what = words.pop(0) if words[:1] == ["ella"] else None
     given: dict[str, Any] = read_toml(words[0]) if words else {}
     config = resolve(given, options.preset or given.get("preset", "paper"), changes_of(options))
+    config = with_found_files(config, find_comfyui(options.comfyui))
     return dataclasses.replace(config, what=what) if what else config
 
 

@@ -43,7 +43,7 @@ class PlanConfig:
 class ModulesConfig:
     """The modules, assembled; without any, only text is judged."""
 
-    files: tuple[str, ...] = key((), "EMMA module files")
+    files: tuple[str, ...] = key((), "EMMA module files", folders=("emma",))
     strengths: tuple[str, ...] = key((), "one row of results each: a strength for all modules, or one for each, as in 1,0.5 "
                                          "(default: 1)")
     adding: str = key(BLOCKS, "where several modules are added up, as `generate` has it", choices=tuple(ADDITIONS))

@@ -58,15 +58,18 @@ def usual_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_text_encoder(
-    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None, width: int | None = None
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None, width: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> TextEncoder:
     """Load a T5 v1.1 encoder from a .safetensors file or a Hugging Face folder, strictly.
 
     Args:
-        path: file or folder; its tokenizer.json lies in the folder or as `<file stem>.tokenizer.json` beside the file.
+        path: file or folder; its tokenizer.json lies in the folder, or beside the file as `<file stem>.tokenizer.json` or in a
+            folder `<file stem>`.
         dtype: of the weights; by default `usual_dtype` of the device.
         device: the CPU by default.
         width: D that the connector reads; another is refused before the weights are read.
+        tokenizer: another tokenizer.json than its own.
     Raises:
         TextEncoderFileError: the file, its tokenizer or its weights cannot be used; the message says why.
     """
@@ -74,8 +77,8 @@ def load_text_encoder(
     t5_file = open_t5_file(path)
     if width is not None:
         check_text_width(t5_file.config.d_model, width, Path(path).name)
-    tokenizer = load_tokenizer(t5_file)
-    return TextEncoder(_load_model(t5_file, dtype or usual_dtype(device), device), tokenizer, t5_file.config)
+    words = load_tokenizer(t5_file, given=tokenizer)
+    return TextEncoder(_load_model(t5_file, dtype or usual_dtype(device), device), words, t5_file.config)
 
 
 def _load_model(t5_file: T5File, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:

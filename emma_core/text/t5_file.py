@@ -255,9 +255,9 @@ def _folder_config(path: Path, file: Path) -> dict:
 
 
 def _tokenizer_of(path: Path, file: Path, declared: Mapping[str, object], own_folder: bool) -> Path | None:
-    beside = file.with_name(f"{file.stem}.tokenizer.json")
-    if beside.exists():
-        return beside
+    for beside in (file.with_name(f"{file.stem}.tokenizer.json"), file.with_name(file.stem) / "tokenizer.json"):
+        if beside.exists():
+            return beside
     named = declared.get("tokenizer")
     if named is not None:
         if not is_plain_name(named):

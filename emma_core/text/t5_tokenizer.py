@@ -88,10 +88,10 @@ def find_tokenizer(t5_file: T5File, standard_path: str | Path | None = None) -> 
     )
     if standard_path is None:
         raise TextEncoderFileError(
-            f"{t5_file.name} comes without a tokenizer: put the tokenizer.json of its model (google/flan-t5-xl on "
-            f"Hugging Face has it) at {where}."
+            f"{t5_file.name} comes without a tokenizer: name a ComfyUI (--comfyui DIR), which has T5's, or a tokenizer.json "
+            f"(--ella.tokenizer), or put that of its model (google/flan-t5-xl on Hugging Face has it) at {where}."
         )
-    if t5_file.config.vocab_size not in _STANDARD_VOCAB_SIZES:
+    if not has_standard_vocabulary(t5_file):
         raise TextEncoderFileError(
             f"{t5_file.name} has a vocabulary of {t5_file.config.vocab_size}, the standard T5 tokenizer needs 32128: "
             f"put the tokenizer.json that came with it at {where}."
@@ -99,13 +99,22 @@ def find_tokenizer(t5_file: T5File, standard_path: str | Path | None = None) -> 
     return Path(standard_path)
 
 
-def load_tokenizer(t5_file: T5File, standard_path: str | Path | None = None) -> PromptTokenizer:
+def has_standard_vocabulary(t5_file: T5File) -> bool:
+    """Whether the standard tokenizer of T5 is made for these weights."""
+    return t5_file.config.vocab_size in _STANDARD_VOCAB_SIZES
+
+
+def load_tokenizer(
+    t5_file: T5File, standard_path: str | Path | None = None, given: str | Path | None = None
+) -> PromptTokenizer:
     """`find_tokenizer`, opened and checked against the vocabulary of the weights.
 
+    Args:
+        given: a tokenizer.json in place of what would be found.
     Raises:
         TextEncoderFileError: as `find_tokenizer`, or the tokenizer knows ids that the weights do not have.
     """
-    path = find_tokenizer(t5_file, standard_path)
+    path = Path(given) if given else find_tokenizer(t5_file, standard_path)
     tokenizer = PromptTokenizer(path)
     highest = max(tokenizer.vocab().values())
     if highest >= t5_file.config.vocab_size:

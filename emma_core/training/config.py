@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..base.config import PRECISIONS, BaseConfig, EllaConfig
+from ..base.config import ENCODER_FOLDERS, PRECISIONS, BaseConfig, EllaConfig
 from ..base.ip_adapter_blocks import BLOCKS
 from ..base.spec import PLAYGROUND_SPEC
 from ..encoders.options import BACKGROUNDS, FRAMES, LAYERS
@@ -64,7 +64,7 @@ class DataConfig:
 class EncoderConfig:
     """The frozen reference encoder."""
 
-    file: str = key("", "file or folder: CLIP, open_clip, AdaFace; the playground has its own")
+    file: str = key("", "file or folder: CLIP, open_clip, AdaFace; the playground has its own", folders=ENCODER_FOLDERS)
     open_clip_model: str = key("", "open_clip's name of the model, where the file does not tell")
     layer: str = key("last", "hidden states that `local` features come from", choices=LAYERS)
     frame: str = key(FRAMES[0], "part of a reference picture that the encoder sees", choices=FRAMES)
@@ -78,7 +78,7 @@ class ModuleSettings:
 
     condition: str = key("style", "what it takes from a reference", choices=(*CONDITIONS, CUSTOM))
     features: str = key("", 'features it reads, JSON {"name": tokens per vector}; default: those of the condition')
-    start: str = key("", "module to start from (a portrait starts from an object module)")
+    start: str = key("", "module to start from (a portrait starts from an object module)", folders=("emma",))
     blocks: str = key("ella", "how attention and feed-forward of a new module begin", choices=INITIALISATIONS)
     gate_bias: float = key(1.0, "separable gate g of a new module")
     gate_scale: float = key(1.0, "lambda of eqs. (3) to (8), fixed", least=1e-6)
@@ -140,9 +140,9 @@ class TeacherConfig:
     """A model whose prediction is the target instead of the noise."""
 
     lora: str = key("", "LoRA on the base: the teacher; or a folder of LoRAs, <group>.safetensors for each group of "
-                           "references")
-    ip_adapter: str = key("", "IP-Adapter file on the base: the teacher sees the reference itself")
-    ip_image_encoder: str = key("", "CLIP vision folder of the IP-Adapter")
+                           "references", folders=("loras",))
+    ip_adapter: str = key("", "IP-Adapter file on the base: the teacher sees the reference itself", folders=("ipadapter",))
+    ip_image_encoder: str = key("", "CLIP vision file or folder of the IP-Adapter", folders=("clip_vision",))
     scale: float = key(1.0, "strength of the teacher's LoRA or IP-Adapter", least=0)
     blocks: str = key("all", "where the IP-Adapter works: `style` gives style and no content, `no layout` leaves the "
                              "composition to the text", choices=BLOCKS)

@@ -25,7 +25,7 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
 
 
 # runs that are older than these settings must find their folder again
-_NEWER = ("module.layers", "module.inner", "teacher.blocks")
+_NEWER = ("module.layers", "module.inner", "teacher.blocks", "ella.tokenizer")
 _PLACES = ("data.folder", "data.jsonl", "data.shards")
 
 
