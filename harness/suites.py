@@ -16,6 +16,7 @@ from pathlib import Path
 from .browser import ensure_browser_environment, find_chromium
 from .environment import ROOT, ensure_base_environment, say
 from .hosts import Host, find_hosts, host_python
+from .registry import ensure_registry_environment
 from .server import SERVER_NEEDS, host_environment
 
 CORE_TESTS = ROOT / "tests" / "core"
@@ -123,6 +124,8 @@ def skipped_suites(choice: Choice, has_host: bool, has_chromium: bool) -> list[s
 def chosen_suites(choice: Choice, hosts: Sequence[Host], browser: bool) -> list[Suite]:
     """The suites to run, each with its environment made, the longest first."""
     python = ensure_base_environment()
+    if hosts and choice.wants(choice.host_paths):
+        ensure_registry_environment()
     suites = [host_suite(host, choice) for host in hosts if choice.wants(choice.host_paths)]
     if choice.wants(choice.core_paths):
         suites.append(core_suite(python, choice))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from frontends import close_app_tour, has_apps
 from graphs import APP, read_graph
 
 LEAST_SPREAD = 40
@@ -17,9 +18,9 @@ def app(open_editor):
 
 
 def test_form_asks_for_prompt_references_and_strengths_and_shows_the_picture(app):
-    if not app.frontend.has_apps:
+    if not has_apps(app.page):
         pytest.skip("this host's editor has no app mode")
-    app.frontend.close_app_tour(app.page)
+    close_app_tour(app.page)
     form = app.page.get_by_test_id("linear-widgets")
     app.screenshot("app")
     graph = read_graph(APP)

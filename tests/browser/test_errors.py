@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from frontends import dismiss_error, error_text
 from graphs import FIRST, read_graph
 
 
@@ -28,10 +29,10 @@ def test_mistake_is_told_and_can_be_mended(open_editor, make_mistake, message):
     make_mistake(editor, connector, sampler, world)
     before = editor.saved()
     editor.run()
-    text = editor.frontend.error_text(editor.page)
+    text = error_text(editor.page)
     editor.screenshot(f"error-{make_mistake.__name__.replace('_', '-')}")
     assert message in text
-    editor.frontend.dismiss_error(editor.page)
+    dismiss_error(editor.page)
     after = editor.saved()
     assert len(after["nodes"]) == len(before["nodes"]) and after["links"] == before["links"]
     for output in ("MODEL", "positive"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from frontends import place_found_node
 from graphs import PACK_NAME
 from windows import open_search, search
 
@@ -25,7 +26,7 @@ def test_display_names_find_their_nodes(editor, ours):
 
 
 def test_aliases_find_their_nodes(editor, ours):
-    if not editor.frontend.finds_by_aliases:
+    if not all("search_aliases" in info for info in ours.values()):
         pytest.skip("this host's nodes have no aliases")
     open_search(editor)
     lost = []
@@ -43,6 +44,6 @@ def test_a_found_node_is_put_on_the_canvas(editor):
     open_search(editor)
     assert search(editor, "encode reference", "Encode Reference Image")[0] == "Encode Reference Image"
     editor.page.keyboard.press("Enter")
-    editor.frontend.place_found_node(editor.page)
+    place_found_node(editor.page)
     editor.page.wait_for_function("() => window.app.graph._nodes.length === 1")
     assert [node["type"] for node in editor.saved()["nodes"]] == ["EMMAEncodeReference"]

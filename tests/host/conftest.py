@@ -64,7 +64,7 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 sys.path.append(str(PACK / "tests" / "host" / "support"))
-pytest_plugins = ["token_check", "tiny_models"]
+pytest_plugins = ["token_check", "tiny_models", "context_windows"]
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import comfy.ops
 import comfy.samplers
 import pytest
 import torch
+from context_windows import NO_WINDOWS
 from model_families import FAMILIES, WIDTH
 from text_input import LiteralAnswer, TextEntry, TextSpy, check_text
 from tiny_models import empty_latent, fill_, noise
@@ -220,17 +221,17 @@ def test_another_number_of_references_is_refused(tiny, ksample, connect, style, 
 
 
 @pytest.mark.parametrize("prompts", [1, FRAMES])
-def test_context_windows_get_their_frames(run_node, tiny, ksample, connect, model, style, host_version, prompts):
-    if host_version == "0.3.64":
-        pytest.xfail("0.3.64 compares sigmas of unequal lengths when windows run over the batch; repaired in later versions")
+def test_context_windows_get_their_frames(
+    tiny, ksample, connect, model, style, windowed, windows_run_over_the_batch, prompts
+):
+    if not windows_run_over_the_batch:
+        pytest.xfail(NO_WINDOWS)
     texts = torch.cat([noise((1, 9, WIDTH), 50 + row) for row in range(prompts)])
     positive = [[texts, {**SDXL.options, "pooled_output": noise((prompts, 1280), 60)}]]
     wired = connect((style, tiny.reference(style, references=FRAMES)), positive=positive)
-    windowed = run_node("ContextWindowsManual", model=wired.model, context_length=3, context_overlap=2,
-                        context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=0,
-                        freenoise=False, causal_window_fix=False)[0]
+    in_windows = windowed(wired.model, 3, 0, causal_window_fix=False)
     with TextSpy(model.model.diffusion_model) as spy:
-        ksample(windowed, wired.positive, wired.negative, empty_latent(FRAMES))
+        ksample(in_windows, wired.positive, wired.negative, empty_latent(FRAMES))
     frames = [[1, 2, 3] if number % 2 else [0, 1, 2] for number in range(len(spy.calls))]
     check_text(spy.calls, wired.entries, frames)
 

@@ -145,13 +145,10 @@ def test_tokens_of_a_schedule_are_computed_once_per_entry(tiny, model, ella, mod
     assert token_work == [20, 20], "a second run of the same schedule computes nothing"
 
 
-def test_context_windows_compute_nothing_more(tiny, model, ella, ksample, run_node, wired, token_work, host_version):
-    """Windows over the width stand for those over frames, which 0.3.64 cannot run."""
-    windowed = run_node("ContextWindowsManual", model=wired.model, context_length=4, context_overlap=2,
-                        context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid",
-                        dim=3, **({} if host_version == "0.3.64" else {"freenoise": False}))[0]
+def test_context_windows_compute_nothing_more(model, ksample, windowed, wired, token_work):
+    """Windows over the width stand for those over frames, which not every host can run."""
     with CallSpy(model.model.diffusion_model) as spy:
-        ksample(windowed, wired.positive, wired.negative, latent=empty_latent(1, 8), steps=5)
+        ksample(windowed(wired.model, 4, 3), wired.positive, wired.negative, latent=empty_latent(1, 8), steps=5)
     check(spy.calls, wired.answers)
     assert len(spy.calls) == 3 * 5 * wired.evaluations
     assert token_work == [5, 5]

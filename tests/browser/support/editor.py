@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from frontends import frontend_of
+from frontends import ERROR_MARKS
 from playwright.sync_api import Page
 
 # what each host prints without us: no settings or saved graphs yet, no help page for English alone, no network, its default
@@ -94,7 +94,6 @@ class Editor:
         page.on("pageerror", lambda error: self._complaints.append(str(error)))
         page.goto(url)
         self._wait_until_ready()
-        self.frontend = frontend_of(page)
 
     def reload(self) -> None:
         """What the browser's reload key does."""
@@ -108,7 +107,7 @@ class Editor:
 
     def shows_error(self) -> bool:
         """Whether a dialog, a panel or a toast tells of an error now."""
-        return self.page.locator(self.frontend.error_marks).locator("visible=true").count() > 0
+        return self.page.locator(ERROR_MARKS).locator("visible=true").count() > 0
 
     # the graph
 

@@ -1,67 +1,54 @@
-"""What differs between the editors of the hosts: of 0.3.64 (frontend 1.27) and of 0.33 (frontend 1.49).
+"""What differs between the editors of the hosts, asked of the page itself: no editor is known by its version.
 
-Everything else is the same in both, and stands in editor.py.
+Everything else is the same in all of them, and stands in editor.py.
 """
 
 from __future__ import annotations
 
-import re
-
 from playwright.sync_api import Page
 
+# a found node in the list under the search: of the editors whose search is a window, and of those before
+SEARCH_OPTION = "[data-testid=result-item], .p-autocomplete-option"
+# a panel or a window with the error, missing files and packs among them; toasts
+ERROR_MARKS = (
+    "[data-testid=error-overlay], .comfy-error-report, .comfy-missing-nodes, .comfy-missing-models, "
+    ".p-toast-message-error, .p-toast-message-warn"
+)
+ERROR_PANEL, ERROR_WINDOW = "[data-testid=error-overlay-see-errors]", ".comfy-error-report"
+APP_TOUR = "coach-landing"
+APP_COMMAND = "Comfy.ToggleLinear"
 
-class Frontend127:
-    """Until the node search became a window and errors moved into a side panel."""
 
-    search_option = ".p-autocomplete-option"
-    finds_by_aliases = False
-    has_apps = False
-    error_marks = (
-        ".comfy-error-report, .comfy-missing-nodes, .comfy-missing-models, .p-toast-message-error, .p-toast-message-warn"
-    )
+def has_apps(page: Page) -> bool:
+    """Whether this editor can show a graph as an app."""
+    return page.evaluate("name => window.app.extensionManager.command.commands.some(one => one.id === name)", APP_COMMAND)
 
-    def place_found_node(self, page: Page) -> None:
-        """Nothing: choosing a result puts the node where the canvas was double-clicked."""
 
-    def error_text(self, page: Page) -> str:
-        """The text of the error that has come up."""
-        return page.locator(".comfy-error-report").inner_text()
+def close_app_tour(page: Page) -> None:
+    """Leave the tour that the first app of a visitor begins with."""
+    page.get_by_test_id(APP_TOUR).get_by_text("Skip", exact=True).click()
+    page.get_by_test_id(APP_TOUR).wait_for(state="detached")
 
-    def dismiss_error(self, page: Page) -> None:
+
+def place_found_node(page: Page) -> None:
+    """Put down what was found, in editors where it follows the mouse; in others it lies where the canvas was clicked."""
+    page.mouse.move(800, 600)
+    page.mouse.click(800, 600)
+
+
+def error_text(page: Page) -> str:
+    """The text of the error that has come up: in a window, or in a panel beside the graph."""
+    page.locator(f"{ERROR_PANEL}, {ERROR_WINDOW}").first.wait_for()
+    if page.locator(ERROR_WINDOW).count():
+        return page.locator(ERROR_WINDOW).inner_text()
+    page.locator(ERROR_PANEL).click()
+    log = page.get_by_test_id("properties-panel").get_by_text("Exception Message")
+    log.wait_for()
+    return log.inner_text()
+
+
+def dismiss_error(page: Page) -> None:
+    """Until no error covers the graph."""
+    if page.locator(ERROR_WINDOW).count():
         page.keyboard.press("Escape")
-        page.locator(".comfy-error-report").wait_for(state="detached")
-
-
-class Frontend149:
-    """With the node search in a window of its own, and errors, missing files among them, in a panel beside the graph."""
-
-    search_option = "[data-testid=result-item]"
-    finds_by_aliases = True
-    has_apps = True
-    error_marks = "[data-testid=error-overlay], .p-toast-message-error, .p-toast-message-warn"
-
-    def place_found_node(self, page: Page) -> None:
-        """The chosen node follows the mouse until it is put down."""
-        page.mouse.move(800, 600)
-        page.mouse.click(800, 600)
-
-    def close_app_tour(self, page: Page) -> None:
-        """Leave the tour that the first app of a visitor begins with."""
-        page.get_by_test_id("coach-landing").get_by_text("Skip", exact=True).click()
-        page.get_by_test_id("coach-landing").wait_for(state="detached")
-
-    def error_text(self, page: Page) -> str:
-        page.get_by_test_id("error-overlay-see-errors").click()
-        log = page.get_by_test_id("properties-panel").get_by_text("Exception Message")
-        log.wait_for()
-        return log.inner_text()
-
-    def dismiss_error(self, page: Page) -> None:
-        page.locator("[data-testid=error-overlay]").wait_for(state="detached")
-
-
-def frontend_of(page: Page):
-    """The differences of the frontend that this page runs."""
-    version = page.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__")
-    major, minor = map(int, re.match(r"(\d+)\.(\d+)", version).groups())
-    return Frontend149() if (major, minor) >= (1, 40) else Frontend127()
+    page.locator(f"[data-testid=error-overlay], {ERROR_WINDOW}").wait_for(state="detached")

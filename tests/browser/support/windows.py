@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from editor import Editor
+from frontends import SEARCH_OPTION
 from playwright.sync_api import Locator, TimeoutError
 
 TRIES = 5
@@ -42,7 +43,7 @@ def search(editor: Editor, words: str, wanted: str) -> list[str]:
 
 def _offered(editor: Editor, enough: Callable[[list[str]], bool]) -> list[str]:
     """The names in the list of results as soon as they are `enough`, or after some seconds."""
-    options, names = editor.page.locator(editor.frontend.search_option), []
+    options, names = editor.page.locator(SEARCH_OPTION), []
     for _ in range(PATIENCE):
         names = [text.splitlines()[0].strip() for text in options.all_inner_texts() if text.strip()]
         if enough(names):
