@@ -1,6 +1,6 @@
 """ComfyUI-EMMA: text and reference images together steer a frozen Stable Diffusion model (arXiv 2406.09162)."""
 
-WEB_DIRECTORY = "web"  # help pages of the nodes, and what the editor does for graphs of before
+WEB_DIRECTORY = "web"  # help pages of the nodes, their colours, and what the editor does for graphs of before
 
 
 async def comfy_entrypoint():

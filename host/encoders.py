@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from ..emma_core.encoders.families import CLIP_TOWERS, MEAN, STD
 from ..emma_core.encoders.loading import encoder_kind
 from ..emma_core.encoders.matching import encode_for_module
 from ..emma_core.encoders.options import FaceChoice, Framing
-from ..emma_core.encoders.pictures import Preparation
+from ..emma_core.encoders.pictures import Preparation, crop_note
 from ..emma_core.encoders.playground import load_playground_encoder
 from ..emma_core.encoders.weights import weights_path
 from ..emma_core.errors import EncoderFileError
@@ -82,6 +82,8 @@ class ManagedEncoder:
         self.description = encoder.description
         self.feature_names = encoder.feature_names
         self.bytes_per_picture = encoder.bytes_per_picture
+        # of encoders of whole pictures; those of faces look for them
+        self.preparation = encoder.preparation if isinstance(encoder, PictureEncoder) else None
 
     def at_once(self) -> int:
         """Pictures that fit into the free memory together."""
@@ -152,10 +154,12 @@ def as_encoder(encoder) -> LoadedEncoder:
 
 def encode_reference(
     module: LoadedModule, encoder, image: torch.Tensor, mask: torch.Tensor | None, combine: str,
-    framing: Framing | None = None, faces: FaceChoice | None = None,
+    framing: Framing | None = None, faces: FaceChoice | None = None, tell: Callable[[str], None] = lambda note: None,
 ) -> tuple[ReferenceFeatures, torch.Tensor]:
     """Features that the module needs, of one or several pictures, and what the encoder saw.
 
+    Args:
+        tell: told what the log is told of pictures that are cropped.
     Raises:
         ReferenceMismatchError: the encoder is not the one the module needs.
         ImageInputError: unusable picture or mask; no face.
@@ -167,6 +171,12 @@ def encode_reference(
     if config.encoder.get("masked") and mask_BHW is None:
         logging.warning("EMMA: the %s module was trained on objects without their background; connect a MASK of the object "
                         "for the best likeness.", config.condition)
+    framing = framing or Framing()
+    if loaded.encoder.preparation and not (framing.crop_to_mask and mask_BHW is not None):
+        note = crop_note(*image_BHW3.shape[1:3], loaded.encoder.preparation, framing)
+        if note:
+            logging.warning("EMMA Encode Reference Image: %s", note)
+            tell(note)
     progress = comfy.utils.ProgressBar(len(image_BHW3))
 
     def after_chunk(done: int) -> None:

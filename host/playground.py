@@ -19,6 +19,7 @@ from ..emma_core.playground import PLAYGROUND_DIR, REFERENCES_DIR, load_autoenco
 from ..emma_core.playground.autoencoder import Autoencoder
 from .encoders import load_playground_reference_encoder
 from .loaded import LoadedConnector, LoadedEncoder, LoadedModule, load_ella, load_emma_module, patcher_for
+from .playground_notices import with_notices
 from .text_encoder import load_text_encoder_clip
 
 
@@ -39,7 +40,7 @@ class Playground:
 def load_playground() -> Playground:
     """All parts, from the pack's own folder."""
     return Playground(
-        model=load_unet(),
+        model=with_notices(load_unet()),
         clip=load_text_encoder_clip(PLAYGROUND_DIR / "t5.safetensors", dtype="fp32"),
         vae=load_vae(),
         ella=load_ella(str(PLAYGROUND_DIR / "ella.safetensors")),

@@ -14,7 +14,7 @@ class EMMAAssembleModules(io.ComfyNode):
         return schema(
             node_id="EMMAAssembleModules",
             display_name="Assemble EMMA Modules",
-            aliases=("emma", "stack modules", "combine references", "ipadapter combine"),
+            aliases=("emma", "stack modules", "combine references", "multi modal", "ipadapter combine", "ip-adapter"),
             description="Adds a module and its reference to an assembly. Modules trained apart are summed, without any "
                         "training; chain this node once per module, the order does not matter.",
             inputs=[

@@ -15,7 +15,8 @@ class EMMAConnector(io.ComfyNode):
         return schema(
             node_id="EMMAConnector",
             display_name="EMMA Connector",
-            aliases=("apply emma", "apply ella", "ella apply", "t5", "image prompt", "ipadapter"),
+            aliases=("apply emma", "apply ella", "ella apply", "t5", "image prompt", "multi modal", "multimodal", "ipadapter",
+                     "ip-adapter"),
             description="Connects ELLA, and the assembled EMMA modules, to a model. At every step of any sampler the "
                         "cross-attention gets the tokens of that step's timestep. Wire all three outputs into the sampler.",
             inputs=[

@@ -1,11 +1,14 @@
 """Encode Reference Image."""
 
+from functools import partial
+
 from comfy_api.latest import io
 
 from .. import host
 from ..emma_core.encoders.face_alignment import parse_keypoints
 from ..emma_core.encoders.options import BACKGROUNDS, FACES, FRAMES, FaceChoice, Framing
 from ..emma_core.model.reference_features import COMBINATIONS
+from ..host.messages import show_on_node
 from .types import Encoder, Module, Reference, advanced, schema
 
 
@@ -17,7 +20,8 @@ class EMMAEncodeReference(io.ComfyNode):
         return schema(
             node_id="EMMAEncodeReference",
             display_name="Encode Reference Image",
-            aliases=("emma reference", "ipadapter", "style reference", "face id", "portrait", "image prompt"),
+            aliases=("emma reference", "reference image", "style reference", "style transfer", "multi modal", "multimodal",
+                     "ipadapter", "ip-adapter", "face id", "portrait", "image prompt"),
             description="Encodes reference pictures for one EMMA module. The module knows which features it needs; the "
                         "second output shows what the encoder saw.",
             inputs=[
@@ -59,6 +63,7 @@ class EMMAEncodeReference(io.ComfyNode):
                 Reference.Output(display_name="EMMA_REFERENCE", tooltip="Wire this into Assemble EMMA Modules."),
                 io.Image.Output(display_name="seen", tooltip="What the encoder saw, after mask, crop and resizing."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -68,4 +73,5 @@ class EMMAEncodeReference(io.ComfyNode):
     ) -> io.NodeOutput:
         framing = Framing(frame, background, crop_to_mask, margin)
         faces = FaceChoice(face, face_index, parse_keypoints(keypoints))
-        return io.NodeOutput(*host.encoders.encode_reference(module, encoder, image, mask, combine, framing, faces))
+        tell = partial(show_on_node, node_id=cls.hidden and cls.hidden.unique_id)
+        return io.NodeOutput(*host.encoders.encode_reference(module, encoder, image, mask, combine, framing, faces, tell))

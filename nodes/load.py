@@ -85,7 +85,7 @@ class EMMALoadModule(io.ComfyNode):
         return schema(
             node_id="EMMALoadModule",
             display_name="Load EMMA Module",
-            aliases=("emma loader", "module loader"),
+            aliases=("emma loader", "module loader", "style transfer", "ip-adapter model", "ipadapter model"),
             description="Loads an EMMA module: small gated blocks that inject one kind of reference (a style, an object, a "
                         "portrait, a face) into ELLA's tokens. Files go into models/emma.",
             inputs=[io.Combo.Input("module_name", options=paths.MODULE.names(), tooltip="EMMA module in models/emma.")],

@@ -16,7 +16,7 @@ class EMMAPlayground(io.ComfyNode):
         return schema(
             node_id="EMMAPlayground",
             display_name="Load EMMA Playground",
-            aliases=("emma demo", "emma example", "emoji"),
+            aliases=("emma demo", "emma example", "emoji", "style transfer"),
             description="A small world of emoji people that runs at once on any CPU, with nothing to download: a tiny "
                         "SD1.5-like model with its T5, VAE, ELLA, a style, a face and an object module and their encoder. "
                         "Pictures are 128 x 128.",

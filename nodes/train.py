@@ -20,7 +20,7 @@ class EMMATrainModule(io.ComfyNode):
         return schema(
             node_id="EMMATrainModule",
             display_name="Train EMMA Module",
-            aliases=("train emma", "finetune", "train style", "train face", "distill"),
+            aliases=("train emma", "finetune", "train style", "style transfer", "train face", "distill"),
             description="Trains an EMMA module on pictures, their texts and their references; model, ELLA and encoder stay "
                         "frozen. Checkpoints go into output/emma_training. After Cancel the same run goes on where it was.",
             inputs=[*_wired(), *_settings(), *_optional()],

@@ -15,9 +15,7 @@ from .flags import add_comfyui, add_keys, changes_of, end_as_interrupt
 _EPILOG = """examples:
   python -m emma_core eval my.toml
   python -m emma_core eval my.toml --modules.strengths 0.5 1 1.5
-  python -m emma_core eval --references.folder portraits --prompts.file prompts.txt --output.folder results \\
-      --modules.files playground/emma-style.safetensors playground/emma-face.safetensors --modules.strengths 1 1,0 0,1 \\
-      --scores.dino_model vit_small_patch16_224.dino --scores.dino_file model.safetensors          (on the playground)
+  python -m emma_core eval playground/recipes/evaluate.toml        (on the playground: needs no other file)
 
 An evaluation that was stopped goes on when it is started again with the same output folder. Nothing is downloaded."""
 

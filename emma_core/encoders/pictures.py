@@ -20,6 +20,7 @@ WHITE, BLACK = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
 _CROPS = {"center": (0.5, 0.5), "top": (0.0, 0.5), "bottom": (1.0, 0.5), "left": (0.5, 0.0), "right": (0.5, 1.0)}
 _LEVELS = 255
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_MUCH_LONGER = 1.8  # wider than 16 : 9, from where a person at one side is lost
 _LONGEST_SHAPE = 32  # a picture longer than 32 times its short side is cut before it is enlarged
 _FAINT = 0.5  # of a mask's brightest value: darker, it is one of other levels
 _LEAST_SEEN = 0.0002  # of what the encoder sees: ten pixels of 224 x 224
@@ -73,6 +74,16 @@ def prepare_pictures(
         mask_HW = None if mask_BHW is None else mask_BHW[index if len(mask_BHW) > 1 else 0]
         seen.append(_prepare(rearrange(image_HW3, "h w c -> 1 c h w").float(), mask_HW, preparation, framing))
     return torch.cat(seen)
+
+
+def crop_note(height: int, width: int, preparation: Preparation, framing: Framing) -> str | None:
+    """What is to be said of a picture that is much longer one way than the other and is cropped: most of it is not seen."""
+    frame = preparation.frame if framing.frame == AS_TRAINED else framing.frame
+    short, long = sorted((height, width))
+    if frame not in _CROPS or long < _MUCH_LONGER * short:
+        return None
+    return (f"cropped: of {width} x {height} the encoder sees {short} x {short}, {short / long:.0%} of the picture. Choose "
+            "another frame (pad shows all of it), or crop the picture.")
 
 
 def check_pictures(image_BHW3: torch.Tensor, mask_BHW: torch.Tensor | None) -> None:

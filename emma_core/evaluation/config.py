@@ -82,6 +82,11 @@ class ScoresConfig:
     dino_file: str = key("", "its weights, in timm's layout")
     batch: int = key(16, "pictures at once", least=1)
 
+    @property
+    def named(self) -> bool:
+        """Whether a model is named; on the playground its own encoder judges where none is."""
+        return bool(self.clip_model or self.dino_model)
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -194,7 +199,7 @@ def check(config: EvalConfig) -> None:
         if bool(model) != bool(file):
             raise EvaluationError(f"scores.{what}_{'file' if model else 'model'} is not set, scores.{what}_"
                                   f"{'model' if model else 'file'} is: both belong together. Set both, or none.")
-    if not (scores.clip_model or scores.dino_model):
+    if not (scores.named or config.on_playground):
         raise EvaluationError("no model to judge with: set scores.clip_model and scores.clip_file, or scores.dino_model and "
                               "scores.dino_file, or all four. Nothing is downloaded.")
 

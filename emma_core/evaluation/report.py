@@ -19,11 +19,12 @@ from ..drawing.contact_sheet import SheetRow, draw_contact_sheet
 from ..files.writing import write_atomically
 from .config import ResultRow
 from .plan import Comparison
+from .playground_scorers import FACE, LOOK
 from .references import ReferencePicture
 from .scorers import CLIP_I, CLIP_T, DINO
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
-COLUMNS = (CLIP_T, CLIP_I, DINO)
+COLUMNS = (CLIP_T, CLIP_I, DINO, LOOK, FACE)
 # what the paper's tables show of each protocol
 HEADLINE = {"style": (CLIP_T, CLIP_I), "portrait": (CLIP_T, DINO), "object": (CLIP_T, DINO)}
 _SHEET_ROWS, _LONGEST_LABEL = 8, 90
@@ -81,10 +82,11 @@ def results(
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown; a score without a model is a dash."""
-    lines = ["| | " + " | ".join(COLUMNS) + " | n |", "| --- |" + " --- |" * len(COLUMNS) + " --- |"]
+    """Markdown; a column for each score that was computed."""
+    columns = [column for column in COLUMNS if any(column in row["scores"] for row in rows.values())]
+    lines = ["| | " + " | ".join(columns) + " | n |", "| --- |" + " --- |" * len(columns) + " --- |"]
     for name, row in rows.items():
-        cells = [_cell(row["scores"].get(column)) for column in COLUMNS]
+        cells = [_cell(row["scores"][column]) for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['pictures']} |")
     return "\n".join(lines)
 
@@ -138,8 +140,8 @@ def _times_drawn(drawn_NX: np.ndarray, kinds: int) -> np.ndarray:
     return times
 
 
-def _cell(score: Mapping[str, float] | None) -> str:
-    return "–" if score is None else f"{score['mean']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
+def _cell(score: Mapping[str, float]) -> str:
+    return f"{score['mean']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
 
 
 def _square(picture: Image.Image) -> torch.Tensor:

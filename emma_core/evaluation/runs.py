@@ -20,6 +20,7 @@ from .coco import coco_captions, coco_references
 from .config import EvalConfig, ResultRow, ScoresConfig, check, resolve_evaluation, rows_of
 from .generation import Drawer, files_of
 from .plan import DrawingJob, Files, comparisons
+from .playground_scorers import FEATURES, NOTE, load_playground_scorer, playground_scorer_names
 from .references import ReferencePicture, check_prompts, chosen, prompts_in, references_in
 from .report import draw_sheet, results, save_sheet, write_results
 from .scorers import Scorer, load_scorer, scorer_names
@@ -44,7 +45,7 @@ def run(config: EvalConfig, say: Callable[[str], None], bars: bool = True, devic
     check(config)
     rows = rows_of(config.modules)
     references, prompts, notes = _data(config)
-    models = [Model(*named) for named in scorer_names(config.scores)]
+    models = [Model(*one) for one in (scorer_names(config.scores) if config.scores.named else playground_scorer_names())]
     files = files_of(config)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = precision_on(config.sampling.precision, place).name
@@ -71,6 +72,7 @@ def run(config: EvalConfig, say: Callable[[str], None], bars: bool = True, devic
             with _bar(f"scores of {model.name}", len(unscored), bars) as bar:
                 score_missing(unscored, scores, scoring, pictures, config.scores.batch, bar.update)
     found = tables(compared, scores, models, references, (len(references), len(prompts), config.plan.per_pair))
+    notes += [] if config.scores.named else [NOTE]
     report = _report(config, files, models, results(found, compared, references), references, prompts, precision, notes)
     say(write_results(folder, report, toml_of(without_folders(config))))
     sheet = draw_sheet(compared, references, rows, pictures, f"{config.plan.protocol}; {rows[-1].name}")
@@ -92,7 +94,8 @@ class Scorers:
             EmmaError: see `load_scorer`.
         """
         if model not in self._loaded:
-            self._loaded[model] = load_scorer(model.kind, self._config)
+            own = model.kind in FEATURES
+            self._loaded[model] = load_playground_scorer(model.kind) if own else load_scorer(model.kind, self._config)
         if device:
             self._loaded[model].to(device)
         return self._loaded[model]
@@ -141,7 +144,8 @@ def _report(
     named = without_folders(config)
     drawn = [{"role": role.split()[0], "name": _file_name(named, role), "sha256": digest}
              for group in (files.base, files.modules, files.encoders) for role, digest in group.items()]
-    judging = [{"role": f"scores.{model.kind}", "name": model.name, "sha256": model.sha256} for model in models]
+    judging = [{"role": f"scores.{model.kind}" if config.scores.named else model.kind, "name": model.name,
+                "sha256": model.sha256} for model in models]
     return {
         "rows": rows, "notes": list(notes), "models": drawn + judging,
         "counts": {"references": len(references), "groups": len({reference.group for reference in references}),

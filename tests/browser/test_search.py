@@ -39,6 +39,16 @@ def test_aliases_find_their_nodes(editor, ours):
     assert not lost
 
 
+@pytest.mark.parametrize("words", ["style transfer", "multi modal", "reference image", "ip-adapter"])
+def test_the_words_of_other_packs_and_papers_find_a_node(editor, ours, words):
+    """What a newcomer types who knows the task, not us. Without aliases the editor searches names alone."""
+    has_aliases = all("search_aliases" in info for info in ours.values())
+    if not has_aliases and words not in "Encode Reference Image".lower():
+        pytest.skip("this host's nodes have no aliases, and its editor searches names alone")
+    open_search(editor)
+    assert "Encode Reference Image" in search(editor, words, "Encode Reference Image")
+
+
 def test_a_found_node_is_put_on_the_canvas(editor):
     editor.clear()
     open_search(editor)

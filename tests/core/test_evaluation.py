@@ -33,6 +33,8 @@ from emma_core.base.backbones import load_backbone
 from emma_core.base.config import BaseConfig
 from emma_core.base.pipeline import Pipeline, Request, Sampling, generate
 from emma_core.base.spec import SD15
+from emma_core.encoders.options import EncodeOptions
+from emma_core.encoders.playground import load_playground_encoder
 from emma_core.evaluation.generation import Drawer
 from emma_core.evaluation.plan import sha256_of
 from emma_core.evaluation.scorers import ClipScorer, DinoScorer
@@ -247,6 +249,27 @@ def test_text_alone_can_be_judged_for_portraits(world, tmp_path):
     assert {name: row["pictures"] for name, row in rows.items()} == {"text only": 4}, "a subject's pictures are its own"
 
 
+def test_on_the_playground_its_own_encoder_judges_where_no_model_is_named(world, tmp_path):
+    """Cosines of what the modules read; a picture judged by itself would have 1."""
+    tables = tables_for(world) | {"output": {"folder": str(tmp_path / "results")}, "scores": {}}
+    assert main(["eval", str(write_config(tmp_path / "eval.toml", tables))]) == 0
+    encoder, lines = load_playground_encoder(PLAYGROUND_DIR / "encoder.safetensors"), lines_of(tmp_path / "results")
+
+    def features(picture: Image.Image):
+        image_1HW3 = torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+        return encoder.encode(image_1HW3, None, EncodeOptions(("global", "face")))[0].features
+
+    columns = {"look": "global", "face": "face"}
+    assert {column for line in lines for column in line["scores"]} == columns.keys()
+    for line in lines:
+        drawn = features(picture_of(tmp_path / "results", line))
+        shown = features(Image.open(world / "references" / line["reference"]))
+        for column, score in line["scores"].items():
+            wanted = F.cosine_similarity(drawn[columns[column]].flatten(), shown[columns[column]].flatten(), dim=0)
+            assert score == pytest.approx(float(wanted), abs=1e-4)
+    assert "| | look | face | n |" in (tmp_path / "results" / "results.md").read_text()
+
+
 @pytest.mark.parametrize(("arguments", "found"), [
     (["--output.folder", ""], "output.folder is not set"),
     (["--references.folder", ""], "references.folder and references.coco are both not set"),
@@ -262,7 +285,8 @@ def test_text_alone_can_be_judged_for_portraits(world, tmp_path):
      "base.checkpoint = 'none.safetensors' does not exist"),
     (["--sampling.width_px", "100"], "100 x 128 px; wanted multiples of 8"),
     (["--scores.clip_file", ""], "scores.clip_file is not set, scores.clip_model is"),
-    ([part for name in ("clip_model", "clip_file", "dino_model", "dino_file") for part in (f"--scores.{name}", "")],
+    ([*(part for name in ("clip_model", "clip_file", "dino_model", "dino_file") for part in (f"--scores.{name}", "")),
+      "--base.checkpoint", "none.safetensors", "--ella.file", "a", "--ella.text_encoder", "b", "--encoder.files", "c"],
      "no model to judge with"),
     (["--scores.clip_model", "ViT-Q-14"], "scores.clip_model: 'ViT-Q-14' is not a model of the installed open_clip; near it"),
     (["--scores.clip_model", "ViT-H-14", "--scores.clip_file", "none.bin"],

@@ -7,7 +7,7 @@ from PIL import Image
 
 from emma_core.encoders.families import MEAN, STD
 from emma_core.encoders.options import Framing
-from emma_core.encoders.pictures import Preparation, prepare_pictures
+from emma_core.encoders.pictures import Preparation, crop_note, prepare_pictures
 from emma_core.errors import ImageInputError
 
 CLIP = Preparation(224, MEAN, STD)
@@ -145,3 +145,18 @@ def test_nothing_to_crop_to_is_refused():
 def test_unknown_framing_is_refused(settings, found):
     with pytest.raises(ImageInputError, match=found):
         Framing(**settings)
+
+
+def test_a_note_tells_how_little_of_a_long_picture_is_seen():
+    assert crop_note(400, 1200, CLIP, Framing()) == (
+        "cropped: of 1200 x 400 the encoder sees 400 x 400, 33% of the picture. Choose another frame (pad shows all of it), or "
+        "crop the picture.")
+    assert "of 100 x 250 " in crop_note(250, 100, CLIP, Framing("top"))
+
+
+@pytest.mark.parametrize(("size", "preparation", "frame"), [
+    ((480, 640), CLIP, "as trained"), ((1080, 1920), CLIP, "center"), ((400, 1200), CLIP, "pad"),
+    ((400, 1200), CLIP, "stretch"), ((400, 1200), Preparation(64, MEAN, STD, frame="pad"), "as trained"),
+])
+def test_pictures_of_usual_shapes_and_whole_ones_have_no_note(size, preparation, frame):
+    assert crop_note(*size, preparation, Framing(frame)) is None

@@ -122,3 +122,42 @@ def test_playground_workflow_runs_on_the_server(server, pack_import):
     titles = ("text only", "+ style", "+ face", "+ style + face")
     for first, second in itertools.pairwise(titles):
         assert np.abs(found[first] - found[second]).mean() > 1, (first, second)
+
+
+def sampled(host_nodes, playground, positive, side_px: int, model=None):
+    negative = host_nodes.CLIPTextEncode().encode(playground.clip, "")[0] if model is None else positive
+    latent = {"samples": torch.zeros(1, 4, side_px // 8, side_px // 8)}
+    host_nodes.KSampler().sample(model or playground.model, 1, 1, 1.0, "euler", "normal", positive, negative, latent)
+
+
+def test_text_past_the_connector_and_other_sizes_are_told_once(pack_import, host_nodes, caplog):
+    """Both sample without an error, and give a picture that a newcomer would take for a fault of the pack."""
+    world = pack_import("host.playground").load_playground()
+    positive = host_nodes.CLIPTextEncode().encode(world.clip, "man cook")[0]
+    for _ in range(2):
+        sampled(host_nodes, world, positive, 512)
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("EMMA playground")]
+    assert len(told) == 2
+    assert "past EMMA Connector" in told[0] and "512 x 512; " in told[1] and "128 x 128" in told[1]
+
+
+def test_what_the_playground_is_made_for_is_not_told(pack_import, host_nodes, caplog):
+    world = pack_import("host.playground").load_playground()
+    encode = host_nodes.CLIPTextEncode().encode
+    model, positive, _ = pack_import("host.connecting").connect(
+        world.model, world.ella, encode(world.clip, "man cook")[0], encode(world.clip, "")[0], None, None, None)
+    sampled(host_nodes, world, positive, 128, model)
+    assert not [record for record in caplog.records if record.getMessage().startswith("EMMA playground")]
+
+
+def test_a_long_reference_is_cropped_with_a_note(pack_import, tiny, caplog):
+    """In the log and for the node; the playground's own encoder pads, so it says nothing."""
+    encoders, told = pack_import("host.encoders"), []
+    world = pack_import("host.playground").load_playground()
+    wide = torch.rand(1, 40, 120, 3, generator=torch.Generator().manual_seed(0))
+    encoders.encode_reference(world.style, world.encoder, wide, None, "concat", tell=told.append)
+    assert not told
+    crop = pack_import("emma_core.encoders.options").Framing("center")
+    encoders.encode_reference(world.style, world.encoder, wide, None, "concat", crop, tell=told.append)
+    assert len(told) == 1 and "of 120 x 40 the encoder sees 40 x 40, 33%" in told[0]
+    assert told[0] in caplog.text

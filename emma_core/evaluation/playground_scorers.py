@@ -1,0 +1,62 @@
+"""What judges pictures of the playground where no CLIP and no DINO is named: two features of its own reference encoder.
+
+Shapes: B pictures, D width of a feature, S input size of the encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ..encoders.options import EncodeOptions
+from ..encoders.playground import PlaygroundReferenceEncoder, load_playground_encoder
+from ..files.tensor_file import sha256_of_file
+from ..playground import PLAYGROUND_DIR
+
+LOOK, FACE = "look", "face"
+# column, which is the kind too -> feature of the encoder
+FEATURES = {LOOK: "global", FACE: "face"}
+NOTE = ("*look* and *face* are cosines in the playground's own reference encoder: *look* knows who drew a picture, in which "
+        "tone, and what it shows; *face* was trained to tell the tone whoever drew it. The modules read the same encoder, so "
+        "these scores say whether a module brings over what it reads, not whether a stranger would see it.")
+_ENCODER = PLAYGROUND_DIR / "encoder.safetensors"
+
+
+class PlaygroundScorer:
+    """One feature of the playground's encoder."""
+
+    prompt_column = ""
+
+    def __init__(self, encoder: PlaygroundReferenceEncoder, column: str):
+        self.reference_column = column
+        self._encoder = encoder
+        self._options = EncodeOptions((FEATURES[column],))
+
+    def to(self, device: torch.device) -> None:
+        self._encoder.model.to(device)
+
+    @torch.no_grad()
+    def embed_pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        encoded = []
+        for picture in pictures:
+            image_1HW3 = torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+            encoded += self._encoder.encode(image_1HW3, None, self._options)
+        vectors_BD = torch.cat([one.features[FEATURES[self.reference_column]].flatten(1) for one in encoded])
+        return F.normalize(vectors_BD, dim=-1).cpu()
+
+    def embed_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
+        raise TypeError("the playground's encoder reads no text")
+
+
+def playground_scorer_names() -> list[tuple[str, str, str]]:
+    """Kind, name and SHA-256 of each, as `scorers.scorer_names`."""
+    return [(column, f"playground {feature}", sha256_of_file(_ENCODER)) for column, feature in FEATURES.items()]
+
+
+def load_playground_scorer(kind: str) -> PlaygroundScorer:
+    """One of `playground_scorer_names`, on the CPU."""
+    return PlaygroundScorer(load_playground_encoder(_ENCODER), kind)
