@@ -30,8 +30,9 @@ def put(editor, name: str) -> int:
     open_search(editor)
     assert name in search(editor, name, name)
     editor.page.locator("[data-testid=result-item]").get_by_text(name, exact=True).first.click()
-    place_found_node(editor.page)
     editor.page.wait_for_function("count => window.app.graph._nodes.length === count", arg=len(before) + 1)
+    place_found_node(editor.page)
+    editor.page.wait_for_function("() => !window.app.graph._nodes.some(node => node.flags.ghost)")
     (new,) = {node["id"] for node in editor.saved()["nodes"]} - before
     return new
 
