@@ -83,10 +83,3 @@ def test_a_style_reference_in_place_of_its_two_nodes_gives_the_same_prompt(edito
     editor.wait_for_pictures(["picture"])
     editor.screenshot("subgraph-after-run")
     assert not editor.shows_error() and not editor.new_complaints()
-
-
-def test_every_subgraph_node_is_found_by_what_it_is_for(editor):
-    open_search(editor)
-    for name, graph in SUBGRAPHS.items():
-        words = graph["extra"]["BlueprintSearchAliases"]
-        assert [word for word in words if name not in search(editor, word, name)] == [], name
