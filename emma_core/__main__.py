@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -19,6 +20,9 @@ _HOME = {"eval": "evaluate"}  # where the module has another name than the comma
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Only what the command needs is imported: drawing does without the trainer."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a prompt or a file's name may be more than the terminal or the pipe can show
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog=_called_as(), description="EMMA modules without ComfyUI.")
     commands = parser.add_subparsers(dest="command", required=True)

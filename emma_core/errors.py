@@ -54,6 +54,14 @@ class FileError(EmmaError):
     """A file is missing, damaged, of the wrong kind, or holds unusable numbers."""
 
 
+class WriteError(FileError):
+    """A file or a folder cannot be written; ``reason`` says why, ``remedy`` what to do, ``full`` that room would help."""
+
+    def __init__(self, what: str, reason: str, remedy: str, full: bool = False):
+        super().__init__(f"{what} cannot be written: {reason}. {remedy}.")
+        self.reason, self.remedy, self.full = reason, remedy, full
+
+
 class ConnectorFileError(FileError):
     """A file that should hold an ELLA connector does not."""
 

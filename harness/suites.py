@@ -1,4 +1,4 @@
-"""Runs the tests, a process of their own for core, lab, each ComfyUI, and each in a browser; adds up what pytest reports."""
+"""Runs the tests, a process each for core, lab, fuzz, each ComfyUI, and each in a browser; adds up what pytest reports."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .server import SERVER_NEEDS, host_environment
 
 CORE_TESTS = ROOT / "tests" / "core"
 LAB_TESTS = ROOT / "tests" / "lab"
+FUZZ_TESTS = ROOT / "tests" / "fuzz"
 HOST_TESTS = ROOT / "tests" / "host"
 BROWSER_TESTS = ROOT / "tests" / "browser"
 HOST_TEST_NEEDS = (*SERVER_NEEDS, "pytest", "pytest_timeout")
@@ -88,18 +89,20 @@ class Choice:
 
     core_paths: tuple[str, ...]
     lab_paths: tuple[str, ...]
+    fuzz_paths: tuple[str, ...]
     host_paths: tuple[str, ...]
     browser_paths: tuple[str, ...]
     options: tuple[str, ...]
 
     def wants(self, paths: tuple[str, ...]) -> bool:
         """Whether the suite with these paths is to run: one that paths name, or all of them where none does."""
-        return bool(paths) or not (self.core_paths or self.lab_paths or self.host_paths or self.browser_paths)
+        all_paths = self.core_paths + self.lab_paths + self.fuzz_paths + self.host_paths + self.browser_paths
+        return bool(paths) or not all_paths
 
 
 def split_arguments(arguments: Sequence[str]) -> Choice:
     """Sort out the arguments that name tests of one suite; `path::test` counts as its path, made absolute."""
-    suites, options = {folder: [] for folder in (CORE_TESTS, LAB_TESTS, HOST_TESTS, BROWSER_TESTS)}, []
+    suites, options = {folder: [] for folder in (CORE_TESTS, LAB_TESTS, FUZZ_TESTS, HOST_TESTS, BROWSER_TESTS)}, []
     for argument in arguments:
         path, separator, test = argument.partition("::")
         absolute = Path(os.path.abspath(path))
@@ -132,6 +135,8 @@ def chosen_suites(choice: Choice, hosts: Sequence[Host], browser: bool) -> list[
     suites += [browser_suite(host, choice) for host in hosts if browser and choice.wants(choice.browser_paths)]
     if choice.wants(choice.lab_paths):
         suites.append(bare_suite("lab", python, [*(choice.lab_paths or (str(LAB_TESTS),)), *choice.options]))
+    if choice.wants(choice.fuzz_paths):
+        suites.append(bare_suite("fuzz", python, [*(choice.fuzz_paths or (str(FUZZ_TESTS),)), *choice.options]))
     return suites
 
 

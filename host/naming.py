@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..emma_core.errors import FileError
 from ..emma_core.files.plain_file import check_new_name
+from ..emma_core.files.writing import make_folder
 
 
 def below(root: Path, name: str) -> Path:
@@ -28,10 +29,10 @@ def free_file(root: Path, name: str, suffix: str) -> Path:
     """A file that is not there yet, for a user's name with or without the suffix; its folder is made.
 
     Raises:
-        FileError: see `below`.
+        FileError: see `below`; a folder that cannot be made or written.
     """
     wanted = below(root, name.strip().removesuffix(suffix))
-    wanted.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(wanted.parent)
     return next(path for path in numbered(wanted, suffix) if not path.exists())
 
 

@@ -14,6 +14,7 @@ from comfy.cli_args import args
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 from comfy.supported_models_base import ClipTarget
 
+from ..emma_core.text.prompt_weights import weighted_parts
 from ..emma_core.text.t5_file import T5File, load_t5_parts, open_t5_file
 from ..emma_core.text.t5_tokenizer import PromptTokenizer, load_tokenizer
 from .text_options import DTYPES, EMPTY_PROMPT_LENGTHS
@@ -122,6 +123,8 @@ class EllaT5Tokenizer(SDTokenizer):
 
     def tokenize_with_weights(self, text: str, return_word_ids=False, tokenizer_options=None, **kwargs):
         tokenizer_options = tokenizer_options or {}
+        if not kwargs.get("disable_weights"):
+            weighted_parts(text)  # refuses weights that are no numbers, which the host takes
         empty_length = tokenizer_options.get(_EMPTY_LENGTH_OPTION)
         if empty_length is not None and not text.strip():
             tokenizer_options = {**tokenizer_options, f"{_NAME}_min_length": empty_length}

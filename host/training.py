@@ -17,11 +17,14 @@ import torch
 from ..emma_core.errors import TrainingError
 from ..emma_core.files.module_file import module_tensors, save_module
 from ..emma_core.files.tensor_file import fingerprint_of_weights
+from ..emma_core.files.writing import make_folder, write_text
 from ..emma_core.model.connector import Connector
 from ..emma_core.model.own_tokens import OwnTokens
+from ..emma_core.training.acceleration import new_accelerator, new_device
 from ..emma_core.training.beginning import Frozen, begin
 from ..emma_core.training.config import TrainConfig
 from ..emma_core.training.identity import run_identity
+from ..emma_core.training.lock import alone_in
 from ..emma_core.training.log import Log
 from ..emma_core.training.losses import BUCKETS, TIMESTEPS
 from ..emma_core.training.reports import Reporter
@@ -62,9 +65,10 @@ def train(inputs: TrainingInputs, config: TrainConfig) -> tuple[LoadedModule, li
         folder, config = _run_folder(wanted, inputs, config, [data.fingerprint(), base_mark, teacher_mark, source_mark])
         base = {"name": denoiser.name, "fingerprint": base_mark}
         frozen = Frozen(denoiser, source, base, encoder.encoder.description, teacher, own=own)
-        trainer = begin(config, frozen, data, accelerator, folder)
-        trainer.resume()
-        losses = _run(trainer)
+        with alone_in(folder):
+            trainer = begin(config, frozen, data, accelerator, folder)
+            trainer.resume()
+            losses = _run(trainer)
         report = _report(trainer, losses)
     comfy.model_management.soft_empty_cache()
     return load_emma_module(str(folder / f"{config.output.name}{_SUFFIX}")), losses, report
@@ -80,16 +84,13 @@ def precision_of(choice: str) -> str:
 
 
 def _accelerator(precision: str):
+    cpu = comfy.model_management.is_device_cpu(comfy.model_management.get_torch_device())
     try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
+        new_device(cpu)
     except ImportError as found:
         raise TrainingError(f"training needs the package accelerate, which cannot be imported ({found}). Run `pip install "
                             "accelerate` in ComfyUI's Python, and start ComfyUI again.") from found
-    # it would keep the first run's precision for the life of the process
-    AcceleratorState._reset_state(reset_partial_state=True)
-    cpu = comfy.model_management.is_device_cpu(comfy.model_management.get_torch_device())
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+    return new_accelerator(precision, cpu)
 
 
 def _source(
@@ -149,8 +150,8 @@ def _run_folder(
     for folder in numbered(wanted):
         mark = folder / _IDENTITY
         if not folder.exists():
-            folder.mkdir(parents=True)
-            mark.write_text(identity, encoding="utf-8")
+            make_folder(folder)
+            write_text(mark, identity)
         if mark.is_file() and mark.read_text(encoding="utf-8") == identity:
             break
     if inputs.start is not None:
@@ -172,7 +173,8 @@ def _run(trainer: Trainer) -> list[float]:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     trainer.run(after_step)
-    known = {line["step"]: line["loss"] for line in log.read()}
+    told = [(line.get("step"), line.get("loss")) for line in log.read()]
+    known = {step: loss for step, loss in told if type(step) is int and type(loss) is float}  # of lines that are whole
     return [known[step] for step in sorted(known) if step <= trainer.step]
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..encoders.kinds import KINDS
 from ..errors import SettingsError
+from ..files.plain_file import is_there
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from ..settings import key
 from .precision import PRECISIONS
@@ -91,7 +91,7 @@ def check_files(
     named = [("base.checkpoint", checkpoint), ("base.vae", base.vae), ("base.lora", base.lora), ("ella.file", ella.file),
              ("ella.text_encoder", ella.text_encoder), ("ella.tokenizer", ella.tokenizer), *others]
     for setting, path in named:
-        if path and not Path(path).exists():
+        if path and not is_there(path):
             raise SettingsError(f"{setting} = {path!r} does not exist. Check the path; nothing is downloaded.")
 
 

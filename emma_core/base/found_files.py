@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import SettingsError, TextEncoderFileError
 from ..files.comfyui_folders import ModelFolders
+from ..files.plain_file import is_there
 from ..playground import PLAYGROUND
 from ..settings import sections
 from ..text.t5_file import open_t5_file
@@ -46,7 +46,7 @@ def found_file(setting: str, name: str, keys: Sequence[str], comfyui: ModelFolde
     Raises:
         SettingsError: see `with_found_files`.
     """
-    if not name or name == PLAYGROUND or comfyui is None or Path(name).exists():
+    if not name or name == PLAYGROUND or comfyui is None or is_there(name):
         return name
     path = comfyui.find(name, keys)
     if path is None:

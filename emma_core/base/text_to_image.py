@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..encoders.loading import load_encoders
 from ..encoders.matching import encode_for_module, encoder_for
 from ..files.module_file import load_module
-from ..files.writing import write_atomically
+from ..files.writing import write_picture
 from ..model.gated_resampler import GatedResampler
 from .config import BaseConfig, EllaConfig
 from .parts import AUTOENCODER, TEXT_ENCODER, UNET, load_base_parts
@@ -72,25 +72,31 @@ class TextToImage:
             encoder.model.to("cpu")
         return {name: tensor.to(self._device) for name, tensor in reference.features.items()}
 
-    def draw(self, requests: Sequence[Request], sampling: Sampling) -> list[Image.Image]:
+    def draw(self, requests: Sequence[Request], sampling: Sampling, weighted: bool = False) -> list[Image.Image]:
         """A picture for each request.
 
+        Args:
+            weighted: brackets in prompts give weights, as in ComfyUI.
         Raises:
+            TextInputError: a weight that is no finite number.
             ReferenceMismatchError: a reference does not fit.
         """
         self._parts.place(UNET, AUTOENCODER, TEXT_ENCODER)
         with self._autocast():
-            pictures_BHW3 = generate(self._pipeline(), requests, sampling)
+            pictures_BHW3 = generate(self._pipeline(weighted), requests, sampling)
         levels = (pictures_BHW3.float() * 255).round().byte().numpy()
         return [Image.fromarray(picture) for picture in levels]
 
     def _autocast(self, enabled: bool = True) -> torch.autocast:
         return torch.autocast(self._device.type, self._autocast_dtype, enabled and self._autocast_dtype is not None)
 
-    def _pipeline(self) -> Pipeline:
+    def _pipeline(self, weighted: bool) -> Pipeline:
+        encoder = self._parts.text_encoder
+        encode = encoder.encode_weighted if weighted else encoder.encode
+
         def texts(prompts: Sequence[str]) -> list[torch.Tensor]:
             with self._autocast(False):  # T5 has a precision of its own
-                return [features.float() for features in self._parts.text_encoder.encode(prompts)]
+                return [features.float() for features in encode(prompts)]
 
         return pipeline_for(self._parts.backbone, self._connector, texts)
 
@@ -99,5 +105,5 @@ def save_picture(picture: Image.Image, path: Path, words: Mapping[str, str]) -> 
     """As PNG, with what it shows in its text entries, `emma_` before each name; the file appears when it is whole."""
     about = PngInfo()
     for name, text in words.items():
-        about.add_itxt(f"emma_{name}", text)
-    write_atomically(path, lambda temporary: picture.save(temporary, "PNG", pnginfo=about))
+        about.add_itxt(f"emma_{name}", text.encode("utf-8", "replace").decode("utf-8"))  # names of files may be no text
+    write_picture(path, picture, pnginfo=about)

@@ -22,9 +22,12 @@ from ..evaluation.references import reference_of
 from ..files.comfyui_folders import find_comfyui
 from ..files.module_file import read_module_config
 from ..files.picture_file import picture_tensor
+from ..files.plain_file import is_file
+from ..files.writing import check_new_folder, make_folder
 from ..model.addition import ADDITIONS, RECOMMENDED
 from ..model.assembly import Assembly, Reference
 from ..settings import resolve_sections
+from ..text.prompt_weights import weighted_parts
 from .flags import add_comfyui, add_keys, changes_of
 
 _EPILOG = """examples:
@@ -36,6 +39,7 @@ _EPILOG = """examples:
       --ella.file ella-sd1.5-tsc-t5xl.safetensors --ella.text_encoder flan-t5-xl \\
       --encoder.files CLIP-ViT-H-14-laion2B-s32B-b79K --module style.safetensors ink.jpg
 
+(words:1.2) and (words) weigh words as in ComfyUI; \\( and \\) are brackets themselves.
 A mask beside a reference (<name>.mask.png, white = keep) is used by modules that were trained with masks. Nothing is
 downloaded, and no picture is written over another."""
 _LONGEST_NAME = 40
@@ -98,8 +102,6 @@ def draw(options: argparse.Namespace) -> list[Path]:
     """
     if options.count < 1:
         raise EmmaError(f"--count {options.count}; wanted 1 or more.")
-    if options.out.exists() and not options.out.is_dir():
-        raise EmmaError(f"--out {str(options.out)!r} is a file; wanted a folder, which is made if there is none. Name another.")
     comfyui = find_comfyui(options.comfyui)
     shown = [shown_of([found_file("--module", words[0], ("emma",), comfyui), *words[1:]]) for words in options.shown]
     config = with_found_files(PictureConfig(**resolve_sections(PictureConfig, {}, changes_of(options))), comfyui)
@@ -107,19 +109,22 @@ def draw(options: argparse.Namespace) -> list[Path]:
     encoders = encoder_files(config.encoder, bool(shown))
     sampling = Sampling(config.sampling.steps, config.sampling.guidance, *size_px(config.base, config.sampling))
     check_files(config.base, config.ella, [("encoder.files", file) for file in encoders])
+    for prompt in (*options.prompts, config.sampling.negative):
+        weighted_parts(prompt)
     for one in shown:
         read_module_config(one.module)
         reference_of(one.picture).picture()
+    check_new_folder(options.out, "--out")
     machine = TextToImage(config.base, config.ella, encoders, config.encoder.open_clip_model, config.sampling.precision, device)
     assembly = Assembly([_reference(machine, one) for one in shown], ADDITIONS[options.adding])
     seeds = range(options.seed, options.seed + options.count)
     requests = [Request(prompt, assembly, config.sampling.negative, seed) for prompt in options.prompts for seed in seeds]
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     written = []
     for start in range(0, len(requests), config.sampling.batch):
         batch = requests[start:start + config.sampling.batch]
         written += [save(picture, request, shown, options.adding, options.out)
-                    for picture, request in zip(machine.draw(batch, sampling), batch, strict=True)]
+                    for picture, request in zip(machine.draw(batch, sampling, weighted=True), batch, strict=True)]
     return written
 
 
@@ -133,7 +138,7 @@ def shown_of(words: Sequence[str]) -> Shown:
         raise EmmaError(f"--module {' '.join(words)}: found {len(words)} words; wanted a module file, its reference picture "
                         "and, if it is not 1, a strength. Prompts stand before the first --module.")
     for file in words[:2]:
-        if not Path(file).is_file():
+        if not is_file(Path(file)):
             raise EmmaError(f"--module names {file!r}, which is no file. Check the path.")
     try:
         strength = float(words[2]) if len(words) == 3 else 1.0

@@ -10,15 +10,17 @@ from pathlib import Path
 import torch
 
 from ..drawing.gate_map import GateMap, draw_gate_maps, gate_values
-from ..errors import EmmaError
+from ..errors import EmmaError, short
 from ..files.connector_file import load_connector
 from ..files.module_file import load_module
+from ..files.writing import check_new_folder, write_picture
 from ..model.assembly import Assembly, Reference
 from ..model.gated_resampler import GatedResampler
 from ..playground import PLAYGROUND_DIR
 from ..text.encoder import load_text_encoder
 
 _TIMESTEP = 700
+_LONGEST_VALUE = 800  # letters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
     """Print, and draw if asked to."""
     try:
         module = load_module(options.file)
+        if options.gate_map:
+            check_new_folder(options.gate_map.parent, "--gate-map")
         print(describe(module, options.file.name))
         if options.gate_map:
             draw(module, options)
@@ -49,21 +53,22 @@ def describe(module: GatedResampler, name: str) -> str:
     """Metadata, sizes and global gates in lines."""
     config = module.config
     count = sum(value.numel() for value in module.parameters())
-    features = ", ".join(f"{key} ({spec.dim} wide, tokens per vector: {spec.tokens_per_vector})"
+    features = ", ".join(f"{short(key)} ({spec.dim} wide, tokens per vector: {spec.tokens_per_vector})"
                          for key, spec in config.features.items())
     ella = str(config.ella.get("sha256", "?"))[:12]
-    lines = [f"{name}: EMMA {config.condition} module, {count / 1e6:.2f} M parameters",
+    lines = [f"{short(name)}: EMMA {short(config.condition)} module, {count / 1e6:.2f} M parameters",
              f"  connector    width {config.width}, {config.layers} blocks, {config.heads} heads; ELLA {ella}",
              f"  features     {features}",
-             f"  encoder      {json.dumps(dict(config.encoder)) if config.encoder else 'not stated'}",
+             f"  encoder      {short(json.dumps(dict(config.encoder)), _LONGEST_VALUE) if config.encoder else 'not stated'}",
              f"  gate scale   {config.gate_scale:g}; separable gates {'on' if config.separable_gates else 'off (g = 1)'}",
              f"  strength 1   stands for {config.calibrated_strength:g} of what was trained"
-             + (f" ({config.calibration['by']})" if config.calibration.get("by") else "")]
+             + (f" ({short(config.calibration['by'])})" if config.calibration.get("by") else "")]
     gates = [(block.attn_gate.item(), block.ffn_gate.item()) for block in module.blocks]
     lines += [f"  global gates block {index}: A {a:+.3f} F {f:+.3f}" for index, (a, f) in enumerate(gates)]
-    lines += [f"  {key:<12} {json.dumps(value)}" for key, value in config.training.items()]
-    lines += [f"  {key.removeprefix('modelspec.'):<12} {value}" for key, value in config.file_metadata.items()
-              if key.startswith("modelspec.") and not value.startswith("data:")]
+    lines += [f"  {short(key):<12} {short(json.dumps(value), _LONGEST_VALUE)}" for key, value in config.training.items()]
+    entries = {key.removeprefix("modelspec."): value for key, value in config.file_metadata.items()
+               if key.startswith("modelspec.") and not value.startswith("data:")}
+    lines += [f"  {short(key):<12} {short(value, _LONGEST_VALUE)}" for key, value in entries.items()]
     return "\n".join(lines)
 
 
@@ -85,4 +90,4 @@ def draw(module: GatedResampler, options: argparse.Namespace) -> None:
     title = f"{options.file.name} ({module.config.condition})"
     sheet = draw_gate_maps([GateMap(title, values.numpy())], f"separable gate x global gate at timestep {options.timestep:g}, "
                                                              f"prompt: {options.prompt}, no reference")
-    sheet.save(options.gate_map)
+    write_picture(options.gate_map, sheet)

@@ -16,6 +16,7 @@ from ..base.pipeline import Request, Sampling
 from ..base.text_to_image import TextToImage
 from ..errors import EmmaError, EvaluationError
 from ..files.picture_file import picture_tensor
+from ..files.plain_file import is_there
 from ..model.addition import ADDITIONS
 from ..model.assembly import Assembly, Reference
 from ..model.gated_resampler import GatedResampler
@@ -40,7 +41,7 @@ def files_of(config: EvalConfig) -> Files:
     named = encoder_files(config.encoder, bool(config.modules.files))
     encoders = {f"encoder.files {number}": file for number, file in enumerate(named, 1)}
     for name, path in (base | modules | encoders).items():
-        if path and not Path(path).exists():  # before gigabytes of the others are read
+        if path and not is_there(path):  # before gigabytes of the others are read
             raise EvaluationError(f"{name.split()[0]} = {str(path)!r} does not exist. Check the path; nothing is downloaded.")
     return Files(*({name: sha256_of(path) for name, path in group.items() if path} for group in (base, modules, encoders)))
 

@@ -22,7 +22,7 @@ from ..files.picture_file import (
     picture_size,
     readable_suffixes,
 )
-from ..files.plain_file import read_text, visible
+from ..files.plain_file import is_folder, read_text, visible
 from ..files.tensor_file import sha256_of_file
 from .config import SUBJECT, PlanConfig, PromptsConfig, ReferencesConfig
 
@@ -127,7 +127,7 @@ def references_in(config: ReferencesConfig) -> list[ReferencePicture]:
         EvaluationError: no such folder, no picture in it, or files that are no pictures.
     """
     folder = Path(config.folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise EvaluationError(f"references.folder = {config.folder!r} is no folder; wanted one with pictures. Check the path.")
     found = [path for path in visible(folder.rglob("*")) if path.suffix.lower() in readable_suffixes()]
     paths = [path for path in found if not path.name.endswith(MASK_SUFFIX)]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..drawing.contact_sheet import SheetRow, draw_contact_sheet
-from ..files.writing import write_atomically
+from ..files.writing import write_text
 from .config import ResultRow
 from .plan import Comparison
 from .playground_scorers import FACE, LOOK
@@ -93,7 +93,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def write_results(folder: Path, report: Mapping[str, Any], settings: str) -> str:
     """results.json, and results.md with the settings as text; returns the table."""
-    _write(folder / "results.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "results.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     shown = table(report["rows"])
     plan, counts = report["settings"]["plan"], report["counts"]
     in_paper = " and ".join(HEADLINE[plan["protocol"]])
@@ -107,7 +107,7 @@ def write_results(folder: Path, report: Mapping[str, Any], settings: str) -> str
                    *(f"| {one['role']} | {one['name']} | {one['sha256']} |" for one in report["models"])]),
         "## Settings", f"```toml\n{settings.strip()}\n```",
     ]
-    _write(folder / "results.md", "\n\n".join(paragraphs) + "\n")
+    write_text(folder / "results.md", "\n\n".join(paragraphs) + "\n")
     return shown
 
 
@@ -128,11 +128,6 @@ def draw_sheet(
     return draw_contact_sheet(["reference", *(row.title for row in rows)], sheet_rows, 1, footer)
 
 
-def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write the sheet as PNG, whole or not at all."""
-    write_atomically(path, lambda temporary: sheet.save(temporary, "PNG"))
-
-
 def _times_drawn(drawn_NX: np.ndarray, kinds: int) -> np.ndarray:
     """(N, kinds): how often each was drawn."""
     times = np.zeros((len(drawn_NX), kinds))
@@ -149,7 +144,3 @@ def _square(picture: Image.Image) -> torch.Tensor:
     side = max(picture.size)
     padded = ImageOps.pad(picture.convert("RGB"), (side, side), color="white")
     return torch.from_numpy(np.array(padded, dtype=np.float32) / 255)
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..base.precision import precision_on
 from ..base.text_to_image import save_picture
-from ..files.writing import write_atomically
+from ..files.writing import check_new_folder, make_folder, write_picture, write_text
 from ..settings import toml_of
 from .coco import coco_captions, coco_references
 from .config import EvalConfig, ResultRow, ScoresConfig, check, resolve_evaluation, rows_of
@@ -22,7 +22,7 @@ from .generation import Drawer, files_of
 from .plan import DrawingJob, Files, comparisons
 from .playground_scorers import FEATURES, NOTE, load_playground_scorer, playground_scorer_names
 from .references import ReferencePicture, check_prompts, chosen, prompts_in, references_in
-from .report import draw_sheet, results, save_sheet, write_results
+from .report import draw_sheet, results, write_results
 from .scorers import Scorer, load_scorer, scorer_names
 from .scores import Model, ScoreFile, Scoring, missing, score_missing, tables
 
@@ -43,6 +43,7 @@ def run(config: EvalConfig, say: Callable[[str], None], bars: bool = True, devic
         EmmaError: the configuration, the data or a file cannot be used, see the parts.
     """
     check(config)
+    check_new_folder(config.output.folder, "output.folder")
     rows = rows_of(config.modules)
     references, prompts, notes = _data(config)
     models = [Model(*one) for one in (scorer_names(config.scores) if config.scores.named else playground_scorer_names())]
@@ -52,9 +53,8 @@ def run(config: EvalConfig, say: Callable[[str], None], bars: bool = True, devic
     compared = list(comparisons(config, files, precision, rows, references, prompts))
     jobs = {one.job.key: one.job for one in compared}
     folder = Path(config.output.folder)
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    _write_text(folder / "config.toml", toml_of(config).lstrip())
+    pictures = make_folder(folder / "pictures")
+    write_text(folder / "config.toml", toml_of(config).lstrip())
     for line in (_counts_in_words(references, prompts, rows, jobs), *notes):
         say(line)
     scorers = Scorers(config.scores)
@@ -76,7 +76,7 @@ def run(config: EvalConfig, say: Callable[[str], None], bars: bool = True, devic
     report = _report(config, files, models, results(found, compared, references), references, prompts, precision, notes)
     say(write_results(folder, report, toml_of(without_folders(config))))
     sheet = draw_sheet(compared, references, rows, pictures, f"{config.plan.protocol}; {rows[-1].name}")
-    save_sheet(sheet, folder / "sheet.png")
+    write_picture(folder / "sheet.png", sheet)
     return folder / "results.md"
 
 
@@ -178,10 +178,6 @@ def _save(picture: Image.Image, job: DrawingJob, folder: Path) -> None:
     words = {"row": job.row.name, "prompt": job.prompt, "reference": job.reference.name if job.reference else "",
              "seed": str(job.seed)}
     save_picture(picture, folder / f"{job.key}.png", words)
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _named(value: Any) -> Any:

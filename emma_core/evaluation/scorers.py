@@ -22,6 +22,7 @@ from ..encoders.open_clip_recognition import CONFIG_NAME, Tower, declared_tower,
 from ..encoders.options import Framing
 from ..encoders.pictures import Preparation, prepare_pictures
 from ..errors import EncoderFileError, EvaluationError, ScoringFileError
+from ..files.plain_file import is_file
 from ..files.tensor_file import check_finite, check_shapes, integers_in, read_weights, sha256_of_file
 from .config import ScoresConfig
 
@@ -238,7 +239,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_file(what: str, file: str, model: str, source: str) -> None:
-    if not Path(file).is_file():
+    if not is_file(Path(file)):
         raise EvaluationError(f"scores.{what}_file = {file!r} does not exist; wanted the weights of {model}, and nothing is "
                               f"downloaded. {source}")
 

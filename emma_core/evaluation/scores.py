@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..errors import EmmaWarning, FileError
 from ..files.json_file import entry_of, parse_json
-from ..files.writing import write_atomically
+from ..files.writing import explained, write_atomically
 from .plan import Comparison
 from .references import ReferencePicture
 from .scorers import Scorer
@@ -54,7 +54,8 @@ class ScoreFile:
 
     def add(self, lines: Sequence[Mapping]) -> None:
         """Written at once, and kept."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        # what is no text in the name of a file is of no use here
+        with explained(self.path), open(self.path, "a", encoding="utf-8", errors="replace") as file:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         for line in lines:
             self.known[_key_of(line)] = dict(line["scores"])

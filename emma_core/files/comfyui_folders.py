@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingsError, short
-from .plain_file import read_text
+from .plain_file import is_there, read_text
 
 # folder keys that have several folders below models/, or another one than their name
 _FOLDERS = {"text_encoders": ("text_encoders", "clip"), "diffusion_models": ("unet", "diffusion_models")}
 _OLD_KEYS = {"clip": "text_encoders", "unet": "diffusion_models"}
-_YAML = "extra_model_paths.yaml"
+_YAML, _LARGEST = "extra_model_paths.yaml", 1 << 16  # bytes, which take a second or two to read
 _PACK = Path(__file__).absolute().parents[2]  # not resolved: it may be a link in custom_nodes
 _TOKENIZER = Path("comfy", "text_encoders", "t5_tokenizer", "tokenizer.json")
 
@@ -43,7 +43,7 @@ class ModelFolders:
         for key in keys:
             for folder in self.folders(key):
                 path = folder / name
-                if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+                if is_there(path) and path.resolve().is_relative_to(folder.resolve()):
                     return path
         return None
 
@@ -93,8 +93,8 @@ def _extra(path: Path) -> Iterator[tuple[str, Path, bool]]:
 
     wanted = "wanted sections with folders, as in ComfyUI's extra_model_paths.yaml.example. Correct it."
     try:
-        sections = yaml.safe_load(read_text(path, "ComfyUI's extra_model_paths.yaml"))
-    except (yaml.YAMLError, RecursionError) as found:
+        sections = yaml.safe_load(read_text(path, "ComfyUI's extra_model_paths.yaml", SettingsError, _LARGEST))
+    except (yaml.YAMLError, ValueError, RecursionError) as found:  # ValueError of dates that are none
         raise SettingsError(f"{path} is not YAML ({short(' '.join(str(found).split()), 200)}); {wanted}") from None
     if sections is None:
         return
@@ -108,7 +108,10 @@ def _extra(path: Path) -> Iterator[tuple[str, Path, bool]]:
 
 
 def _of_section(section: Mapping[Any, Any], home: Path) -> Iterator[tuple[str, Path, bool]]:
-    base = home / os.path.expandvars(os.path.expanduser(str(section.get("base_path") or "")))
+    given = section.get("base_path") or ""
+    if not isinstance(given, str):  # of lists in lists that name each other the text would never end
+        raise SettingsError(f"{home / _YAML} has base_path = {short(given)}; wanted a folder. Correct it.")
+    base = home / os.path.expandvars(os.path.expanduser(given))
     for key, value in section.items():
         if key in ("base_path", "is_default") or not isinstance(value, str):
             continue

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-_MOST_INSTRUCTIONS = 1_000_000  # a checkpoint of Stable Diffusion takes 60,000
+MOST_INSTRUCTIONS = 1_000_000  # a checkpoint of Stable Diffusion takes 60,000
 _MOST_DIMENSIONS = 8
 _PLAIN = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _WITH_VALUE = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
@@ -75,11 +75,14 @@ class StoredTensor:
     strides: tuple[int, ...]
 
 
-def read_pickle(stream: BinaryIO | bytes) -> Any:
+def read_pickle(stream: BinaryIO | bytes, most: int = MOST_INSTRUCTIONS) -> Any:
     """The value that a pickle describes; the stream stands behind it then.
 
     Lists, dicts, tuples, texts and numbers are themselves, tensors are `StoredTensor`, what trainers leave is `Leftover`.
 
+    Args:
+        stream: a pickle, or a stream that stands before one.
+        most: instructions.
     Raises:
         PickleFault: no pickle, or one that names anything but tensors; tensors that are no plain rows of numbers.
         OSError: the stream cannot be read.
@@ -87,8 +90,8 @@ def read_pickle(stream: BinaryIO | bytes) -> Any:
     machine = _Machine()
     try:
         for count, (instruction, value, _) in enumerate(pickletools.genops(stream)):
-            if count > _MOST_INSTRUCTIONS:
-                raise PickleFault(f"holds more than {_MOST_INSTRUCTIONS:,} entries, which no weights need")
+            if count > most:
+                raise PickleFault(f"holds more than {most:,} entries, which no weights need")
             machine.follow(instruction.name, value)
     except PickleFault:
         raise

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import ImageInputError
 from .plain_file import check_plain_file, is_file
@@ -119,7 +119,10 @@ def _content(source: Readable | io.BytesIO) -> bytes:
 
 
 def _opened(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(_without_extras(content)), formats=_known_formats())
+    try:
+        return Image.open(io.BytesIO(_without_extras(content)), formats=_known_formats())
+    except UnidentifiedImageError:  # it would name the stream
+        raise UnidentifiedImageError("cannot identify it as a picture of a known kind") from None
 
 
 @cache

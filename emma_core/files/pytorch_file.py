@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import EmmaError, FileError
-from .pickle_reading import BYTES_OF_KIND, PickleFault, Storage, StoredTensor, read_pickle
+from .pickle_reading import BYTES_OF_KIND, MOST_INSTRUCTIONS, PickleFault, Storage, StoredTensor, read_pickle
 from .zip_entries import Entry, ZipFault, zip_entries
 
 ARCHIVE = b"PK\x03\x04"
@@ -18,13 +18,16 @@ _OLD_MAGIC, _OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles
 _OLD_COUNT_BYTES = 8  # before the numbers of each storage
 
 
-def describe_pytorch_file(path: Path, what: str, error: type[EmmaError] = FileError) -> tuple[Any, dict[str, int]]:
+def describe_pytorch_file(
+    path: Path, what: str, error: type[EmmaError] = FileError, most: int = MOST_INSTRUCTIONS
+) -> tuple[Any, dict[str, int]]:
     """What a PyTorch file holds, and where the numbers of each storage begin; no numbers are read yet.
 
     Args:
         path: a plain file, an archive or in the format of before PyTorch 1.6.
         what: what it should hold, for the messages.
         error: exception type to raise.
+        most: instructions of its pickles.
     Returns:
         Lists, dicts, texts and numbers as they are, tensors as `StoredTensor`; key of a storage -> place in the file.
     Raises:
@@ -34,7 +37,7 @@ def describe_pytorch_file(path: Path, what: str, error: type[EmmaError] = FileEr
         with open(path, "rb") as stream:
             is_archive = stream.read(4) == ARCHIVE
             stream.seek(0)
-            return _in_archive(stream) if is_archive else _in_old_file(stream)
+            return _in_archive(stream, most) if is_archive else _in_old_file(stream, most)
     except (PickleFault, ZipFault) as found:
         raise error(f"{path.name} cannot be opened as weights alone: it {found}; wanted {what}. Get the file again, or its "
                     "safetensors version.") from None
@@ -42,7 +45,7 @@ def describe_pytorch_file(path: Path, what: str, error: type[EmmaError] = FileEr
         raise error(f"{path} cannot be read ({found.strerror or found}); wanted {what}. Check its permissions.") from None
 
 
-def _in_archive(stream: BinaryIO) -> tuple[Any, dict[str, int]]:
+def _in_archive(stream: BinaryIO, most: int) -> tuple[Any, dict[str, int]]:
     entries = zip_entries(stream)
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -52,7 +55,7 @@ def _in_archive(stream: BinaryIO) -> tuple[Any, dict[str, int]]:
         raise ZipFault("is a program (TorchScript)")
     if f"{root}byteorder" in entries and _content(stream, entries[f"{root}byteorder"]) != b"little":
         raise ZipFault("was written on a machine that orders the bytes of a number the other way")
-    content = read_pickle(_content(stream, entries[pickles[0]]))
+    content = read_pickle(_content(stream, entries[pickles[0]]), most)
     places = {name.removeprefix(f"{root}data/"): entry for name, entry in entries.items() if name.startswith(f"{root}data/")}
     sizes = {key: entry.nbytes for key, entry in places.items()}
     return _with_room(content, sizes), {key: entry.start for key, entry in places.items()}
@@ -65,11 +68,11 @@ def _content(stream: BinaryIO, entry: Entry) -> bytes:
     return stream.read(entry.nbytes)
 
 
-def _in_old_file(stream: BinaryIO) -> tuple[Any, dict[str, int]]:
+def _in_old_file(stream: BinaryIO, most: int) -> tuple[Any, dict[str, int]]:
     """Five pickles (a mark, a version, the machine, the content, the storages' keys), then the numbers of each storage."""
     if read_pickle(stream) != _OLD_MAGIC or read_pickle(stream) != _OLD_VERSION:
         raise PickleFault("is a pickle, but not one of PyTorch's")
-    machine, content, keys = read_pickle(stream), read_pickle(stream), read_pickle(stream)
+    machine, content, keys = read_pickle(stream), read_pickle(stream, most), read_pickle(stream)
     if not isinstance(machine, dict) or machine.get("little_endian") is not True or not isinstance(keys, list):
         raise PickleFault("was written on a machine that orders the bytes of a number the other way")
     storages = {storage.key: storage for storage in _storages(content)}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .prompt_weights import weighted_parts
 from .t5_file import T5File, load_t5_parts, open_t5_file
 from .t5_layout import T5EncoderConfig, check_text_width
 from .t5_tokenizer import PromptTokenizer, load_tokenizer
@@ -25,7 +26,7 @@ class TextEncoder:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
-        self._known: OrderedDict[tuple[int, ...], torch.Tensor] = OrderedDict()
+        self._known: OrderedDict[tuple[tuple[int, ...], int], torch.Tensor] = OrderedDict()
 
     @property
     def width(self) -> int:
@@ -39,13 +40,39 @@ class TextEncoder:
         """Features (1,N,D) of each prompt at its natural length: no padding, no truncation."""
         return [self._features(self.tokenizer.ids(prompt)) for prompt in prompts]
 
+    def encode_weighted(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """As `encode`, with the weights that brackets give as in ComfyUI, see `weighted_parts`.
+
+        A token of weight w becomes e + w (z - e): z its feature, e the one at its place in an empty prompt of that length.
+
+        Raises:
+            TextInputError: a weight that is no finite number.
+        """
+        return [self._weighted(weighted_parts(prompt)) for prompt in prompts]
+
+    def _weighted(self, parts: list[tuple[str, float]]) -> torch.Tensor:
+        ids, weights = [], []
+        for part, weight in parts:
+            found = self.tokenizer.ids(part)[:-1]
+            ids += found
+            weights += [weight] * len(found)
+        ids, weights = [*ids, self.tokenizer.eos_id], [*weights, 1.0]
+        features_1ND = self._features(ids)
+        if all(weight == 1.0 for weight in weights):
+            return features_1ND
+        empty_1ND = self._features([self.tokenizer.eos_id, *[self.tokenizer.pad_id] * (len(ids) - 1)], 1)
+        weight_N1 = torch.tensor(weights, dtype=features_1ND.dtype, device=features_1ND.device)[:, None]
+        return torch.where(weight_N1 == 1.0, features_1ND, empty_1ND + weight_N1 * (features_1ND - empty_1ND))
+
     @torch.no_grad()
-    def _features(self, ids: list[int]) -> torch.Tensor:
-        """Features of token ids, computed once for each prompt among the latest."""
-        key = tuple(ids)
+    def _features(self, ids: list[int], seen: int | None = None) -> torch.Tensor:
+        """Features of token ids, of which the first ``seen`` (all) are attended to; once for each prompt among the latest."""
+        seen = len(ids) if seen is None else seen
+        key = (tuple(ids), seen)
         if key not in self._known:
             ids_1N = torch.tensor([ids], device=self.device)
-            self._known[key] = self.model(input_ids=ids_1N, attention_mask=torch.ones_like(ids_1N)).last_hidden_state
+            mask_1N = (torch.arange(len(ids), device=self.device) < seen).long()[None]
+            self._known[key] = self.model(input_ids=ids_1N, attention_mask=mask_1N).last_hidden_state
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ class Frozen:
         teacher: gives the target in place of the noise.
         places: (1, h, w) weights of a target by its index.
         own: what goes with the model's own tokens; None with an ELLA.
+        files: marks of the files that these come from, which belong to the run.
     """
 
     denoiser: Denoiser
@@ -47,6 +48,7 @@ class Frozen:
     teacher: TeacherTarget | None = None
     places: Callable[[int], torch.Tensor] | None = None
     own: OwnText | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def begin(config: TrainConfig, frozen: Frozen, data: TrainingSet, accelerator: Accelerator, folder: Path) -> Trainer:
@@ -58,7 +60,7 @@ def begin(config: TrainConfig, frozen: Frozen, data: TrainingSet, accelerator: A
     module = new_module(config, frozen, data) if config.what == "module" else None
     student = Student(frozen.denoiser, frozen.connector, module, config.objective, frozen.teacher, frozen.places,
                       frozen.own)
-    return Trainer(config, student, data, accelerator, folder)
+    return Trainer(config, student, data, accelerator, folder, frozen.files)
 
 
 def new_module(config: TrainConfig, frozen: Frozen, data: TrainingSet) -> GatedResampler:

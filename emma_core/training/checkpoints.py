@@ -6,7 +6,6 @@ before it. The archive itself says that a sum follows, so that a damaged end is 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,8 +14,9 @@ from typing import Any
 
 import torch
 
-from ..errors import EmmaError, TrainingError
-from ..files.plain_file import check_plain_file
+from ..errors import EmmaError, TrainingError, WriteError
+from ..files.plain_file import check_plain_file, is_folder
+from ..files.pytorch_file import describe_pytorch_file
 from ..files.writing import write_atomically
 from .packing import packed, unpacked
 
@@ -25,6 +25,7 @@ FORMAT_VERSION = 2  # 1: nothing is packed
 _SUMMED = b"EMMA SHA-256 of all before: "
 _BLOCK = 1 << 20
 _END = len(_SUMMED) + hashlib.sha256().digest_size
+_MOST_INSTRUCTIONS = 100_000_000  # the order of the pictures in an epoch stands in it, a number each
 _KINDS = {"step": int, "seconds": (int, float), "learning": dict, "optimizer": dict, "draws": dict, "average": dict,
           "scaler": dict, "run": dict}
 
@@ -65,15 +66,15 @@ def write_or_explain(path: Path, write: Callable[[Path], Any]) -> None:
     """
     try:
         write_atomically(path, write)
-    except OSError as found:
-        full = found.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-        reason, remedy = ("the disk is full", "Make room") if full else (found.strerror or found, "Make it possible to write")
-        raise TrainingError(f"{path.name} could not be written: {reason}. Nothing was lost: earlier checkpoints are in "
-                            f"{path.parent}. {remedy} there and start again, the run goes on.") from found
+    except WriteError as found:
+        raise TrainingError(f"{path.name} could not be written: {found.reason}. Nothing was lost: earlier checkpoints are in "
+                            f"{path.parent}. {found.remedy}, and start again: the run goes on.") from found
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints, oldest first."""
+    if not is_folder(folder):
+        return []
     return sorted(path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name))
 
 
@@ -103,6 +104,7 @@ def _write(state: Mapping[str, Any], path: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     check_plain_file(path, "a checkpoint of a training run", _Damaged)
     summed = _check_sum(path)
+    describe_pytorch_file(path, "a checkpoint of a training run", _Damaged, _MOST_INSTRUCTIONS)  # before any of it is believed
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as found:  # torch raises several kinds for a damaged file

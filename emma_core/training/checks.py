@@ -12,6 +12,7 @@ from ..errors import TrainingConfigError
 from ..files.module_file import read_module_config
 from ..files.picture_file import open_picture
 from ..files.plain_file import is_plain_name
+from ..files.writing import check_new_folder
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from .buckets import buckets
 from .config import TrainConfig
@@ -29,6 +30,7 @@ def check(config: TrainConfig) -> None:
     """
     if not config.output.folder:
         raise TrainingConfigError("output.folder is not set. Name a folder for checkpoints, samples and the result.")
+    check_new_folder(config.output.folder, "output.folder")
     _check_name(config.output.name)
     _check_numbers(config)
     if config.teacher.own_latents:

@@ -35,6 +35,7 @@ class TrainingSet(Protocol):
     def latent(self, index: int, flipped: bool = False) -> torch.Tensor: ...
     def text(self, caption: str) -> torch.Tensor: ...
     def features(self, reference: int, variant: int) -> dict[str, torch.Tensor]: ...
+    def mark(self) -> str: ...  # of what is in the pictures
     def summary(self) -> dict[str, Any]: ...
 
 
@@ -127,7 +128,7 @@ class Draws:
             return f"{last + 1} pictures or more then, {now['count']} now" if last >= now["count"] else ""
         if before["count"] != now["count"]:
             return f"{before['count']} pictures then, {now['count']} now"
-        names = [name for name in ("sizes", "groups", "captions") if before[name] != now[name]]
+        names = [name for name in ("sizes", "groups", "captions", "pictures") if before.get(name, now[name]) != now[name]]
         return f"{now['count']} pictures as before, but with other {' and '.join(names)}, or in another order" if names else ""
 
     def _next_targets(self) -> list[int]:
@@ -180,7 +181,7 @@ def _described(data: TrainingSet) -> dict[str, Any]:
     for index in range(len(data)):
         for name, of in parts.items():
             digests[name].update(repr(of(index)).encode("utf-8", "surrogatepass"))
-    return {"count": len(data), **{name: digest.hexdigest() for name, digest in digests.items()}}
+    return {"count": len(data), "pictures": data.mark(), **{name: digest.hexdigest() for name, digest in digests.items()}}
 
 
 def captions_of_few_lengths(

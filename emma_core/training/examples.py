@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import FileError, TrainingConfigError, TrainingDataError, quoted, short
 from ..files.json_file import JsonFault, loads
 from ..files.picture_file import PICTURE_SUFFIXES, mask_beside
-from ..files.plain_file import read_bytes
+from ..files.plain_file import is_folder, read_bytes
 from .buckets import Look, bucket_of, content_of, enlargement, look_at, same_shape
 from .config import DataConfig
 from .folder import find_in
@@ -223,14 +223,14 @@ def _listed(mark: str, problems: Sequence[Problem]) -> list[str]:
 
 def _from_folder(data: DataConfig) -> tuple[list[Example], list[Problem]]:
     folder, ending = Path(data.folder), "." + data.caption_extension.lstrip(".")
-    if not folder.is_dir():
+    if not is_folder(folder):
         return [], [Problem(data.folder, "is no folder; wanted one with pictures", True)]
     found = find_in(folder, ending)
     problems = [Problem(names, reason, False) for names, reason in found.unused]
     examples = []
     for path in found.pictures:
         name, group = path.relative_to(folder).as_posix(), path.parent.relative_to(folder).as_posix()
-        captions, fault = _captions_in(found.captions[path]) if path in found.captions else (("",), "")
+        captions, fault = _captions_in(found.captions[path]) if path in found.captions else ((found.texts.get(path, ""),), "")
         problems += [Problem(name, fault, True)] if fault else []
         examples.append(Example(name, path, captions, "" if group == "." else group, (), mask_beside(path)))
     return examples, problems

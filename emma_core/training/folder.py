@@ -9,9 +9,12 @@ from pathlib import Path
 
 from ..files.picture_file import MASK_SUFFIX, PICTURE_SUFFIXES, readable_suffixes
 from .checkpoints import checkpoints
+from .metadata_file import METADATA, read_metadata
 
 _OWN_FOLDERS, _OWN_FILES = ("samples", "cache", "tensorboard"), ("log.jsonl", "loss.png", "config.toml")
 _TEXTS = (".txt", ".caption", ".captions", ".cap")
+_FIRST, _SECOND = ".txt", (".caption", ".CAPTION")
+_TABLES = (".csv", ".parquet")
 _LOST = "belongs to no picture: there is none of this name"
 _MOST_NAMED = 5
 
@@ -23,11 +26,13 @@ class Found:
     Args:
         pictures: in the order of their names.
         captions: the caption file of a picture that has one.
+        texts: the caption of a picture without one that a metadata.jsonl tells.
         unused: (file or files, relative to the folder; the reason).
     """
 
     pictures: list[Path] = field(default_factory=list)
     captions: dict[Path, Path] = field(default_factory=dict)
+    texts: dict[Path, str] = field(default_factory=dict)
     unused: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -36,6 +41,7 @@ def find_in(folder: Path, caption_ending: str) -> Found:
 
     Args:
         caption_ending: of caption files, as `.txt`; in small or large letters, after the picture's name or its whole name.
+            Where a picture has no `.txt`, the default, a `.caption` is its caption file.
     """
     reasons: dict[str, list[str]] = defaultdict(list)
     files = sorted(_walk(folder, folder, (), reasons))
@@ -47,13 +53,18 @@ def find_in(folder: Path, caption_ending: str) -> Found:
         named = [path for path in _caption_names(picture, caption_ending) if path in there]
         if named:
             found.captions[picture] = named[0]
+    tables = [path for path in files if path.name == METADATA]
+    for table in tables:
+        told, lost = read_metadata(table, set(found.pictures) - set(found.captions))
+        found.texts |= told
+        found.unused += [(table.relative_to(folder).as_posix(), reason) for reason in lost]
     stems = {*found.pictures, *(path.with_suffix("") for path in found.pictures)}
-    used = {*found.pictures, *found.captions.values(),
+    used = {*found.pictures, *found.captions.values(), *tables,
             *(path for path in masks if path.with_name(path.name[:-len(MASK_SUFFIX)]) in stems)}
     for path in files:
         if path not in used:
             reasons[_reason(path, caption_ending, masks, stems)].append(path.relative_to(folder).as_posix())
-    found.unused = [(name, _LOST) for name in reasons.pop(_LOST, ())]
+    found.unused += [(name, _LOST) for name in reasons.pop(_LOST, ())]
     found.unused += [(_some(names), reason) for reason, names in reasons.items()]
     return found
 
@@ -85,7 +96,7 @@ def _is_run(folder: Path) -> bool:
 
 def _caption_names(picture: Path, ending: str) -> Iterator[Path]:
     """Where a picture's captions may be, the first of them first."""
-    for suffix in dict.fromkeys((ending, ending.lower(), ending.upper())):
+    for suffix in dict.fromkeys((ending, ending.lower(), ending.upper(), *(_SECOND if ending == _FIRST else ()))):
         yield picture.with_suffix(suffix)
         yield picture.with_name(picture.name + suffix)
 
@@ -98,10 +109,12 @@ def _reason(path: Path, caption_ending: str, masks: set[Path], stems: set[Path])
     if suffix in PICTURE_SUFFIXES:
         return ("a picture of a kind that this Pillow cannot read, so left out; save it as PNG"
                 + (", or `pip install pillow-heif`" if suffix in (".heic", ".heif") else ""))
+    if suffix in _TEXTS and caption_ending == _FIRST and suffix == _SECOND[0]:
+        return _LOST if path.with_suffix("") not in stems else "another caption file of its picture is read"
     if suffix in _TEXTS:
         return f"not read: caption files end in {caption_ending} here (data.caption_extension)"
-    if path.name == "metadata.jsonl":
-        return "not read: write its lines as {\"image\": ..., \"caption\": ...} and name it in data.jsonl"
+    if path.stem == "metadata" and suffix in _TABLES:
+        return f"not read: of Hugging Face's tables of captions only {METADATA} is; save it as one"
     return "neither a picture nor its caption or mask, so not read"
 
 

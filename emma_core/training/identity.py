@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TrainingError
+from ..files.content_mark import content_mark
+from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from .checkpoints import checkpoints, load_checkpoint
 from .config import TrainConfig
 
@@ -24,20 +26,56 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
             for section, table in config.to_dict().items() if isinstance(table, dict) for key, value in table.items()}
 
 
+FILES = "files"  # their marks, in what a checkpoint says of its run
 # runs that are older than these settings must find their folder again
 _NEWER = ("module.layers", "module.inner", "teacher.blocks", "ella.tokenizer")
 _PLACES = ("data.folder", "data.jsonl", "data.shards")
+
+
+def file_marks(config: TrainConfig) -> dict[str, str]:
+    """Of each file that the settings name, and that what is learnt depends on: a digest of its contents, see `content_mark`."""
+    own = config.base.checkpoint == PLAYGROUND
+    shipped = {"base.checkpoint": "unet", "base.vae": "autoencoder", "ella.file": "ella", "ella.text_encoder": "t5",
+               "encoder.file": "encoder"}
+    named = {"base.checkpoint": "" if own else config.base.checkpoint, "base.vae": config.base.vae,
+             "base.lora": config.base.lora, "ella.file": config.ella.file, "ella.text_encoder": config.ella.text_encoder,
+             "ella.tokenizer": config.ella.tokenizer, "encoder.file": config.encoder.file,
+             "module.start": config.module.start, "teacher.lora": config.teacher.lora,
+             "teacher.ip_adapter": config.teacher.ip_adapter, "teacher.ip_image_encoder": config.teacher.ip_image_encoder,
+             "teacher.prompts": config.teacher.prompts}
+    if own:
+        named |= {key: PLAYGROUND_DIR / f"{name}.safetensors" for key, name in shipped.items() if not named[key]}
+    return {key: content_mark(path) for key, path in named.items() if path}
 
 
 def check_folder(folder: Path, config: TrainConfig) -> None:
     """Refuse a folder that another run is in, before anything is written there.
 
     Raises:
-        TrainingError: its newest checkpoint belongs to a run with other settings, or is damaged.
+        TrainingError: its newest checkpoint belongs to a run with other settings or of other files, or is damaged.
     """
     found = checkpoints(folder)
     if found:
-        check_identity(load_checkpoint(found[-1])["run"], config, found[-1])
+        run = load_checkpoint(found[-1])["run"]
+        check_identity(run, config, found[-1])
+        check_files_of_run(run, file_marks(config), found[-1])
+
+
+def check_files_of_run(found: Mapping[str, Any], marks: Mapping[str, str], checkpoint: Path) -> None:
+    """Refuse a checkpoint of a run whose files had other contents under the same names.
+
+    Args:
+        found: what the checkpoint says of its run; of before contents belonged to it, it says nothing of them.
+        marks: see `file_marks`.
+        checkpoint: its path, for the message.
+    Raises:
+        TrainingError: the settings whose files are others.
+    """
+    before = found.get(FILES, {})
+    changed = [key for key, mark in marks.items() if before.get(key, mark) != mark]
+    if changed:
+        raise TrainingError(f"{checkpoint} belongs to a run with other files: the contents of {', '.join(changed)} have "
+                            "changed. Give this run a folder of its own, or put these files back.")
 
 
 def check_identity(found: Mapping[str, Any], config: TrainConfig, checkpoint: Path) -> None:

@@ -18,6 +18,7 @@ from ..encoders.options import EncodeOptions
 from ..encoders.weights import weights_path
 from ..errors import FileError, ReferenceMismatchError, TrainingConfigError, short
 from ..files.picture_file import open_picture, picture_tensor
+from ..files.plain_file import is_there
 from .config import TeacherConfig
 from .draws import BatchRow
 from .prepared import Prepared
@@ -130,7 +131,7 @@ def _check(config: TeacherConfig) -> None:
         raise TrainingConfigError("teacher.ip_adapter needs teacher.ip_image_encoder: the folder or file of its CLIP vision "
                                   "encoder (for SD1.5 adapters CLIP ViT-H, models/image_encoder). Set it.")
     for key in ("ip_adapter", "ip_image_encoder"):
-        if not Path(getattr(config, key)).exists():
+        if not is_there(getattr(config, key)):
             raise TrainingConfigError(f"teacher.{key} = {getattr(config, key)!r} does not exist. Check the path.")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import TrainingError
 from ..files.json_file import JsonFault, loads
 from ..files.plain_file import check_plain_file
+from ..files.writing import explained
 
 
 class Log:
@@ -18,7 +19,12 @@ class Log:
         self.path = path
 
     def write(self, **values: Any) -> None:
-        with open(self.path, "a", encoding="utf-8") as stream:
+        """Append a line.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
+        with explained(self.path), open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(values) + "\n")
 
     def read(self) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from ..base.backbones import Backbone
 from ..base.lora import LoraSwitch
 from ..errors import TrainingConfigError
-from ..files.plain_file import visible
+from ..files.plain_file import is_folder, visible
 from .config import TeacherConfig
 from .draws import BatchRow
 from .prepared import Prepared
@@ -89,7 +89,7 @@ def lora_files(path: Path) -> dict[str, Path]:
     Raises:
         TrainingConfigError: a folder without such files.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         return {"": path}
     files = {file.stem: file for file in visible(path.glob("*.safetensors"))}
     if not files:

@@ -71,6 +71,10 @@ class OwnLatents:
     def features(self, reference: int, variant: int) -> dict[str, torch.Tensor]:
         return self.reference_set.features(reference, variant)
 
+    def mark(self) -> str:
+        """Of the references: the latents come from the model itself."""
+        return self.reference_set.mark()
+
     def summary(self) -> dict:
         """Counts, for a module's metadata."""
         return {"own_latents": len(self), "distinct_prompts": len(set(self._prompts)), "references": len(self._references)}

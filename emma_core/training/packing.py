@@ -80,7 +80,7 @@ def _tensor_of(node: Mapping[str, Any], near: torch.Tensor | None) -> torch.Tens
         else:
             word_N = _words(near) + ((word_N >> 1) ^ -(word_N & 1).view(np.int32).astype(np.int32)).astype(np.uint32)
         return torch.from_numpy(word_N.view(np.float32)).reshape(node[_SHAPE])
-    except (KeyError, TypeError, AttributeError, RuntimeError, zlib.error) as found:
+    except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError, zlib.error) as found:
         raise ValueError(f"packed numbers that cannot be read ({type(found).__name__})") from found
 
 
@@ -102,6 +102,8 @@ def _coded(plane_N: np.ndarray) -> bytes:
 
 def _decoded(plane: torch.Tensor, count: int) -> np.ndarray:
     """At most one byte more than ``count``, however much the code claims."""
+    if count > 8 * plane.numel():  # a Huffman code takes a bit for a byte at least
+        raise ValueError(f"{plane.numel()} bytes of code for {count} numbers")
     content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(plane.numpy(), count + 1)
     return np.frombuffer(content, np.uint8)
 

@@ -83,6 +83,10 @@ class Prepared:
         """Feature name -> (V, D)."""
         return self._entry(self.stores[2], self.variant_keys[reference][variant])
 
+    def mark(self) -> str:
+        """A digest of what is in the pictures and the references."""
+        return key_of(*self.latent_keys, *sorted(self.variant_keys.items()))
+
     def summary(self) -> dict[str, Any]:
         """Counts, for a module's metadata: no names, no paths."""
         captions = [caption for example in self.examples for caption in example.captions]

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ..base.schedule import TIMESTEPS
+from ..files.writing import make_folder, write_picture
 from .config import TrainConfig
 from .log import Log
 from .losses import BUCKETS
@@ -18,6 +19,7 @@ from .trainer import Trainer, UpdateReport
 
 _CURVE_PX = (760, 420)
 _MARGIN_LEFT, _MARGIN_TOP, _MARGIN_RIGHT, _MARGIN_BOTTOM = 64, 34, 190, 44
+_MOST_STEPS = 10**12  # of a line that is not damaged
 _INK, _GRID, _PAPER = (40, 40, 40), (225, 225, 225), (255, 255, 255)
 _COLOURS = ((33, 102, 172), (103, 169, 207), (120, 120, 120), (239, 138, 98), (178, 24, 43))
 
@@ -44,7 +46,7 @@ class Reporter:
         if progress.buckets:
             self.log.write(step=progress.step, loss=round(progress.loss, 6), rate=progress.rate,
                            seconds=round(progress.seconds, 2), buckets=_rounded(progress.buckets), gates=progress.gates)
-            draw_loss_curve(self.log.read()).save(self._trainer.folder / "loss.png")
+            write_picture(self._trainer.folder / "loss.png", draw_loss_curve(self.log.read()))
             self._tell_tensorboard(progress)
         every = self._config.report.sample_every
         if self._sampler is not None and every and progress.step % every == 0:
@@ -52,10 +54,8 @@ class Reporter:
 
     def sample(self) -> Path:
         """Draw the sample sheet of now."""
-        folder = self._trainer.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{self._trainer.step:08d}.png"
-        self._sampler.sheet(self._trainer).save(path)
+        path = make_folder(self._trainer.folder / "samples") / f"{self._trainer.step:08d}.png"
+        write_picture(path, self._sampler.sheet(self._trainer))
         return path
 
     def _tell_tensorboard(self, progress: UpdateReport) -> None:
@@ -70,8 +70,8 @@ class Reporter:
 
 def draw_loss_curve(lines: Sequence[dict[str, Any]]) -> Image.Image:
     """Loss over updates, one curve for each fifth of the timesteps, on a logarithmic axis."""
-    curves = [[(line["step"], line["buckets"][index]) for line in lines if line.get("buckets") and line["buckets"][index]]
-              for index in range(BUCKETS)]
+    known = [(line["step"], line["buckets"]) for line in lines if _is_report(line)]
+    curves = [[(step, means[index]) for step, means in known if means[index]] for index in range(BUCKETS)]
     sheet = Image.new("RGB", _CURVE_PX, _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     right, bottom = _CURVE_PX[0] - _MARGIN_RIGHT, _CURVE_PX[1] - _MARGIN_BOTTOM
@@ -100,6 +100,13 @@ def draw_loss_curve(lines: Sequence[dict[str, Any]]) -> Image.Image:
             draw.line([place(*point) for point in curve], fill=_COLOURS[index], width=2)
         draw.text((right + 12, _MARGIN_TOP + 20 * index), f"timesteps {bucket_name(index)}", fill=_COLOURS[index], font=font)
     return sheet
+
+
+def _is_report(line: dict[str, Any]) -> bool:
+    """Whether a line of a log, which may be damaged, tells means by timestep."""
+    step, means = line.get("step"), line.get("buckets")
+    return (type(step) is int and 0 < step <= _MOST_STEPS and isinstance(means, list) and len(means) == BUCKETS
+            and all(mean is None or (type(mean) is float and 0 <= mean < math.inf) for mean in means))
 
 
 def bucket_name(index: int) -> str:

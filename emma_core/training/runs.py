@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,15 @@ import torch
 from ..base.parts import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Parts
 from ..drawing import thumbnails
 from ..files.picture_file import open_picture, picture_tensor
+from ..files.writing import make_folder, write_text
 from ..model.gated_resampler import GatedResampler
+from .acceleration import new_accelerator, new_device
 from .beginning import Frozen, begin
 from .checks import check
 from .config import TrainConfig
 from .examples import Example, describe, read_examples, require
-from .identity import check_folder
+from .identity import check_folder, file_marks
+from .lock import alone_in
 from .own_latents import OwnLatents, own_latents
 from .parts import encode_references, encoders_of, load_parts, options_of, prepare_precision
 from .places import place_weights
@@ -58,29 +62,37 @@ def run(
     Raises:
         TrainingConfigError, TrainingDataError, TrainingError, FileError: see the parts.
     """
-    from accelerate import Accelerator, PartialState
-
     check(config)
-    folder = Path(config.output.folder)
-    config, dtype = prepare_precision(config, PartialState(cpu=device == "cpu").device)
+    folder, cpu = Path(config.output.folder), device == "cpu"
+    config, dtype = prepare_precision(config, new_device(cpu))
     check_folder(folder, config)
-    precision = config.train.precision
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu")
+    accelerator = new_accelerator(config.train.precision, cpu)
     processes = Processes.of_run()
     examples, problems = read_examples(config.data, processes)
     if accelerator.is_main_process:
         say(describe(examples, problems, config.data))
     require(examples, problems)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    with alone_in(folder) if accelerator.is_main_process else nullcontext():
+        bars = bars and accelerator.is_main_process
+        return _run(config, dtype, accelerator, processes, examples, say, bars, begin_with or begin_run)
+
+
+def _run(
+    config: TrainConfig, dtype: torch.dtype, accelerator: Accelerator, processes: Processes, examples: Sequence[Example],
+    say: Callable[[str], None], bars: bool, begin_with: Callable[..., Trainer],
+) -> Path:
+    """As `run`, with settings and data that were checked, in a folder of its own."""
+    folder = Path(config.output.folder)
     parts = load_parts(config, dtype, accelerator.device)
-    data, texts, references = encoded(config, parts, examples, folder, processes, bars and accelerator.is_main_process)
-    trainer = (begin_with or begin_run)(config, parts, data, accelerator, folder)
+    data, texts, references = encoded(config, parts, examples, folder, processes, bars)
+    trainer = begin_with(config, parts, data, accelerator, folder)
     resumed = trainer.resume()
     if accelerator.is_main_process:
-        (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        write_text(folder / "config.toml", config.to_toml())
         if resumed:
             say(f"going on after update {trainer.step}")
-    with _bar(trainer, bars and accelerator.is_main_process) as bar:
+    with _bar(trainer, bars) as bar:
         sampler = Sampler(parts.backbone, config.report, texts, references, data.bucket(0))
         reporter = Reporter(config, trainer, sampler if config.report.sample_every else None, bar)
         trainer.run(reporter)
@@ -128,7 +140,8 @@ def begin_run(
         teacher = named.target_on(data.reference_set)
     base = {"name": parts.backbone.name, "sha256": parts.backbone.sha256}
     places = place_weights(data).get if config.objective.place_weight else None
-    return begin(config, Frozen(parts.backbone, parts.connector, base, encoder, teacher, places), data, accelerator, folder)
+    frozen = Frozen(parts.backbone, parts.connector, base, encoder, teacher, places, files=file_marks(config))
+    return begin(config, frozen, data, accelerator, folder)
 
 
 def encoded(

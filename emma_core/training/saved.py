@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..files.plain_file import is_file
 from .checkpoints import checkpoints
 from .config import TrainConfig
 
@@ -29,4 +30,4 @@ class Sitting:
 
     def _stamps(self) -> dict[Path, tuple[int, int]]:
         paths = [*checkpoints(self._folder)[-1:], self._folder / self._result]
-        return {path: (found.st_ino, found.st_mtime_ns) for path in paths if path.is_file() and (found := path.stat())}
+        return {path: (found.st_ino, found.st_mtime_ns) for path in paths if is_file(path) and (found := path.stat())}

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import EmmaWarning, TrainingConfigError, TrainingError, quoted, short
 from ..files.json_file import JsonFault, is_text, loads
+from ..files.plain_file import is_file
 from .store import FeatureStore, Filling
 
 SAMPLE_PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -229,9 +230,9 @@ def find_shards(pattern: str) -> tuple[list[Path], str]:
     """
     paths: dict[Path, None] = {}
     missing = []
-    for name in [pattern] if Path(pattern).is_file() else _braces(pattern):
-        found = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
-        files = [path for path in map(Path, found) if path.is_file()]
+    for name in [pattern] if is_file(Path(pattern)) else _braces(pattern):
+        found = [name] if is_file(Path(name)) else sorted(glob.glob(name, recursive=True))
+        files = [path for path in map(Path, found) if is_file(path)]
         paths |= dict.fromkeys(files)
         missing += [] if files else [name]
     if not missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -18,15 +17,14 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from ..errors import EmmaWarning, FileError, TrainingError, short
+from ..errors import EmmaWarning, FileError, TrainingError, WriteError, short
 from ..files.json_file import parse_json, read_json
 from ..files.tensor_file import TensorFile, open_tensors
-from ..files.writing import write_atomically
+from ..files.writing import make_folder, write_atomically
 
 MOST_OPEN = 64
 FLUSH_ENTRIES = 64
 _ENDING = ".safetensors"
-_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 @dataclass(frozen=True)
@@ -113,12 +111,12 @@ class FeatureStore:
 
     def _write(self, path: Path, content: bytes, times: float) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             write_atomically(path, lambda temporary: temporary.write_bytes(content))
-        except OSError as found:
-            if found.errno not in _FULL:
-                raise TrainingError(f"the cache {path.parent} cannot be written ({found.strerror}). Check the folder's "
-                                    "permissions, or name another in data.cache.") from found
+        except WriteError as found:
+            if not found.full:
+                raise TrainingError(f"the cache {path.parent} cannot be written ({found.reason}). {found.remedy} (data.cache)."
+                                    ) from found
             free, needed = shutil.disk_usage(path.parent).free, len(content) * times
             raise TrainingError(f"the disk of the cache {path.parent} is full: {_size(free)} free, about {_size(needed)} "
                                 "needed. Make room, or name another folder in data.cache, and start again: what was written "

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 from ..errors import EmmaWarning, TrainingError
 from ..files.connector_file import save_connector
 from ..files.module_file import save_module
+from ..files.writing import make_folder
 from ..model.connector import Connector
 from ..model.gated_resampler import GatedResampler
 from ..model.module_config import ModuleConfig
@@ -29,7 +31,7 @@ from .averaging import AveragedWeights, cosine_rate
 from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_or_explain
 from .config import TrainConfig
 from .draws import Batch, Draws, TrainingSet
-from .identity import check_identity, check_same_place, run_identity
+from .identity import FILES, check_files_of_run, check_identity, check_same_place, run_identity
 from .interrupts import Interrupts
 from .losses import TimestepBuckets
 from .student import Student
@@ -84,13 +86,16 @@ class Trainer:
         data: prepared pictures.
         accelerator: device, precision and processes.
         folder: of checkpoints and results; made if needed.
+        files: marks of the files that the frozen parts come from: a run goes on with these alone.
     """
 
     def __init__(
-        self, config: TrainConfig, student: Student, data: TrainingSet, accelerator: Accelerator, folder: Path
+        self, config: TrainConfig, student: Student, data: TrainingSet, accelerator: Accelerator, folder: Path,
+        files: Mapping[str, str] = MappingProxyType({}),
     ):
+        self._files = dict(files)
         self.config, self.student, self.data, self.accelerator, self.folder = config, student, data, accelerator, folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         student.freeze()
         student.learning.to(accelerator.device)
         if isinstance(student.connector, nn.Module):
@@ -200,20 +205,21 @@ class Trainer:
             "step": self.step, "seconds": self.seconds, "learning": self.student.learning.state_dict(),
             "optimizer": self.optimizer.state_dict(), "draws": self.draws.state,
             "average": self.average.values if self.average else {}, "scaler": scaler.state_dict() if scaler else {},
-            "run": run_identity(self.config),
+            "run": {**run_identity(self.config), FILES: self._files},
         }
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint of the folder, if there is one.
 
         Raises:
-            TrainingError: it belongs to a run with other settings, or is damaged.
+            TrainingError: it belongs to a run with other settings or of other files, or is damaged.
         """
         found = checkpoints(self.folder)
         if not found:
             return False
         state = load_checkpoint(found[-1])
         check_identity(state["run"], self.config, found[-1])
+        check_files_of_run(state["run"], self._files, found[-1])
         if self.draws.changed_since(state["draws"]):
             check_same_place(state["run"], self.config, found[-1])
         self.step, self.seconds = state["step"], state["seconds"]

@@ -100,7 +100,8 @@ def test_no_name_leads_out_of_the_folders(comfyui):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("a: [", "is not YAML"), ("- 1", "wanted sections"), ("a: 5", "the section a holds 5"),
-    ("x: &x [*x]\na: *x", "the section x holds")])
+    ("x: &x [*x]\na: *x", "the section x holds"), ("a: 2001-99-99", "is not YAML"),
+    ("a:\n  base_path: [a]", r"base_path = \['a'\]; wanted a folder"), ("#" * 100_000, "holds 100,000 bytes")])
 def test_damaged_extra_model_paths_are_refused(comfyui, text, message):
     put(comfyui / "extra_model_paths.yaml", text)
     with pytest.raises(SettingsError, match=message):

@@ -11,7 +11,7 @@ from small_models import SMALL, small_connector, small_module, small_text
 
 import emma_core.files.connector_file as connector_file
 from emma_core import ConnectorConfig, load_connector, save_connector, save_module
-from emma_core.errors import ConnectorFileError, ConnectorMismatchError
+from emma_core.errors import ConnectorFileError, ConnectorMismatchError, WriteError
 from emma_core.files.tensor_file import sha256_of_file
 
 HEADS = {"ella": json.dumps({"heads": 4})}
@@ -90,7 +90,7 @@ def test_a_failing_write_leaves_the_old_file_as_it_was(saved, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(connector_file, "save_file", disk_full)
-    with pytest.raises(OSError, match=r"No space left"):
+    with pytest.raises(WriteError, match=r"cannot be written: the disk is full. Make room there"):
         save_connector(small_connector(seed=9), saved)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]

@@ -13,7 +13,7 @@ from small_models import OBJECT, SMALL, small_connector, small_features, small_m
 import emma_core.files.module_file as module_file
 from emma_core import Assembly, FeatureSpec, GatedResampler, ModuleConfig, Reference, load_module, save_module
 from emma_core.__main__ import main
-from emma_core.errors import ConnectorMismatchError, EmmaWarning, FileError, ModuleFileError
+from emma_core.errors import ConnectorMismatchError, EmmaWarning, FileError, ModuleFileError, WriteError
 from emma_core.files.connector_file import load_connector, save_connector
 
 EXTRAS = {"encoder": {"family": "clip-vit-h-14", "fingerprint": "ab12", "masked": True}, "training": {"steps": 7}}
@@ -212,7 +212,7 @@ def test_a_failing_write_leaves_the_old_file_as_it_was(module, saved, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module_file, "save_file", disk_full)
-    with pytest.raises(OSError, match=r"No space left"):
+    with pytest.raises(WriteError, match=r"cannot be written: the disk is full. Make room there"):
         save_module(module, saved)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]

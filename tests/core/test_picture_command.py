@@ -17,6 +17,7 @@ from emma_core.commands import generate as command
 from emma_core.files.picture_file import open_picture, picture_tensor
 from emma_core.model.addition import Addition
 from emma_core.playground import PLAYGROUND_DIR
+from emma_core.text.encoder import load_text_encoder
 
 STYLE, FACE = (str(PLAYGROUND_DIR / f"emma-{condition}.safetensors") for condition in ("style", "face"))
 NOTO, DARK = (PLAYGROUND_DIR / "references" / f"{name}.png" for name in ("style-noto", "face-dark"))
@@ -72,6 +73,19 @@ def test_a_picture_tells_what_it_shows_and_is_never_overwritten(tmp_path, capsys
                                        "emma_modules": "emma-style.safetensors style-noto.png 1.5"}
 
 
+def test_brackets_weigh_words_as_in_comfyui(world, tmp_path, capsys):
+    encode = load_text_encoder(PLAYGROUND_DIR / "t5.safetensors").encode_weighted
+    weighted = replace(world.pipeline, encode_text=encode)
+    drawn = {}
+    for prompt in ("(man:1.6) cook", "man cook", "\\(man\\) cook"):
+        [path] = written(capsys, prompt, "--out", str(tmp_path))
+        [wanted] = generate(weighted, [Request(prompt)], Sampling(3, 4.0))
+        drawn[prompt] = np.asarray(Image.open(path), dtype=np.float32) / 255
+        assert np.abs(drawn[prompt] - wanted.numpy()).max() <= 1.01 / 255
+    assert np.abs(drawn["(man:1.6) cook"] - drawn["man cook"]).max() > 0.05
+    assert np.abs(drawn["\\(man\\) cook"] - drawn["man cook"]).max() > 0.05
+
+
 def test_pictures_go_into_a_folder_that_no_guide_trains_on(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [path.rpartition("/")[0] for path in written(capsys, "man cook")] == ["output"]
@@ -87,7 +101,15 @@ def test_pictures_go_into_a_folder_that_no_guide_trains_on(tmp_path, capsys, mon
     (["--sampling.width_px", "500"], "500 x 128 pixels; wanted .* multiples of 8"),
     (["--module", str(NOTO), str(NOTO)], "style-noto.png"),
     (["--module", STYLE, STYLE], "emma-style.safetensors is no picture that can be read"),
-    (["--out", STYLE], "emma-style.safetensors' is a file; wanted a folder"),
+    (["--out", STYLE], "--out = .*emma-style.safetensors cannot be written: a file is in its place. Name a folder"),
+    (["--out", f"{STYLE}/below"], "--out = .*below cannot be written: it lies below a file. Name a folder"),
+    (["--out", "x" * 300], "--out = x.* cannot be written: the name is too long. Shorten it"),
+    (["--out", "a\0b"], r"--out = a\\x00b cannot be written: embedded null"),
+    (["--module", STYLE, "x" * 5000], "names 'x.* which is no file"),
+    (["--ella.text_encoder", "x" * 5000], "ella.text_encoder = 'x.* does not exist"),
+    (["--base.vae", "a\0b"], "does not exist"),
+    (["(man cook:nan)"], "the prompt .* gives 'man cook' a weight that is no finite number; wanted one such as 1.2"),
+    (["(" * 100 + "man" + ")" * 100], "brackets in brackets, more than 64 deep"),
     (["--count", "0"], "--count 0; wanted 1 or more"),
     (["--encoder.files", "no-such-file", "--module", STYLE, str(NOTO)], "no-such-file"),
     (["--base.checkpoint", "no-such-file.safetensors"], "ella.file is not set"),
@@ -96,7 +118,8 @@ def test_pictures_go_into_a_folder_that_no_guide_trains_on(tmp_path, capsys, mon
 ])
 def test_mistakes_are_told_in_one_line_before_anything_is_loaded_or_written(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(command, "TextToImage", lambda *parts: pytest.fail("models were loaded"))
-    assert main(["generate", "man cook", "--out", str(tmp_path / "out"), *QUICK, *arguments]) == 1
+    first, rest = (arguments, []) if arguments[0].startswith("(") else (["man cook"], arguments)
+    assert main(["generate", *first, "--out", str(tmp_path / "out"), *QUICK, *rest]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert re.search(message, lines[0]), lines[0]

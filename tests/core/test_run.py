@@ -56,11 +56,11 @@ def test_torch_lines_of_a_host_are_left_out():
 
 
 def test_arguments_are_sorted_into_suites():
-    folders = [str(ROOT / "tests" / suite) for suite in ("lab", "host", "browser")]
+    folders = [str(ROOT / "tests" / suite) for suite in ("lab", "fuzz", "host", "browser")]
     named = [str(ROOT / "tests/core/test_run.py") + "::test_x", *folders]
     choice = split_arguments([*named, "-k", "seam"])
     assert choice.core_paths == (f"{ROOT / 'tests/core/test_run.py'}::test_x",)
-    assert [choice.lab_paths, choice.host_paths, choice.browser_paths] == [(folder,) for folder in folders]
+    assert [choice.lab_paths, choice.fuzz_paths, choice.host_paths, choice.browser_paths] == [(folder,) for folder in folders]
     assert choice.options == ("-k", "seam")
 
 
@@ -121,18 +121,18 @@ def started(tmp_path, monkeypatch):
 @pytest.mark.parametrize("chosen", [[], ["-m", "gpu"]])
 def test_slow_tests_run_last_and_only_when_asked_for(started, chosen, capsys):
     assert main(["test", "--jobs", "1", *chosen]) == 0
-    assert [label for label, _ in started] == ["ComfyUI 0.3.64", "core", "browser: ComfyUI 0.3.64", "lab"]
+    assert [label for label, _ in started] == ["ComfyUI 0.3.64", "core", "browser: ComfyUI 0.3.64", "lab", "fuzz"]
     started.clear()
     assert main(["test", "--jobs", "1", "--slow", *chosen]) == 0
-    assert [label for label, _ in started] == ["ComfyUI 0.3.64", "core", "browser: ComfyUI 0.3.64", "lab", "core, slow"]
+    assert [label for label, _ in started] == ["ComfyUI 0.3.64", "core", "browser: ComfyUI 0.3.64", "lab", "fuzz", "core, slow"]
     assert [arguments for _, arguments in started] == [
-        *([str(ROOT / "tests" / folder), *chosen] for folder in ("host", "core", "browser", "lab")),
+        *([str(ROOT / "tests" / folder), *chosen] for folder in ("host", "core", "browser", "lab", "fuzz")),
         [str(ROOT / "tests" / "core"), *chosen, "-m", "slow"],
     ]
-    assert capsys.readouterr().out.strip().endswith("5 passed, 0 failed, 0 skipped")
+    assert capsys.readouterr().out.strip().endswith("6 passed, 0 failed, 0 skipped")
 
 
-@pytest.mark.parametrize("suite", ["core", "lab", "host", "browser"])
+@pytest.mark.parametrize("suite", ["core", "lab", "fuzz", "host", "browser"])
 def test_named_tests_run_in_their_suite_alone(started, suite):
     chosen = str(ROOT / "tests" / suite)
     assert main(["test", chosen]) == 0
@@ -142,7 +142,7 @@ def test_named_tests_run_in_their_suite_alone(started, suite):
 def test_without_a_chromium_the_rest_runs_and_the_end_says_what_to_install(started, monkeypatch, capsys):
     monkeypatch.setattr("harness.suites.find_chromium", lambda: None)
     assert main(["test"]) == 0
-    assert {label for label, _ in started} == {"core", "lab", "ComfyUI 0.3.64"}
+    assert {label for label, _ in started} == {"core", "lab", "fuzz", "ComfyUI 0.3.64"}
     assert "BROWSER TESTS SKIPPED: NO CHROMIUM FOUND (install one" in capsys.readouterr().out
 
 
@@ -150,7 +150,7 @@ def test_without_a_comfyui_the_end_names_both_suites(started, monkeypatch, capsy
     monkeypatch.setattr("harness.suites.find_hosts", lambda named: [])
     assert main(["test"]) == 0
     printed = capsys.readouterr().out
-    assert {label for label, _ in started} == {"core", "lab"}
+    assert {label for label, _ in started} == {"core", "lab", "fuzz"}
     assert "HOST TESTS SKIPPED: NO COMFYUI FOUND" in printed and "BROWSER TESTS SKIPPED: NO COMFYUI FOUND" in printed
 
 

@@ -170,7 +170,7 @@ def test_pictures_of_every_kind_that_pillow_reads_are_learnt_from(tmp_path, endi
     assert [(example.name, example.size_px) for example in examples] == [(f"a.{ending}", SIZE)]
 
 
-@pytest.mark.parametrize("name", ["1.TXT", "1.png.txt", "1.png.TXT"])
+@pytest.mark.parametrize("name", ["1.TXT", "1.png.txt", "1.png.TXT", "1.caption", "1.png.caption", "1.CAPTION"])
 def test_captions_are_found_under_their_usual_names(tmp_path, name):
     draw(tmp_path / "1.png", caption=None)
     (tmp_path / name).write_text("a caption")
@@ -178,16 +178,41 @@ def test_captions_are_found_under_their_usual_names(tmp_path, name):
     assert examples[0].captions == ("a caption",) and name not in texts(problems)
 
 
+def test_captions_of_hugging_faces_image_folders_are_read(tmp_path):
+    """metadata.jsonl, paths relative to it, beside other columns; a caption file of a picture's own wins."""
+    for name in ("a.png", "b.png", "x/c.png", "x/d.png", "x/e.png"):
+        draw(tmp_path / name, caption=None)
+    (tmp_path / "b.txt").write_text("its own")
+    lines(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": " of the table "}, {"file_name": "b.png", "text": "lost"},
+          {"file_name": "./x/c.png", "caption": "one below", "width": 3})
+    lines(tmp_path / "x/metadata.jsonl", {"file_name": "d.png", "text": "ein Käse"},
+          {"file_name": "../../etc/passwd", "text": "a"}, {"file_name": "e.png", "text": "a", "caption": "b"},
+          {"file_name": "e.png", "text": 3}, {"text": "a"}, "{", "[1]")
+    examples, problems = read_examples(config(folder=str(tmp_path)))
+    captions = {example.name: example.captions for example in examples}
+    assert captions == {"a.png": ("of the table",), "b.png": ("its own",), "x/c.png": ("one below",), "x/d.png": ("ein Käse",),
+                        "x/e.png": ("",)}
+    told = [(problem.where, problem.text) for problem in problems if "metadata" in problem.where]
+    lacking = "not used: its file_name is no picture here that lacks a caption"
+    assert told == [("metadata.jsonl", f"line 2 {lacking}"), ("x/metadata.jsonl", f"line 2 {lacking}"),
+                    ("x/metadata.jsonl", "line 3 not used: it has both text and caption; wanted one of them"),
+                    ("x/metadata.jsonl", "line 4 not used: it has neither text nor caption; wanted one of them"),
+                    ("x/metadata.jsonl", "line 5 and 1 more not used: it has no file_name"),
+                    ("x/metadata.jsonl", "line 6 not used: it is not JSON (Expecting property name enclosed in double quotes "
+                                         "at line 1, character 2)")]
+
+
 def test_every_file_that_is_not_used_is_named_with_the_reason(people):
-    other = ["ann/1.caption", "ann/1.png.txt", "metadata.jsonl", "film.mp4", "ann/._1.png"]
+    other = ["ann/1.caption", "ann/1.png.txt", "ann/none.caption", "ann/1.cap", "metadata.csv", "film.mp4", "ann/._1.png"]
     for name in (*other, *(f"{number}.psd" for number in range(9))):
         (people / name).write_bytes(b"x")
     examples, problems = read_examples(config(folder=str(people)))
     found = texts(problems)
     assert len(examples) == 4 and examples[0].captions[0] == "a woman"
-    assert found["ann/1.caption"] == "not read: caption files end in .txt here (data.caption_extension)"
-    assert found["ann/1.png.txt"] == "another caption file of its picture is read"
-    assert "name it in data.jsonl" in found["metadata.jsonl"] and found["ann/._1.png"] == "hidden, so not read"
+    assert found["ann/1.cap"] == "not read: caption files end in .txt here (data.caption_extension)"
+    assert found["ann/1.caption, ann/1.png.txt"] == "another caption file of its picture is read"
+    assert found["ann/none.caption"] == "belongs to no picture: there is none of this name"
+    assert "only metadata.jsonl is" in found["metadata.csv"] and found["ann/._1.png"] == "hidden, so not read"
     assert found["0.psd, 1.psd, 2.psd, 3.psd, 4.psd and 5 more"] == "neither a picture nor its caption or mask, so not read"
 
 

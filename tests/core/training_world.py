@@ -51,6 +51,9 @@ class TinySet:
     def variants(self, reference):
         return 2
 
+    def mark(self):
+        return str(len(self))
+
     def latent(self, index, flipped=False):
         return self.latents[index].flip(-1) if flipped else self.latents[index]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -29,6 +30,38 @@ def test_names_that_are_none_on_some_system_are_refused(run_node, reference, mod
         with pytest.raises(pack_import("emma_core.errors").FileError, match="file's name"):
             run_node(node, **inputs, name=name)
     assert sorted((base_directory / "models").rglob("*")) == before
+
+
+@pytest.mark.parametrize(("number", "found"), [
+    (errno.ENOSPC, "the disk is full. Make room there"), (errno.EROFS, "the disk is read-only. Make it writable"),
+    (errno.EACCES, "there is no permission"), (errno.ENAMETOOLONG, "the name is too long. Shorten it"),
+])
+def test_a_disk_that_takes_no_more_is_told_by_the_save_nodes(
+    run_node, reference, module, pack_import, base_directory, monkeypatch, number, found
+):
+    """At the last moment, when the file would get its name: nothing is left, and what has this name stays."""
+    def refuse(old, new):
+        raise OSError(number, os.strerror(number))
+
+    models, before = base_directory / "models", {}
+    for folder in ("emma", "emma_references"):
+        (models / folder).mkdir(parents=True, exist_ok=True)
+        before |= {path: path.read_bytes() for path in (models / folder).rglob("*") if path.is_file()}
+    monkeypatch.setattr("os.replace", refuse)
+    for node, inputs in (("EMMASaveReference", {"reference": reference}), ("EMMASaveModule", {"module": module})):
+        with pytest.raises(pack_import("emma_core.errors").FileError, match=f"full-disk.* cannot be written: {found}"):
+            run_node(node, **inputs, name="full-disk")
+    assert {path: path.read_bytes() for folder in ("emma", "emma_references") for path in (models / folder).rglob("*")
+            if path.is_file()} == before
+
+
+def test_a_folder_that_cannot_be_made_is_told_by_the_save_nodes(run_node, reference, module, pack_import, base_directory):
+    for folder, node, inputs in (("emma_references", "EMMASaveReference", {"reference": reference}),
+                                 ("emma", "EMMASaveModule", {"module": module})):
+        (base_directory / "models" / folder).mkdir(parents=True, exist_ok=True)
+        (base_directory / "models" / folder / "a-file").write_text("")
+        with pytest.raises(pack_import("emma_core.errors").FileError, match="cannot be written: (a file is|it lies below)"):
+            run_node(node, **inputs, name="a-file/below/it")
 
 
 def test_every_load_node_reads_a_replaced_file_again(host_nodes, base_directory):

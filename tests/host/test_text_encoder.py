@@ -44,6 +44,13 @@ def reference_features(state, ids, mask=None, sizes=SIZES):
         return model(input_ids=torch.tensor([ids]), attention_mask=mask).last_hidden_state
 
 
+def save_words(path):
+    """A tokenizer of WORDS."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path))
+
+
 def assert_close(found, wanted, tolerance=1e-4):
     assert found.shape == wanted.shape
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
@@ -156,9 +163,7 @@ def test_own_tokenizer_with_other_special_ids(tmp_path, load, features):
     sizes = {**SIZES, "vocab_size": 8}
     state = random_state(sizes)
     save_file(state, tmp_path / "t5.safetensors", metadata={"t5": json.dumps({**sizes, "tokenizer": "tokenizer.json"})})
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    save_words(tmp_path / "tokenizer.json")
 
     clip = load(tmp_path / "t5.safetensors", empty_prompt="padded to 128")
     assert_close(features(clip, "a red dog"), reference_features(state, [0, 1, 3, 4], sizes=sizes))
@@ -235,3 +240,30 @@ def test_refusals_reach_the_host(tmp_path, load, pack_import):
 def test_standard_tokenizer_is_the_hosts(pack_import, host_path):
     standard = pack_import("host.text_encoder")._STANDARD_TOKENIZER
     assert Path(standard).is_relative_to(host_path) and Path(standard).is_file()
+
+
+WEIGHTED = ["a (red:1.3) cat", "(a red) cat", "((a) red:0.5) blue", "a \\(red\\) (cat)", "a) (red (cat", "((red)", "() a",
+            "(red:) a",
+            "(a (red:1.4) blue:0.7) cat", "(:1.2) a", "(a:1.2:0.5) blue", "( a : 1.5 )", "(a red:-0.5) cat", "(red:0)",
+            "a\n(blue)", "a (b:x) (c", "(((a)))", "", "red"]
+
+
+@pytest.mark.parametrize("prompt", WEIGHTED)
+def test_without_comfyui_brackets_weigh_as_the_host_weighs_them(load, features, state, tmp_path, pack_import, prompt):
+    """Token by token, and in what comes out."""
+    path = tmp_path / "own.safetensors"
+    save_file(state, path)
+    save_words(tmp_path / "own.tokenizer.json")
+    clip, own = load(path), pack_import("emma_core.text.encoder").load_text_encoder(path)
+    parts = pack_import("emma_core.text.prompt_weights").weighted_parts(prompt)
+    wanted = [pair for [batch] in clip.tokenize(prompt).values() for pair in batch]
+    found = [(token, weight) for part, weight in parts for token in own.tokenizer.ids(part)[:-1]]
+    assert [token for token, _ in wanted] == [*(token for token, _ in found), own.tokenizer.eos_id]
+    assert [weight for _, weight in wanted] == pytest.approx([*(weight for _, weight in found), 1.0])
+    assert_close(own.encode_weighted([prompt])[0], features(clip, prompt))
+
+
+@pytest.mark.parametrize("prompt", ["(man cook:nan)", "a (cook:inf)", "(" * 100 + "a" + ")" * 100])
+def test_weights_that_are_none_are_refused_where_they_are_typed(clip, text_encode, pack_import, prompt):
+    with pytest.raises(pack_import("emma_core.errors").TextInputError, match="no finite number|more than 64 deep"):
+        text_encode(clip, prompt)

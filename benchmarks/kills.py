@@ -1,0 +1,190 @@
+"""Kills and interrupts of trainings: each is started again until it ends, and compared with one that nobody disturbed.
+
+Every training is `python -m emma_core train` on the playground, of a few updates on pictures of 64 px, in a process of its
+own that is forked from this one. Signals come at random moments of a sitting, its start and its encoding included; a training
+is disturbed several times in a row. Compared bit for bit are the module and all that the last checkpoint holds. Bits of a
+checkpoint are flipped too, one at a time.
+
+    OMP_NUM_THREADS=1 python benchmarks/kills.py --kills 60 --interrupts 40
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from emma_core.__main__ import main as emma  # noqa: E402
+from emma_core.errors import TrainingError  # noqa: E402
+from emma_core.training import runs  # noqa: E402, F401  (imported once, for all that are forked)
+from emma_core.training.checkpoints import checkpoints, load_checkpoint  # noqa: E402
+
+SETTINGS = ("--data.resolution_px", "64", "--data.bucket_step_px", "8", "--data.workers", "0", "--data.reference_crops", "0",
+            "--train.precision", "fp32", "--train.batch", "2", "--train.accumulate", "2", "--train.warmup", "1",
+            "--train.average", "0.9", "--train.gradient_checkpointing", "false", "--output.thumbnail", "false",
+            "--report.log_every", "1", "--report.save_every", "2", "--report.keep", "3", "--device", "cpu")
+IN_A_ROW = 5  # disturbances of one training
+BETWEEN_TWO_S = 0.1
+KILL, ONCE, TWICE = "SIGKILL", "one SIGINT", "two SIGINTs"
+
+
+def main() -> None:
+    options = parse_options()
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        raise SystemExit("set OMP_NUM_THREADS=1: sums of several threads need not be the same bits, and threads do not survive "
+                         "a fork")
+    chance, started = random.Random(options.seed), time.process_time()
+    with tempfile.TemporaryDirectory(prefix="emma-kills-") as work:
+        folder = Path(work)
+        draw_pictures(folder / "data")
+        begun = time.monotonic()
+        finish(folder, "undisturbed", options.steps)
+        length_s, wanted = time.monotonic() - begun, outcome(folder / "undisturbed")
+        print(f"undisturbed: {options.steps} updates in {length_s:.1f} s", flush=True)
+        flip_bits(checkpoints(folder / "undisturbed")[-1], options.flips, chance)
+        kinds = [KILL] * options.kills + [(ONCE, TWICE)[number % 2] for number in range(options.interrupts)]
+        done: Counter[str] = Counter()
+        equal = other = 0
+        disturbed = list(groups(kinds))
+        chance.shuffle(disturbed)  # so that a suite that is ended early has seen all kinds
+        for number, group in enumerate(disturbed):
+            name = f"run-{number}"
+            found = [disturb(folder, name, options.steps, kind, chance.uniform(0, length_s)) for kind in group]
+            finish(folder, name, options.steps)
+            same = alike(outcome(folder / name), wanted)
+            equal, other = equal + same, other + (not same)
+            done.update(f"{kind}, {where}" for kind, where in zip(group, found, strict=True))
+            print(f"{name}: {', '.join(f'{kind} ({where})' for kind, where in zip(group, found, strict=True))}: "
+                  f"{'equal bit for bit' if same else 'DIFFERENT'}; so far {equal} equal, {other} different", flush=True)
+        report(done, equal, other, time.process_time() - started)
+    sys.exit(bool(other))
+
+
+def draw_pictures(folder: Path) -> None:
+    """Two groups of two pictures with captions."""
+    for group, words in {"dark": ("night", "cave"), "light": ("snow", "cloud")}.items():
+        (folder / group).mkdir(parents=True)
+        for place, word in enumerate(words):
+            picture = Image.radial_gradient("L").resize((96, 96)).rotate(45 * place)
+            (picture if group == "dark" else ImageOps.invert(picture)).save(folder / group / f"{word}.png")
+            (folder / group / f"{word}.txt").write_text(word)
+
+
+def groups(kinds: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Kinds of disturbances, `IN_A_ROW` of one kind after the other, for one training each."""
+    for first in range(0, len(kinds), IN_A_ROW):
+        yield kinds[first:first + IN_A_ROW]
+
+
+def sitting(folder: Path, name: str, steps: int) -> multiprocessing.Process:
+    """A training that goes on, in a process that was forked."""
+    process = multiprocessing.get_context("fork").Process(target=train, args=(folder, name, steps))
+    process.start()
+    return process
+
+
+def train(folder: Path, name: str, steps: int) -> None:
+    """What a sitting runs; its words go into a file."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    log = open(folder / f"{name}.log", "a")  # noqa: SIM115  (as long as the process lives)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.exit(emma(["train", *SETTINGS, "--train.steps", str(steps), "--data.folder", str(folder / "data"),
+                   "--output.folder", str(folder / name)]))
+
+
+def finish(folder: Path, name: str, steps: int) -> None:
+    """Go on to the end."""
+    process = sitting(folder, name, steps)
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{name} ended with {process.exitcode}:\n{(folder / f'{name}.log').read_text()[-2000:]}")
+
+
+def disturb(folder: Path, name: str, steps: int, kind: str, after_s: float) -> str:
+    """Send the signals after so many seconds; returns at which update the training stands then, in words."""
+    process = sitting(folder, name, steps)
+    process.join(after_s)
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL if kind == KILL else signal.SIGINT)
+        if kind == TWICE:
+            process.join(BETWEEN_TWO_S)
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+        process.join()
+    else:
+        return "had ended"
+    found = checkpoints(folder / name)
+    return f"update {int(found[-1].stem.rpartition('-')[2])}" if found else "no checkpoint yet"
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a training leaves, but for the seconds that it took."""
+    state = load_checkpoint(checkpoints(folder)[-1])
+    state.pop("seconds")
+    return {"checkpoint": state, "module": load_file(folder / "emma-module.safetensors")}
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values are the same, tensors bit for bit."""
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def flip_bits(path: Path, count: int, chance: random.Random) -> None:
+    """Single bits of a checkpoint flipped, one after the other: is each noticed?"""
+    whole, noticed = path.read_bytes(), 0
+    for _ in range(count):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            load_checkpoint(path)
+        except TrainingError:
+            noticed += 1
+    path.write_bytes(whole)
+    print(f"{count} flips of a bit in a checkpoint of {len(whole):,} bytes: {noticed} refused, {count - noticed} resumed from",
+          flush=True)
+
+
+def report(done: Counter[str], equal: int, other: int, seconds: float) -> None:
+    """The counts, as they stand in docs/reliability.md."""
+    for kind in (KILL, ONCE, TWICE):
+        places = {place.removeprefix(f"{kind}, "): count for place, count in done.items() if place.startswith(f"{kind}, ")}
+        hit = sum(count for place, count in places.items() if place != "had ended")
+        print(f"{kind}: {hit} of {sum(places.values())} in time ({', '.join(f'{p}: {c}' for p, c in sorted(places.items()))})")
+    print(f"{equal + other} trainings: {equal} equal bit for bit, {other} different; {seconds:.0f} CPU s of this process alone")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=60, help="SIGKILLs (default: %(default)s)")
+    parser.add_argument("--interrupts", type=int, default=40, help="interrupts, every other one double (default: %(default)s)")
+    parser.add_argument("--flips", type=int, default=400, help="bits of a checkpoint (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="updates of a training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
