@@ -30,20 +30,22 @@ _YAML = (b"2001-99-99", b"!!python/object/apply:os.system ['touch ran_code']", b
          b"!!binary x", b"*a")
 _LINES = ("", "\x00", "\ufeff", "0: 1" * 100, "9" * 5000 + ": 1", "[" * 5000, "nan " * 10, "1e999 " * 10, "../../x", "{" * 5000,
           "a" * 100_000, "\x1b[2J", "-1", "(" * 500, ")" * 500, "(a:nan)", "٣: 1", "\u2028")
-_MOST_LINE = 1 << 20
+# files of other kinds
+_OTHERS = (b"", b"<!DOCTYPE html>", b"{}", b"\x89PNG\r\n\x1a\n", b"PK\x05\x06" + b"\0" * 18, b"\xff\xfe[\0]\0",
+           pickle.dumps({"state_dict": {}}, 2), struct.pack("<Q", 2) + b"{}", b"%!PS-Adobe-3.0\n", b"GGUF" + b"\0" * 20,
+           b"SQLite format 3\0")
 
 
-def mutated(content: bytes, kind: str, other: bytes, chance: random.Random) -> bytes:
+def mutated(content: bytes, kind: str, chance: random.Random) -> bytes:
     """One damaged version.
 
     Args:
         content: of the valid file.
         kind: its ending, which chooses the edits beside those of bytes.
-        other: of a valid file of another kind.
         chance: the only randomness.
     """
     if chance.random() < 0.03:
-        return chance.choice((b"", other, b"\0" * len(content), content * 2, b"<!DOCTYPE html>"))
+        return chance.choice((*_OTHERS, b"\0" * len(content), content * 2))
     edits = _EDITS.get(kind, ())
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         edit = chance.choice(edits) if edits and chance.random() < 0.7 else chance.choice(_OF_BYTES)

@@ -25,14 +25,13 @@ MOST_SECONDS = 5.0  # of computing, for one file
 _MOST_WAITING = 300.0  # for one file that takes no computing: a machine that does other things may take long
 _LONGEST_START = 600.0
 _POLL = 0.05
-_LARGEST_OTHER = 1 << 20  # bytes of a valid file that is taken for another
 _ODD_FILES = 0.01  # share of inputs that are no plain file
 GOOD = ("loaded", "refused")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one input: "loaded", "refused", or what must not be; and where it is kept then."""
+    """What came of one input: "loaded", "refused", or what must not be; the seconds it computed, where it is kept."""
 
     target: str
     number: int
@@ -68,10 +67,11 @@ class Worker:
                 if computed <= most_seconds and waited <= max(_MOST_WAITING, most_seconds):
                     continue
                 self.end()
-                return {"kind": "hung", "told": f"{computed:.1f} s of computing, {waited:.1f} s in all", "taken": 0}
+                told = f"{computed:.1f} s of computing, {waited:.1f} s in all"
+                return {"kind": "hung", "told": told, "taken": 0, "seconds": computed}
             if line:
                 return json.loads(line)
-            return {"kind": "died", "told": f"exit status {self._process.wait()}", "taken": 0}
+            return {"kind": "died", "told": f"exit status {self._process.wait()}", "taken": 0, "seconds": 0.0}
 
     def end(self) -> None:
         """Stop the process, if there is one."""
@@ -148,10 +148,7 @@ class Fuzzer:
         if chance.random() < _ODD_FILES:
             _no_plain_file(path, chance)
             return
-        wholes = sorted(file for file in (self._folder / "whole").rglob("*")
-                        if file.is_file() and file.stat().st_size < _LARGEST_OTHER)
-        content = path.read_bytes()
-        path.write_bytes(mutated(content, path.suffix, chance.choice(wholes).read_bytes(), chance))
+        path.write_bytes(mutated(path.read_bytes(), path.suffix, chance))
 
     def _read(self, target: str, number: int, folder: Path, watched: bool) -> Outcome:
         source = folder
@@ -159,7 +156,6 @@ class Fuzzer:
             source = self._folder / "input"
             shutil.rmtree(source, ignore_errors=True)
             shutil.copytree(folder, source)
-        begun = time.monotonic()
         limit = MOST_SECONDS if watched else _LONGEST_START
         answer = self._worker.ask({"target": target, "folder": str(source), "make": False, "watched": watched}, limit)
         kind = answer["kind"]
@@ -167,7 +163,7 @@ class Fuzzer:
             kind = "ran code"
             (self._folder / "ran_code").unlink()
         kept = None if kind in GOOD else self._keep(target, number, source)
-        return Outcome(target, number, kind, answer["told"], time.monotonic() - begun, answer["taken"], kept)
+        return Outcome(target, number, kind, answer["told"], answer["seconds"], answer["taken"], kept)
 
     def _keep(self, target: str, number: int, source: Path) -> Path:
         name = hashlib.sha256(target.encode()).hexdigest()[:8]

@@ -430,24 +430,31 @@ target("prompts of an evaluation", "a.txt", lambda folder: (folder / "a.txt").wr
 
 # texts that are typed
 
+def _typed(path: Path) -> str:
+    """What stands in a widget; where there is no file there is no text."""
+    if not path.is_file():
+        raise EmmaError(f"{path} holds no text")
+    return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+
 def _prompt(folder: Path) -> None:
     save_single(folder, random_t5_encoder())
     (folder / "a.txt").write_text("a (red:1.2) cat on ((the)) \\(blue\\) sofa")
 
 
 def _use_prompt(folder: Path) -> None:
-    text = (folder / "a.txt").read_text(encoding="utf-8", errors="surrogateescape")
+    text = _typed(folder / "a.txt")
     [features_1ND] = load_text_encoder(folder / "t5.safetensors").encode_weighted([text])
     assert torch.isfinite(features_1ND).all()
 
 
 target("keypoints", "a.txt",
        lambda folder: (folder / "a.txt").write_text("30 30 60 30 45 45 32 60 58 60; 3 3 6 3 4 4 3 6 5 6\n"),
-       lambda folder: parse_keypoints((folder / "a.txt").read_text(encoding="utf-8", errors="surrogateescape")))
+       lambda folder: parse_keypoints(_typed(folder / "a.txt")))
 target("keypoints in JSON", "a.json",
        lambda folder: (folder / "a.json").write_text(json.dumps([[[[30, 30], [60, 30], [45, 45], [32, 60], [58, 60]]]])),
-       lambda folder: parse_keypoints((folder / "a.json").read_text(encoding="utf-8", errors="surrogateescape")))
+       lambda folder: parse_keypoints(_typed(folder / "a.json")))
 target("prompt", "a.txt", _prompt, _use_prompt)
 target("keyframes", "a.txt", lambda folder: (folder / "a.txt").write_text("0: 0.5, 12: 1.0\n24: 0.25\n"),
        lambda folder: values_over_frames(
-           parse_keyframes((folder / "a.txt").read_text(encoding="utf-8", errors="surrogateescape")), 16, "ease"))
+           parse_keyframes(_typed(folder / "a.txt")), 16, "ease"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -53,7 +54,7 @@ def _read(load, folder: Path) -> dict[str, object]:
     from emma_core.errors import EmmaError
 
     allowed = ROOM + TIMES * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    before = _forget_peak()
+    before, begun = _forget_peak(), time.process_time()
     try:
         load(folder)
         kind, told = "loaded", ""
@@ -67,7 +68,7 @@ def _read(load, folder: Path) -> dict[str, object]:
     taken = _peak() - before
     if taken > allowed:
         kind, told = "memory", f"{taken // 1_000_000} MB where {allowed // 1_000_000} are allowed"
-    return {"kind": kind, "told": told, "taken": taken}
+    return {"kind": kind, "told": told, "taken": taken, "seconds": time.process_time() - begun}
 
 
 def _forget_peak() -> int:
