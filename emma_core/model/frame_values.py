@@ -10,7 +10,7 @@ from ..errors import TextInputError
 INTERPOLATIONS = ("linear", "ease", "hold")
 
 _EXAMPLE = "0: 0.0, 12: 1.0"
-_KEYFRAME = re.compile(r"(\d+)\s*:\s*\(?\s*([^\s()]+)\s*\)?")
+_KEYFRAME = re.compile(r"(\d{1,9})\s*:\s*\(?\s*([^\s()]+)\s*\)?")
 
 
 def parse_keyframes(text: str) -> dict[int, float]:

@@ -25,6 +25,7 @@ def test_keyframes_are_read(text, wanted):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "no keyframes; wanted frames and numbers"), (" ,\n", "no keyframes"),
+    ("9" * 5000 + ": 1", "the keyframe '9999.* cannot be read; wanted a frame and a number"),
     ("0: 0, twelve: 1", "the keyframe 'twelve: 1' cannot be read; wanted a frame and a number, as in '0: 0.0, 12: 1.0'"),
     ("0: 0, 12: one", "'12: one' cannot be read"), ("0: nan", "'0: nan' cannot be read"), ("0: inf", "'0: inf' cannot"),
     ("-1: 0", "'-1: 0' cannot be read"), ("1.5: 0", "'1.5: 0' cannot be read"), ("0: 1 2", "'0: 1 2' cannot be read"),
