@@ -4,7 +4,7 @@ Shapes: B rows, K cross-attention tokens of width W, latents 4 x h x w, T timest
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -82,6 +82,20 @@ class HostDenoiser:
             raise TrainingError("a patch of this MODEL lets no gradients through its cross-attention, so nothing can be learnt "
                                 "from it. Wire the MODEL without its attention patches into Train EMMA Module.")
         return predicted_B4hw.float()
+
+    def with_attention(self, added: Mapping[tuple[str, int, int], Callable]) -> "HostDenoiser":
+        """The same network, with more in some cross-attentions; what other patches put in their place stays.
+
+        Args:
+            added: the host's name of a layer -> (queries, extra_options) -> what is added to what it gives.
+        """
+        replaced = self._options.get("patches_replace", {})
+        before = replaced.get("attn2", {})
+        patches = {layer: _added_to(before.get(layer, before.get(layer[:2], _attention)), more)
+                   for layer, more in added.items()}
+        patched = copy.copy(self)
+        patched._options = {**self._options, "patches_replace": {**replaced, "attn2": {**before, **patches}}}
+        return patched
 
     def _told(self, value: Any) -> Any:
         is_number = isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -164,6 +178,14 @@ def _blocks(network: torch.nn.Module) -> list[torch.nn.Module]:
 def _attention_with_gradients(chosen, *arguments, **options):
     """In place of the attention the host was started with: some of those have no backward pass."""
     return comfy.ldm.modules.attention.attention_pytorch(*arguments, **options)
+
+
+def _attention(q_BSC, k_BKC, v_BKC, extra_options: Mapping[str, Any]) -> torch.Tensor:
+    return comfy.ldm.modules.attention.attention_pytorch(q_BSC, k_BKC, v_BKC, extra_options["n_heads"])
+
+
+def _added_to(attention: Callable, added: Callable) -> Callable:
+    return lambda q, k, v, extra_options: attention(q, k, v, extra_options) + added(q, extra_options)
 
 
 class _OutOfPlace(TorchFunctionMode):

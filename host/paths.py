@@ -91,9 +91,11 @@ REFERENCE_ENCODER = ModelFolder(
     folder_marks=("config.json", *(kind.declared_by for kind in KINDS if kind.declared_by)), files_of_folders=True,
     suffixes=WEIGHT_SUFFIXES,
 )
+IP_ADAPTER = ModelFolder(("ipadapter",), "the IP-Adapter",
+                         "ip-adapter_sd15.safetensors or ip-adapter-plus_sdxl_vit-h.safetensors")
 REFERENCE = ModelFolder(("emma_references",), "the encoded reference", "a file that Save Reference wrote")
 _OWN_FOLDERS = {"ella": SAFETENSORS, "emma": SAFETENSORS, "ella_encoder": SAFETENSORS, "emma_references": SAFETENSORS,
-                "open_clip": WEIGHT_SUFFIXES, "adaface": WEIGHT_SUFFIXES}
+                "ipadapter": SAFETENSORS, "open_clip": WEIGHT_SUFFIXES, "adaface": WEIGHT_SUFFIXES}
 
 
 def playground_state() -> str:

@@ -54,6 +54,7 @@ def train(inputs: TrainingInputs, config: TrainConfig) -> tuple[LoadedModule, li
     wanted = below(Path(folder_paths.get_output_directory()) / _FOLDER, config.output.folder)
     encoder, accelerator = as_encoder(inputs.encoder), _accelerator(config.train.precision)
     data = training_set(inputs, config, encoder)
+    seen = inputs.teacher.tokens(inputs.images) if inputs.teacher else []
     # nodes run in inference mode, in which nothing can learn
     with torch.inference_mode(False), torch.enable_grad():
         place = (accelerator.device, _DTYPES[config.train.precision])
@@ -61,6 +62,9 @@ def train(inputs: TrainingInputs, config: TrainConfig) -> tuple[LoadedModule, li
         teacher, teacher_mark = _teacher(inputs, data, place)
         comfy.model_management.unload_all_models()  # what trains are copies
         source, own, source_mark = _source(inputs, data, denoiser)
+        if inputs.teacher:
+            seen = [normal(one) for one in seen]
+            teacher, teacher_mark = inputs.teacher.target(denoiser, seen, own, place), inputs.teacher.mark(seen)
         base_mark = fingerprint_of_weights(denoiser.network.state_dict())
         folder, config = _run_folder(wanted, inputs, config, [data.fingerprint(), base_mark, teacher_mark, source_mark])
         base = {"name": denoiser.name, "fingerprint": base_mark}

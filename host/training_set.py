@@ -22,6 +22,7 @@ from .conditioning import check_own_text
 from .denoiser import context_width_of, prediction_of
 from .families import context_width, own_tokens_of
 from .images import rgb_pictures
+from .ip_adapter_teacher import LoadedTeacher
 from .loaded import LoadedConnector, LoadedEncoder, LoadedModule
 from .own_text import OwnTexts
 from .payload import KEY
@@ -32,19 +33,21 @@ LATENT_PX = 8
 
 @dataclass(frozen=True, eq=False)
 class GraphSet:
-    """A training set in memory; one text or one reference serves all latents.
+    """A training set in memory; one text or one reference serves all latents, or any reference any of them.
 
     Args:
         latents: (4, h, w) each, as the UNet reads them.
         texts: (1, N, D) each.
         features_of_references: name -> (V, D) each.
         own: what goes with texts that are the MODEL's own.
+        any_reference: a target may be shown any of the references, as with a teacher that sees them itself.
     """
 
     latents: tuple[torch.Tensor, ...]
     texts: tuple[torch.Tensor, ...]
     features_of_references: tuple[Mapping[str, torch.Tensor], ...]
     own: OwnTexts | None = None
+    any_reference: bool = False
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -63,7 +66,8 @@ class GraphSet:
         return (f"conditioning {index % len(self.texts) + 1}",)
 
     def references(self, index: int) -> tuple[int, ...]:
-        return (index % len(self.features_of_references),)
+        count = len(self.features_of_references)
+        return tuple(range(count)) if self.any_reference else (index % count,)
 
     def variants(self, reference: int) -> int:
         return 1
@@ -109,6 +113,7 @@ class TrainingInputs:
         encoder: EMMA_ENCODER or CLIP_VISION.
         start: EMMA_MODULE to go on from, or None.
         teacher_model, teacher_positive: MODEL and its CONDITIONINGs, or None and nothing.
+        teacher: EMMA_TEACHER, which sees the references itself, or None.
     """
 
     model: Any
@@ -120,6 +125,7 @@ class TrainingInputs:
     start: LoadedModule | None = None
     teacher_model: Any = None
     teacher_positive: Sequence[list] = ()
+    teacher: LoadedTeacher | None = None
 
 
 def training_set(inputs: TrainingInputs, config: TrainConfig, encoder: LoadedEncoder) -> GraphSet:
@@ -142,11 +148,14 @@ def training_set(inputs: TrainingInputs, config: TrainConfig, encoder: LoadedEnc
     texts, own = (_texts(inputs, len(latents)), None) if inputs.ella else _own_texts(inputs, latents)
     teacher_contexts(inputs, len(latents))
     pictures = [rgb_pictures(image) for image in inputs.images]
-    _check_count("reference pictures", sum(map(len, pictures)), len(latents))
+    any_reference = inputs.teacher is not None
+    if not any_reference:
+        _check_count("reference pictures", sum(map(len, pictures)), len(latents))
     check_features(encoder.encoder, options_of(config))
     references = [one for image_BHW3 in pictures for one in _encoded(image_BHW3, encoder, config)]
-    _check_count("references", len(references), len(latents))
-    return GraphSet(tuple(latents), tuple(texts), tuple(references), own)
+    if not any_reference:
+        _check_count("references", len(references), len(latents))
+    return GraphSet(tuple(latents), tuple(texts), tuple(references), own, any_reference)
 
 
 def source_of(inputs: TrainingInputs) -> Connector | OwnTokens:
@@ -190,6 +199,11 @@ def _check_models(inputs: TrainingInputs) -> None:
         lacking = "teacher_positive" if inputs.teacher_model is not None else "teacher_model"
         raise TrainingConfigError(f"a teacher needs both teacher_model and teacher_positive; {lacking} is not wired. Wire it, "
                                   "or remove the other.")
+    if inputs.teacher is not None:
+        if inputs.teacher_model is not None:
+            raise TrainingConfigError("teacher and teacher_model are both wired; one of them gives the target. Remove the "
+                                      "other.")
+        inputs.teacher.check(inputs.model)
     prediction = prediction_of(inputs.model)
     width, tokens = (context_width_of(inputs.model), inputs.ella.connector.width) if inputs.ella else (0, 0)
     if width != tokens:

@@ -10,7 +10,7 @@ from .load import EMMALoadELLA, EMMALoadModule, EMMALoadReferenceEncoder, EMMALo
 from .playground import EMMAPlayground, EMMAPlaygroundPicture
 from .references import EMMALoadReference, EMMASaveReference
 from .story import EMMAPromptList
-from .train import EMMASaveModule, EMMATrainModule
+from .train import EMMAIPAdapterTeacher, EMMASaveModule, EMMATrainModule
 from .video import EMMABlendReferences, EMMAFrameStrengths
 
 
@@ -22,5 +22,5 @@ class EmmaExtension(ComfyExtension):
             EMMALoadELLA, EMMALoadTextEncoder, EMMALoadModule, EMMALoadReferenceEncoder, EMMAEncodeReference,
             EMMAAssembleModules, EMMAConnector, EMMAGateMap, EMMAPlayground, EMMAPlaygroundPicture,
             EMMASaveReference, EMMALoadReference, EMMATrainModule, EMMASaveModule, EMMAFrameStrengths,
-            EMMABlendReferences, EMMAPromptList,
+            EMMABlendReferences, EMMAPromptList, EMMAIPAdapterTeacher,
         ]

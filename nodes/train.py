@@ -4,8 +4,9 @@ from comfy_api.latest import io
 
 from .. import host
 from ..emma_core.model.conditions import CONDITIONS
+from ..emma_core.model.ip_adapter_blocks import BLOCKS
 from ..emma_core.training.presets import PRESETS
-from .types import Ella, Encoder, Module, advanced, saved_as, schema
+from .types import Ella, Encoder, Module, Teacher, advanced, saved_as, schema
 
 _PRESET = "small-card"
 _TRAIN, _OBJECTIVE = PRESETS[_PRESET]["train"], PRESETS[_PRESET]["objective"]
@@ -37,7 +38,7 @@ class EMMATrainModule(io.ComfyNode):
     def execute(
         cls, model, latents, positive, reference_image, encoder, name, condition, steps, batch, accumulate, rate, gate_rate,
         seed, precision, timestep_power, inverse_snr, average, checkpoint_every, ella=(None,), start=(None,),
-        teacher_model=(None,), teacher_positive=(),
+        teacher_model=(None,), teacher_positive=(), teacher=(None,),
     ) -> io.NodeOutput:
         from ..emma_core.training.config import resolve  # here, as the trainer takes long to import
 
@@ -50,7 +51,7 @@ class EMMATrainModule(io.ComfyNode):
             "objective.drop_text": 0.0, "objective.drop_both": 0.0, "report.save_every": checkpoint_every[0], "report.keep": 1,
         })
         inputs = host.training.TrainingInputs(model[0], ella[0], latents, positive, reference_image, encoder[0], start[0],
-                                              teacher_model[0], teacher_positive)
+                                              teacher_model[0], teacher_positive, teacher[0])
         module, losses, report = host.training.train(inputs, config)
         return io.NodeOutput(module, {"loss": losses}, report)
 
@@ -108,7 +109,43 @@ def _optional() -> list[io.Input]:
         io.Conditioning.Input("teacher_positive", optional=True,
                               tooltip="What the teacher is conditioned on, encoded with its own CLIP: one for all pictures, or "
                                       "one for each."),
+        Teacher.Input("teacher", optional=True,
+                      tooltip="IP-Adapter Teacher: learn what it makes of each reference. Any picture then serves any text, so "
+                              "the numbers of references and latents may differ."),
     ]
+
+
+class EMMAIPAdapterTeacher(io.ComfyNode):
+    """An IP-Adapter that Train EMMA Module learns from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="EMMAIPAdapterTeacher",
+            display_name="IP-Adapter Teacher",
+            aliases=("distill ip-adapter", "ipadapter teacher", "distil"),
+            description="An IP-Adapter whose effect Train EMMA Module distils into a module, for each reference picture.",
+            inputs=[
+                io.Combo.Input("ip_adapter", options=host.paths.IP_ADAPTER.names(),
+                               tooltip="A plain or plus IP-Adapter for SD1.5 or SDXL, in models/ipadapter."),
+                io.MultiType.Input("clip_vision", types=[Encoder, io.ClipVision],
+                                   tooltip="The CLIP it was trained with: ViT-H for SD1.5 and for files named vit-h."),
+                io.Float.Input("weight", default=1.0, min=0.0, max=5.0, step=0.05, tooltip="How strongly it works."),
+                io.Combo.Input("blocks", options=list(BLOCKS), default=BLOCKS[0],
+                               tooltip="all: everything of the picture. style: its style without its content. no layout: all "
+                                       "but its composition."),
+            ],
+            outputs=[Teacher.Output(display_name="EMMA_TEACHER", tooltip="For Train EMMA Module.")],
+        )
+
+    @classmethod
+    def execute(cls, ip_adapter, clip_vision, weight, blocks) -> io.NodeOutput:
+        path = host.paths.IP_ADAPTER.path(ip_adapter)
+        return io.NodeOutput(host.ip_adapter_teacher.load_teacher(path, clip_vision, weight, blocks))
+
+    @classmethod
+    def fingerprint_inputs(cls, ip_adapter, **others) -> str:
+        return host.paths.IP_ADAPTER.state(ip_adapter)
 
 
 class EMMASaveModule(io.ComfyNode):

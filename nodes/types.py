@@ -13,6 +13,7 @@ Module = io.Custom("EMMA_MODULE")
 Encoder = io.Custom("EMMA_ENCODER")
 Reference = io.Custom("EMMA_REFERENCE")
 Assembly = io.Custom("EMMA_ASSEMBLY")
+Teacher = io.Custom("EMMA_TEACHER")
 # what schedule nodes of other packs call a list of numbers
 Floats = io.Custom("FLOATS")
 HookKeyframes = io.Custom("HOOK_KEYFRAMES")

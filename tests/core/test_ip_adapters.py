@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from emma_core.base.ip_adapter import projection_of
-from emma_core.base.ip_adapter_blocks import layers_in
 from emma_core.base.ip_adapter_file import IpAdapterFile, ip_adapter_layout, read_ip_adapter, read_ip_adapter_layout
 from emma_core.errors import FileError, TrainingConfigError
+from emma_core.model.ip_adapter_blocks import layers_in
 
 SD15 = {"cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8}
 SDXL = {"cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),

@@ -22,7 +22,7 @@ PROMISED = {
     "EMMATrainModule": ["EMMA_MODULE", "LOSS_MAP", "STRING"], "EMMASaveModule": [],
     "EMMAPlayground": ["MODEL", "CLIP", "VAE", "ELLA", "EMMA_MODULE", "EMMA_MODULE", "EMMA_ENCODER", "EMMA_MODULE"],
     "EMMAFrameStrengths": ["FLOAT", "INT"], "EMMABlendReferences": ["EMMA_REFERENCE"],
-    "EMMAPromptList": ["CONDITIONING", "INT", "STRING"],
+    "EMMAPromptList": ["CONDITIONING", "INT", "STRING"], "EMMAIPAdapterTeacher": ["EMMA_TEACHER"],
 }
 # feature name -> (dim, tokens per vector) of the shipped encoder
 PLAYGROUND_FEATURES = {"global": (256, 4), "face": (128, 2)}
