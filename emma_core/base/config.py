@@ -14,6 +14,7 @@ from .precision import PRECISIONS
 from .spec import PLAYGROUND_SPEC, SD15, BaseSpec
 
 PICTURES_AT_ONCE = 16
+PLAYGROUND_GUIDANCE = 4.0  # of its graphs
 ENCODER_FOLDERS = tuple(kind.folder for kind in KINDS if kind.folder)
 
 
@@ -52,7 +53,7 @@ class SamplingConfig:
     """How pictures are sampled: DDIM, as training's sample pictures are."""
 
     steps: int = key(20, "sampling steps", least=1)
-    guidance: float = key(7.0, "classifier-free guidance", least=0)
+    guidance: float = key(7.0, "classifier-free guidance; `generate` on the playground, if nothing is said: 4", least=0)
     width_px: int = key(0, f"width of the pictures; 0: {SD15.side_px}, of the playground {PLAYGROUND_SPEC.side_px}", least=0)
     height_px: int = key(0, f"height of the pictures; 0: {SD15.side_px}, of the playground {PLAYGROUND_SPEC.side_px}", least=0)
     negative: str = key("", "negative prompt")

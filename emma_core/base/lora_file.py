@@ -21,7 +21,7 @@ import torch
 
 from ..errors import EmmaWarning, FileError, short
 from ..files.json_file import entry_of, parse_json, read_json
-from ..files.tensor_file import check_finite, read_tensors
+from ..files.tensor_file import check_finite, open_tensors, read_tensors
 
 WHAT = "a LoRA for a UNet of this kind"
 # LyCORIS's other kinds, and DoRA: the weight is changed in another way than by a product of two matrices
@@ -62,14 +62,7 @@ def read_lora(path: Path, weights: Mapping[str, tuple[int, ...]], aliases: Mappi
     """
     tensors, metadata = read_tensors(path, WHAT)
     check_finite({key: tensor for key, tensor in tensors.items() if not _ALPHA.fullmatch(key)}, path.name)
-    other = next((key for key in tensors if any(kind in key for kind in _OTHER_KINDS)), None)
-    if other is not None:
-        raise FileError(f"{path.name} is no plain LoRA (it has {short(other)}); wanted a LoRA of two matrices a layer. LoHa, "
-                        "LoKr, LoCon with a core and DoRA are not supported: choose another file, or merge it into the base.")
-    layers = _by_layer(tensors, path.name)
-    if not layers:
-        raise FileError(f"{path.name} has no weights for a UNet (unet.*, lora_unet_*, *.lora_A.weight); wanted {WHAT}. Choose "
-                        "another file.")
+    layers = _layers_in(tensors, path.name)
     declared = _Declared.of(path, metadata)
     found: dict[str, LowRank] = {}
     for stem, parts in layers.items():
@@ -80,6 +73,28 @@ def read_lora(path: Path, weights: Mapping[str, tuple[int, ...]], aliases: Mappi
             raise FileError(f"{path.name} changes the layer {short(layer)} twice; wanted {WHAT}. Get the file again.")
         found[layer] = change
     return found
+
+
+def check_lora(path: Path) -> None:
+    """Refuse a file that is no plain LoRA for a UNet; no numbers are read.
+
+    Raises:
+        FileError: no LoRA, LoHa, LoKr or DoRA.
+    """
+    with open_tensors(path, WHAT) as file:
+        _layers_in({key: torch.empty(shape, device="meta") for key, shape in file.shapes.items()}, path.name)
+
+
+def _layers_in(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, dict[str, torch.Tensor]]:
+    other = next((key for key in tensors if any(kind in key for kind in _OTHER_KINDS)), None)
+    if other is not None:
+        raise FileError(f"{name} is no plain LoRA (it has {short(other)}); wanted a LoRA of two matrices a layer. LoHa, "
+                        "LoKr, LoCon with a core and DoRA are not supported: choose another file, or merge it into the base.")
+    layers = _by_layer(tensors, name)
+    if not layers:
+        raise FileError(f"{name} has no weights for a UNet (unet.*, lora_unet_*, *.lora_A.weight); wanted {WHAT}. Choose "
+                        "another file.")
+    return layers
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, dict[str, torch.Tensor]]:

@@ -23,7 +23,7 @@ _UNET, _CHECKPOINT = "an SD1.5-family UNet", "an SD1.5-family checkpoint"
 # What shapes do not tell; the rest of SD1.5's configuration is diffusers' default. diffusers' `attention_head_dim` is here
 # the number of heads.
 _HEADS = 8
-_UNET_PREFIX = "model.diffusion_model."
+UNET_PREFIX = "model.diffusion_model."
 _OTHER_WIDTHS = {1024: "Stable Diffusion 2", 1280: "the SDXL refiner", 2048: "SDXL"}
 _OTHER_INPUTS = {5: "a depth-to-image model", 8: "InstructPix2Pix or another editing model", 9: "an inpainting model"}
 
@@ -36,7 +36,7 @@ def load_folder(folder: Path, with_autoencoder: bool = True) -> LoadedBase:
     """
     config = read_config(folder / "unet" / "config.json")
     name = f"{folder.name}/unet"
-    _refuse_other_models(config.get("in_channels"), config.get("cross_attention_dim"), name)
+    refuse_other_models(config.get("in_channels"), config.get("cross_attention_dim"), name)
     weights = weights_in(folder / "unet")
     from diffusers import UNet2DConditionModel
 
@@ -60,11 +60,11 @@ def load_single_file(path: Path, with_autoencoder: bool = True) -> LoadedBase:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     shapes, metadata = shapes_of(path, _CHECKPOINT)
-    config = unet_config_of({key.removeprefix(_UNET_PREFIX): shape for key, shape in shapes.items()
-                             if key.startswith(_UNET_PREFIX)}, path.name)
+    config = unet_config_of({key.removeprefix(UNET_PREFIX): shape for key, shape in shapes.items()
+                             if key.startswith(UNET_PREFIX)}, path.name)
     if with_autoencoder and not any(key.startswith(VAE_PREFIX) for key in shapes):
         raise FileError(f"{path.name} holds no autoencoder; wanted first_stage_model.* beside the UNet. Name one as base.vae.")
-    found = read(path, _CHECKPOINT, (_UNET_PREFIX,))
+    found = read(path, _CHECKPOINT, (UNET_PREFIX,))
     renamed = converted(convert_ldm_unet_checkpoint, found, config, path.name, _CHECKPOINT)
     unet = load_model(UNet2DConditionModel, config, renamed, path.name, _UNET)
     alphas_cumprod_T = zero_terminal(SD15.alphas_cumprod_T) if "ztsnr" in shapes else SD15.alphas_cumprod_T
@@ -83,10 +83,10 @@ def unet_config_of(shapes: Mapping[str, tuple[int, ...]], name: str) -> dict[str
     in_channels, key = side(shapes, "input_blocks.0.0.weight", 1), "attn2.to_k.weight"
     contexts = {side(shapes, layer, 1) for layer in shapes if layer.endswith(key)}
     if not in_channels or not contexts:
-        raise FileError(f"{name} holds no {_UNET_PREFIX}* weights of a UNet with cross-attention; wanted {_CHECKPOINT}, UNet "
+        raise FileError(f"{name} holds no {UNET_PREFIX}* weights of a UNet with cross-attention; wanted {_CHECKPOINT}, UNet "
                         "and autoencoder in one file. Choose another file, or the diffusers folder as a whole.")
     context_width = max(contexts)
-    _refuse_other_models(in_channels, context_width, name, more="label_emb.0.0.weight" in shapes)
+    refuse_other_models(in_channels, context_width, name, more="label_emb.0.0.weight" in shapes)
     widths, attends, layers = _levels(shapes)
     down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in attends]
     up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)]
@@ -110,7 +110,12 @@ def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[bool
     return widths, attends, layers
 
 
-def _refuse_other_models(in_channels: Any, context_width: Any, name: str, more: bool = False) -> None:
+def refuse_other_models(in_channels: Any, context_width: Any, name: str, more: bool = False) -> None:
+    """Refuse a UNet that is not SD1.5's.
+
+    Raises:
+        FileError: what it is instead.
+    """
     numbers = isinstance(in_channels, int) and isinstance(context_width, int)
     known = _OTHER_INPUTS.get(in_channels) or _OTHER_WIDTHS.get(context_width) if numbers else None
     kind = "SDXL" if more else known

@@ -6,14 +6,24 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
-from ..base.config import BaseConfig, EllaConfig, EncodersConfig, SamplingConfig, check_files, encoder_files, size_px
+from ..base.config import (
+    PLAYGROUND_GUIDANCE,
+    BaseConfig,
+    EllaConfig,
+    EncodersConfig,
+    SamplingConfig,
+    check_files,
+    encoder_files,
+    size_px,
+)
 from ..base.found_files import found_file, with_found_files
 from ..base.pipeline import Request, Sampling
 from ..base.text_to_image import TextToImage, save_picture
@@ -26,6 +36,7 @@ from ..files.plain_file import is_file
 from ..files.writing import check_new_folder, make_folder
 from ..model.addition import ADDITIONS, RECOMMENDED
 from ..model.assembly import Assembly, Reference
+from ..playground import PLAYGROUND
 from ..settings import resolve_sections
 from ..text.prompt_weights import weighted_parts
 from .flags import add_comfyui, add_keys, changes_of
@@ -104,7 +115,7 @@ def draw(options: argparse.Namespace) -> list[Path]:
         raise EmmaError(f"--count {options.count}; wanted 1 or more.")
     comfyui = find_comfyui(options.comfyui)
     shown = [shown_of([found_file("--module", words[0], ("emma",), comfyui), *words[1:]]) for words in options.shown]
-    config = with_found_files(PictureConfig(**resolve_sections(PictureConfig, {}, changes_of(options))), comfyui)
+    config = with_found_files(config_of(changes_of(options)), comfyui)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoders = encoder_files(config.encoder, bool(shown))
     sampling = Sampling(config.sampling.steps, config.sampling.guidance, *size_px(config.base, config.sampling))
@@ -126,6 +137,17 @@ def draw(options: argparse.Namespace) -> list[Path]:
         written += [save(picture, request, shown, options.adding, options.out)
                     for picture, request in zip(machine.draw(batch, sampling, weighted=True), batch, strict=True)]
     return written
+
+
+def config_of(changes: Mapping[str, Any]) -> PictureConfig:
+    """The settings that flags give; the playground is drawn with the guidance of its graphs.
+
+    Raises:
+        SettingsError: see `resolve_sections`.
+    """
+    playground = changes.get("base.checkpoint", PLAYGROUND) == PLAYGROUND
+    begin = {"sampling": {"guidance": PLAYGROUND_GUIDANCE}} if playground else {}
+    return PictureConfig(**resolve_sections(PictureConfig, {}, changes, begin))
 
 
 def shown_of(words: Sequence[str]) -> Shown:

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=list(PRESETS),
                         help="defaults to begin with: the paper's recipe, or one for a small card and few pictures (default: "
                              "paper, or the file's `preset`)")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be trained on and every problem in the data")
+    parser.add_argument("--dry-run", action="store_true", help="check everything: files, data, disk; tell memory and time by a "
+                                                               "trial of two updates; exit with 1 if something stops it")
     parser.add_argument("--device", default="", choices=["", "cpu"], help="cpu: leave GPUs alone")
     add_comfyui(parser)
     add_keys(parser, TrainConfig)
@@ -57,6 +58,7 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
 def run(options: argparse.Namespace) -> int:
     """Run it; mistakes are told in one line, and Ctrl-C leaves a run that can go on."""
     from ..training import runs
+    from ..training.dry_run import dry_run
     from ..training.saved import Sitting
     from ..training.shards import disconnect
 
@@ -65,8 +67,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         config = config_of(options)
         if options.dry_run:
-            print(runs.dry_run(config))
-            return 0
+            report, can_start = dry_run(config, options.device)
+            print(report)
+            return 0 if can_start else 1
         sitting = Sitting(config)
         print(f"saved {runs.run(config, print, bars=sys.stderr.isatty(), device=options.device)}")
         well = True

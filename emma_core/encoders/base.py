@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import nn
 
 from ..errors import ReferenceMismatchError
+from .kinds import suggestion
 from .options import EncodeOptions
 from .pictures import Preparation, check_pictures, prepare_pictures
 
@@ -118,7 +119,8 @@ def check_features(encoder: ReferenceEncoder, options: EncodeOptions) -> None:
     missing = [name for name in options.features if name not in encoder.feature_names]
     if missing:
         raise ReferenceMismatchError(f"the features {', '.join(missing)} are needed; this encoder gives "
-                                     f"{', '.join(sorted(encoder.feature_names))}. Load the encoder named in the module.")
+                                     f"{', '.join(sorted(encoder.feature_names))}. Load the encoder named in the module, or "
+                                     f"for a new one {suggestion(options.features)}.")
 
 
 def encode_pictures(

@@ -17,7 +17,7 @@ from .base import PictureEncoder, ReferenceEncoder
 from .families import CLIP_TOWERS, MEAN, STD, ClipTower
 from .options import EncodeOptions
 from .pictures import Preparation
-from .weights import Shapes, weights_path
+from .weights import Shapes, shapes_in, some, weights_path
 
 _WHAT = "a CLIP vision encoder"
 _HF_PREFIXES = ("vision_model.", "visual_projection.")
@@ -213,6 +213,20 @@ def recognises(shapes: Shapes) -> bool:
     """See `EncoderKind`."""
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     return recognise_clip(canonical_names(tensors)) is not None
+
+
+def clip_tower_of(path: Path) -> ClipTower:
+    """The sizes of a CLIP vision file; no numbers are read.
+
+    Raises:
+        EncoderFileError: damaged, or none of `CLIP_TOWERS`.
+    """
+    shapes = shapes_in(path)
+    family = recognise_clip(canonical_names({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}))
+    if family is None:
+        raise EncoderFileError(f"{path.name} is no CLIP vision encoder ({some(shapes)}); wanted "
+                               f"{'; '.join(tower.describe() for tower in CLIP_TOWERS.values())}. Choose another file.")
+    return CLIP_TOWERS[family]
 
 
 def load(path: Path, open_clip_model: str | None) -> ReferenceEncoder:

@@ -6,7 +6,7 @@ folders while it starts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -55,3 +55,10 @@ ADAFACE = EncoderKind("adaface", "AdaFace (IR-18, 50, 101)", ("face", "face_map"
                       "adaface_ir101_webface12m.ckpt")
 PLAYGROUND = EncoderKind("playground", "the playground's encoder", ("global", "local", "face"), "playground")
 KINDS = (CLIP, OPEN_CLIP, ADAFACE, PLAYGROUND)
+
+
+def suggestion(features: Iterable[str]) -> str:
+    """Encoders that give all of these features, in words."""
+    wanted = set(features)
+    known = [kind for kind in KINDS if wanted <= set(kind.features) and kind.known_file]
+    return " or ".join(f"{kind.title} ({kind.known_file}, in models/{kind.folder})" for kind in known) or "another encoder"

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import EncoderFileError
 from .base import ReferenceEncoder
 from .families import CLIP_TOWERS
-from .kinds import ADAFACE, KINDS, OPEN_CLIP, EncoderKind
+from .kinds import ADAFACE, KINDS, OPEN_CLIP, EncoderKind, suggestion
 from .weights import shapes_in, some, weights_path
 
 
@@ -71,10 +71,3 @@ def check_gives(path: str | Path, features: Iterable[str], open_clip_model: str 
     if missing:
         raise EncoderFileError(f"{Path(path).name} is {kind.title}, which gives {', '.join(kind.features)}; wanted an encoder "
                                f"that gives {', '.join(missing)}. Choose {suggestion(features)}.")
-
-
-def suggestion(features: Iterable[str]) -> str:
-    """Encoders that give all of these features, in words."""
-    wanted = set(features)
-    known = [kind for kind in KINDS if wanted <= set(kind.features) and kind.known_file]
-    return " or ".join(f"{kind.title} ({kind.known_file}, in models/{kind.folder})" for kind in known) or "another encoder"

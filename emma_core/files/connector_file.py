@@ -17,6 +17,7 @@ from .tensor_file import (
     check_finite,
     check_shapes,
     count_blocks,
+    open_tensors,
     read_tensors,
     sha256_of_file,
 )
@@ -48,15 +49,27 @@ def load_connector(
     path = Path(path)
     tensors, metadata = read_tensors(path, _WHAT, ConnectorFileError)
     config = _config_from(tensors, metadata, path.name)
-    with torch.device("meta"):
-        shapes = {key: tuple(value.shape) for key, value in connector_tensors(Connector(config)).items()}
-    check_shapes(tensors, shapes, path.name, _WHAT, ConnectorFileError)
+    _check_keys(tensors, config, path.name)
     check_finite(tensors, path.name, ConnectorFileError)
     connector = Connector(config, operations, dtype or torch.float32, device, compute_dtype)
     connector.load_state_dict(to_layer_names(tensors))
     connector.sha256 = sha256_of_file(path)
     connector.name = path.name
     return connector.eval().requires_grad_(False)
+
+
+def read_connector_config(path: str | Path) -> ConnectorConfig:
+    """The sizes of an ELLA file; no numbers are read.
+
+    Raises:
+        ConnectorFileError: see `load_connector`, of everything but numbers.
+    """
+    path = Path(path)
+    with open_tensors(path, _WHAT, ConnectorFileError) as file:
+        found = {key: torch.empty(shape, device="meta") for key, shape in file.shapes.items()}
+        config = _config_from(found, file.metadata(), path.name)
+    _check_keys(found, config, path.name)
+    return config
 
 
 def connector_tensors(connector: Connector) -> dict[str, torch.Tensor]:
@@ -72,6 +85,12 @@ def save_connector(connector: Connector, path: str | Path, dtype: torch.dtype | 
     check_finite(tensors, Path(path).name, ConnectorFileError)
     entries = {**(metadata or {}), "ella": json.dumps({"heads": connector.config.heads})}
     write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata=entries))
+
+
+def _check_keys(tensors: Mapping[str, torch.Tensor], config: ConnectorConfig, name: str) -> None:
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in connector_tensors(Connector(config)).items()}
+    check_shapes(tensors, shapes, name, _WHAT, ConnectorFileError)
 
 
 def _config_from(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], name: str) -> ConnectorConfig:

@@ -88,8 +88,9 @@ def find_tokenizer(t5_file: T5File, standard_path: str | Path | None = None) -> 
     )
     if standard_path is None:
         raise TextEncoderFileError(
-            f"{t5_file.name} comes without a tokenizer: name a ComfyUI (--comfyui DIR), which has T5's, or a tokenizer.json "
-            f"(--ella.tokenizer), or put that of its model (google/flan-t5-xl on Hugging Face has it) at {where}."
+            f"{t5_file.name} comes without a tokenizer: put the tokenizer.json of its model (google/flan-t5-xl on "
+            f"Hugging Face has it) at {where}, or on the command line name one (--ella.tokenizer) or a ComfyUI, which has T5's "
+            "(--comfyui DIR)."
         )
     if not has_standard_vocabulary(t5_file):
         raise TextEncoderFileError(

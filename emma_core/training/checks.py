@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..base.config import check_files, spec_of
-from ..encoders.loading import check_gives, suggestion
+from ..encoders.kinds import suggestion
+from ..encoders.loading import check_gives
 from ..errors import TrainingConfigError
 from ..files.module_file import read_module_config
 from ..files.picture_file import open_picture
@@ -16,7 +18,7 @@ from ..files.writing import check_new_folder
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from .buckets import buckets
 from .config import TrainConfig
-from .own_latents import check_own_latents, read_prompts
+from .own_latents import check_own_latents, prompts_of
 from .starts import wanted_features
 from .teachers import teacher_kind
 
@@ -28,19 +30,33 @@ def check(config: TrainConfig) -> None:
         SettingsError: which key, and what to set.
         FileError: a file that another kind of file was wanted in place of.
     """
+    for one in checks_of(config):
+        one()
+
+
+def checks_of(config: TrainConfig) -> list[Callable[[], None]]:
+    """Each of the checks, which raises what it finds."""
+    checks: list[Callable[[], None]] = [
+        partial(_check_folder, config), partial(_check_name, config.output.name), partial(_check_buckets, config),
+        partial(_check_drops, config)]
+    if config.teacher.own_latents:
+        checks += [partial(check_own_latents, config), partial(prompts_of, config.teacher)]
+    checks += [
+        partial(teacher_kind, config.teacher),
+        partial(check_files, config.base, config.ella, _further_files(config), new_ella=config.what == "ella"),
+        partial(_check_sample_references, config.report.sample_references)]
+    if config.what == "module":
+        checks += [partial(_check_encoder, config), partial(_check_start, config)]
+    return [*checks, partial(_check_tensorboard, config)]
+
+
+def _check_folder(config: TrainConfig) -> None:
     if not config.output.folder:
         raise TrainingConfigError("output.folder is not set. Name a folder for checkpoints, samples and the result.")
     check_new_folder(config.output.folder, "output.folder")
-    _check_name(config.output.name)
-    _check_numbers(config)
-    if config.teacher.own_latents:
-        check_own_latents(config)
-        read_prompts(config.teacher.prompts)
-    teacher_kind(config.teacher)
-    check_files(config.base, config.ella, _further_files(config), new_ella=config.what == "ella")
-    _check_sample_references(config.report.sample_references)
-    if config.what == "module":
-        _check_module(config)
+
+
+def _check_tensorboard(config: TrainConfig) -> None:
     if config.report.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise TrainingConfigError("report.tensorboard is on, but TensorBoard is not installed. Run `pip install tensorboard`, "
                                   "or switch it off: log.jsonl and loss.png hold the same.")
@@ -81,12 +97,15 @@ def _check_sample_references(paths: Sequence[str]) -> None:
                                       "the file.") from found
 
 
-def _check_numbers(config: TrainConfig) -> None:
+def _check_buckets(config: TrainConfig) -> None:
     step_px, cell_px = config.data.bucket_step_px, spec_of(config.base).pixels_per_latent
     buckets(config.data)
     if step_px % cell_px:
         raise TrainingConfigError(f"data.bucket_step_px = {step_px}; wanted a multiple of {cell_px}, the pixels of one latent. "
                                   f"Choose {max(1, step_px // cell_px) * cell_px}.")
+
+
+def _check_drops(config: TrainConfig) -> None:
     objective = config.objective
     drops = {key: getattr(objective, key) for key in ("drop_text", "drop_reference", "drop_both")}
     if sum(drops.values()) > 1:
@@ -94,10 +113,13 @@ def _check_numbers(config: TrainConfig) -> None:
                                   f"the rows and add up to {sum(drops.values()):g}; wanted 1 at most. Lower one.")
 
 
-def _check_module(config: TrainConfig) -> None:
-    features = wanted_features(config)
-    check_gives(encoder_file(config), features, config.encoder.open_clip_model or None)
+def _check_encoder(config: TrainConfig) -> None:
+    check_gives(encoder_file(config), wanted_features(config), config.encoder.open_clip_model or None)
+
+
+def _check_start(config: TrainConfig) -> None:
     if config.module.start:
+        features = wanted_features(config)
         found = {name: spec.tokens_per_vector for name, spec in read_module_config(config.module.start).features.items()}
         if found != features:
             raise TrainingConfigError(f"module.start = {config.module.start!r} reads {_in_words(found)} (tokens per vector), "

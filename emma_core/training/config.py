@@ -11,18 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..base.config import ENCODER_FOLDERS, PRECISIONS, BaseConfig, EllaConfig
-from ..base.ip_adapter_blocks import BLOCKS
+from ..base.config import ENCODER_FOLDERS, PLAYGROUND_GUIDANCE, PRECISIONS, BaseConfig, EllaConfig
 from ..base.spec import PLAYGROUND_SPEC
 from ..encoders.options import BACKGROUNDS, FRAMES, LAYERS
 from ..errors import TrainingConfigError
 from ..model.conditions import CONDITIONS, CUSTOM
+from ..model.ip_adapter_blocks import BLOCKS
 from ..playground import PLAYGROUND
 from ..settings import key, resolve_sections, toml_of
 from .presets import PRESETS
 
 INITIALISATIONS = ("ella", "random")
-ON_PLAYGROUND = {"resolution_px": PLAYGROUND_SPEC.side_px}  # its UNet knows no other size
+# its UNet knows no other size; its graphs draw with this guidance
+ON_PLAYGROUND = {"data": {"resolution_px": PLAYGROUND_SPEC.side_px}, "report": {"guidance": PLAYGROUND_GUIDANCE}}
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class ReportConfig:
     sample_prompts: tuple[str, ...] = key((), "prompts of the sample pictures")
     sample_references: tuple[str, ...] = key((), "reference pictures of the samples; default: the first of the data")
     sample_steps: int = key(20, "sampling steps", least=1)
-    guidance: float = key(7.0, "classifier-free guidance of the samples", least=0)
+    guidance: float = key(7.0, "classifier-free guidance of the samples; on the playground, if nothing is said, 4", least=0)
     tensorboard: bool = key(False, "write TensorBoard events too")
 
 
@@ -147,7 +148,7 @@ class TeacherConfig:
     blocks: str = key("all", "where the IP-Adapter works: `style` gives style and no content, `no layout` leaves the "
                              "composition to the text", choices=BLOCKS)
     own_latents: bool = key(False, "train on samples of the model itself: prompts and references are all that is needed")
-    prompts: str = key("", "text file of prompts, one a line, for own_latents")
+    prompts: str = key("", "text file of prompts, one a line, for own_latents; default: those that are shipped")
     samples: int = key(4, "samples of each prompt, for own_latents", least=1)
 
 
@@ -189,7 +190,7 @@ def resolve(given: Mapping[str, Any], preset: str = "paper", changes: Mapping[st
     begin = PRESETS[preset]
     made = resolve_sections(TrainConfig, tables, changes, begin)
     if made["base"].checkpoint == PLAYGROUND:
-        begin = {**begin, "data": {**ON_PLAYGROUND, **begin.get("data", {})}}
+        begin = {**begin, **{name: {**usual, **begin.get(name, {})} for name, usual in ON_PLAYGROUND.items()}}
         made = resolve_sections(TrainConfig, tables, changes, begin)
     if what not in ("module", "ella"):
         raise TrainingConfigError(f"what = {what!r}; wanted module or ella.")

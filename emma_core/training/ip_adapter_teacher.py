@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from ..base.backbones import Backbone
-from ..base.ip_adapter_blocks import layers_in
 from ..base.ip_adapter_file import read_ip_adapter
 from ..encoders.clip_vision import ClipVisionEncoder, load_clip_vision
 from ..encoders.options import EncodeOptions
@@ -19,6 +18,7 @@ from ..encoders.weights import weights_path
 from ..errors import FileError, ReferenceMismatchError, TrainingConfigError, short
 from ..files.picture_file import open_picture, picture_tensor
 from ..files.plain_file import is_there
+from ..model.ip_adapter_blocks import layers_in
 from .config import TeacherConfig
 from .draws import BatchRow
 from .prepared import Prepared

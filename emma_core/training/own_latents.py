@@ -16,12 +16,13 @@ from ..errors import FileError, TrainingConfigError
 from ..files.plain_file import read_text
 from ..model.assembly import Assembly
 from ..model.connector import Connector
-from .config import TrainConfig
+from .config import TeacherConfig, TrainConfig
 from .prepared import Prepared, key_of
 from .shards import Processes, fill
 from .store import FeatureStore, Filling
 from .teachers import named_kinds
 
+SHIPPED_PROMPTS = Path(__file__).with_name("prompts.txt")
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -96,17 +97,24 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
+def prompts_of(teacher: TeacherConfig) -> list[str]:
+    """The prompts that are named, else those that are shipped: everyday scenes without names of artists.
+
+    Raises:
+        TrainingConfigError: see `read_prompts`.
+    """
+    return read_prompts(teacher.prompts or SHIPPED_PROMPTS)
+
+
 def check_own_latents(config: TrainConfig) -> None:
     """Refuse settings that do not go together with own latents.
 
     Raises:
-        TrainingConfigError: no teacher (the model's own noise teaches a reference nothing), no prompts, mirrored targets.
+        TrainingConfigError: no teacher (the model's own noise teaches a reference nothing), mirrored targets.
     """
     if not named_kinds(config.teacher):
         raise TrainingConfigError("teacher.own_latents needs a teacher: samples of the model itself hold nothing of a "
                                   "reference. Set teacher.lora or teacher.ip_adapter.")
-    if not config.teacher.prompts:
-        raise TrainingConfigError("teacher.own_latents needs teacher.prompts, a text file with a prompt on each line. Set it.")
     if config.data.flip:
         raise TrainingConfigError("data.flip does not go with teacher.own_latents, whose targets are no pictures. Set it to "
                                   "false.")
@@ -125,7 +133,7 @@ def own_latents(
         TrainingError: see `fill` and `FeatureStore`.
     """
     check_own_latents(config)
-    prompts = read_prompts(config.teacher.prompts)
+    prompts = prompts_of(config.teacher)
     processes = processes or Processes()
     texts = processes.each(lambda: dict(zip(["", *prompts], encode(["", *prompts]), strict=True)))
     side_px = config.data.resolution_px

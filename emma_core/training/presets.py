@@ -13,4 +13,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "objective": {"timestep_power": 0.4, "inverse_snr": 60.0, "place_weight": True},
         "report": {"save_every": 200, "log_every": 20},
     },
+    # what an IP-Adapter makes of any reference picture, on latents that the model draws of prompts itself; the teacher sees
+    # references whole, so they are neither cropped nor mirrored
+    "distil": {
+        "data": {"reference_crops": 0, "reference_flip": False},
+        "train": {"steps": 3000, "batch": 2, "accumulate": 4, "rate": 5e-4, "gate_rate": 5.0, "warmup": 50,
+                  "schedule": "cosine", "gradient_checkpointing": True, "average": 0.99},
+        "objective": {"timestep_power": 0.4, "inverse_snr": 60.0},
+        "teacher": {"own_latents": True, "samples": 2},
+        "report": {"save_every": 200, "log_every": 20},
+    },
 }

@@ -39,12 +39,6 @@ if TYPE_CHECKING:
 _SAMPLE_REFERENCES = 2  # shown if the configuration names none
 
 
-def dry_run(config: TrainConfig) -> str:
-    """What would be trained on, and every problem in the data."""
-    examples, problems = read_examples(config.data)
-    return describe(examples, problems, config.data)
-
-
 def run(
     config: TrainConfig, say: Callable[[str], None], bars: bool = True, device: str = "",
     begin_with: Callable[..., Trainer] | None = None,

@@ -1,0 +1,121 @@
+"""Peak memory of training a module: what `train --dry-run` computes from sizes, against what a process really takes.
+
+    python benchmarks/training_memory.py [--side 256] [--batch 2] [--channels 320]
+
+A UNet, an ELLA and an autoencoder of SD1.5's sizes with random weights, in float32 on the CPU, by the preset `small-card`: two
+updates. The process's own peak is read from Linux's /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from emma_core.base.autoencoder_files import KlAutoencoder
+from emma_core.base.backbones import Backbone
+from emma_core.base.spec import SD15
+from emma_core.model.connector import Connector, ConnectorConfig
+from emma_core.training.beginning import Frozen, begin
+from emma_core.training.config import resolve
+from emma_core.training.losses import TimestepBuckets
+from emma_core.training.memory import needed
+
+_TOKENS, _CLIP_DIM = 32, 1024
+
+
+class RandomSet:
+    """One picture's latent, text and reference."""
+
+    def __init__(self, side_px: int):
+        self._side_px = side_px
+
+    def __len__(self) -> int:
+        return 2
+
+    def bucket(self, index):
+        return self._side_px, self._side_px
+
+    def group(self, index):
+        return ""
+
+    def captions(self, index):
+        return ("a caption",)
+
+    def references(self, index):
+        return (index,)
+
+    def variants(self, reference):
+        return 1
+
+    def latent(self, index, flipped=False):
+        return torch.randn(4, self._side_px // 8, self._side_px // 8)
+
+    def text(self, caption):
+        return torch.randn(1, _TOKENS, ConnectorConfig().text_dim)
+
+    def features(self, reference, variant):
+        return {"global": torch.randn(1, _CLIP_DIM)}
+
+    def summary(self):
+        return {}
+
+
+def random_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """In place of a model's on the meta device."""
+    model = model.to_empty(device="cpu")
+    for value in model.parameters():
+        torch.nn.init.uniform_(value, -0.02, 0.02)
+    return model.eval().requires_grad_(False)
+
+
+def backbone(channels: int) -> Backbone:
+    """SD1.5's sizes; fewer channels make a narrower UNet of the same build."""
+    widths = (channels, 2 * channels, 4 * channels, 4 * channels)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(block_out_channels=widths, cross_attention_dim=768, attention_head_dim=8)
+        autoencoder = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                                    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+    return Backbone(random_weights(unet), KlAutoencoder(random_weights(autoencoder), SD15.latent_scale), SD15, "random", "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--channels", type=int, default=320, help="of the UNet's widest pictures; SD1.5 has 320")
+    options = parser.parse_args()
+    before = psutil.Process().memory_info().rss
+    base, connector = backbone(options.channels), random_weights(Connector(ConnectorConfig()))
+    base.enable_gradient_checkpointing()
+    with tempfile.TemporaryDirectory() as folder:
+        config = resolve({}, "small-card", {"output.folder": folder, "train.batch": options.batch, "train.precision": "fp32",
+                                            "train.accumulate": 1, "base.checkpoint": "random"})
+        trainer = begin(config, Frozen(base, connector, {}, {}), RandomSet(options.side), Accelerator(cpu=True), Path(folder))
+        started = time.monotonic()
+        computed = needed(trainer, base, (options.side, options.side), torch.float32)
+        in_bf16 = needed(trainer, base, (512, 512), torch.bfloat16)
+        print(f"computed in {time.monotonic() - started:.1f} s", flush=True)
+        for number in range(2):
+            started = time.monotonic()
+            trainer.update(TimestepBuckets())
+            print(f"update {number + 1}: {time.monotonic() - started:.1f} s", flush=True)
+    peak = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith("VmHWM"))
+    told = computed.peak + before
+    print(f"{options.channels} channels, {options.side} px, batch {options.batch}, fp32, CPU: "
+          f"computed {told / 1e9:.2f} GB, measured {peak / 1e9:.2f} GB ({100 * (told / peak - 1):+.1f}%)")
+    print(f"512 px, batch {options.batch}, bf16, tensors alone: computed {in_bf16.peak / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""How much a run writes, told from its settings and the headers of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..encoders.clip_vision import clip_tower_of
+from ..encoders.families import CLIP_TOWERS
+from ..encoders.weights import weights_path
+from ..errors import EmmaError
+from ..files.connector_file import read_connector_config
+from ..model.connector import Connector, ConnectorConfig
+from ..playground import PLAYGROUND_DIR
+from .buckets import bucket_of
+from .checks import encoder_file
+from .config import TrainConfig
+from .examples import Example, PictureSet
+from .own_latents import prompts_of
+from .starts import wanted_features
+
+_NUMBER = 4  # bytes of one, in float32
+_TEXT_TOKENS, _TEXT_DIM = 32, 2048  # of a usual caption, and of flan-t5-xl
+_LATENT_CHANNELS, _PIXELS_PER_LATENT = 4, 8
+_USUAL_TOWER = CLIP_TOWERS["clip-vit-h-14"]
+_MOMENTS = 2  # that AdamW keeps of each weight
+
+
+def cache_bytes(config: TrainConfig, examples: Sequence[Example]) -> int:
+    """Of latents, texts and reference features, about."""
+    sizes = [bucket_of(*example.size_px, config.data) for example in examples] * (1 + config.data.flip)
+    texts = {caption for example in examples for caption in example.captions}
+    if config.teacher.own_latents:
+        try:
+            prompts = prompts_of(config.teacher)
+        except EmmaError:  # told by the checks
+            prompts = []
+        side_px = config.data.resolution_px
+        sizes += [(side_px, side_px)] * (len(prompts) * config.teacher.samples)
+        texts |= set(prompts)
+    latents = sum(width * height // _PIXELS_PER_LATENT ** 2 for width, height in sizes) * _LATENT_CHANNELS
+    numbers = latents + len(texts) * _TEXT_TOKENS * _TEXT_DIM
+    if config.what == "module":
+        variants = 1 + config.data.reference_crops + config.data.reference_flip
+        references = len(PictureSet.of(examples, config.data.own_reference).used())
+        numbers += references * variants * sum(_feature_numbers(config))
+    return numbers * _NUMBER
+
+
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Of the checkpoints that are kept, and the one that is being written."""
+    copies = 1 + _MOMENTS + bool(config.train.average)
+    return (config.report.keep + 1) * learning_numbers(config) * copies * _NUMBER
+
+
+def learning_numbers(config: TrainConfig) -> int:
+    """How many numbers learn, about: a module on an ELLA has as many blocks of the same size as that."""
+    path = config.ella.file or PLAYGROUND_DIR / "ella.safetensors"
+    try:
+        sizes = read_connector_config(path)
+    except EmmaError:  # told by the checks; the released one's sizes then
+        sizes = ConnectorConfig(width=768, text_dim=_TEXT_DIM)
+    with torch.device("meta"):
+        connector = Connector(sizes)
+    learning = connector if config.what == "ella" else connector.connector.perceiver_blocks
+    return sum(value.numel() for value in learning.parameters())
+
+
+def _feature_numbers(config: TrainConfig) -> list[int]:
+    """Numbers of each feature of one reference."""
+    try:
+        tower = clip_tower_of(weights_path(encoder_file(config)))
+        features = wanted_features(config)
+    except EmmaError:  # another kind of encoder, or a fault that the checks tell
+        tower, features = None, {"global": 1}
+    tower = tower or _USUAL_TOWER
+    return [tower.vectors * tower.hidden if name == "local" else tower.projected for name in features]

@@ -1,0 +1,79 @@
+"""A run's first updates, done to see that they work and how long they take: on few of its pictures, in a folder that goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .acceleration import new_accelerator, new_device
+from .config import TrainConfig
+from .examples import Example
+from .losses import TimestepBuckets
+from .memory import Needed, needed
+from .own_latents import prompts_of
+from .parts import load_parts, prepare_precision
+from .runs import begin_run, encoded
+from .shards import Processes
+
+_UPDATES = 2  # the first one also fills caches of the device
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What was found.
+
+    Args:
+        update_seconds: of one update.
+        encoding_seconds: of all pictures and texts, before the first one.
+        memory: what is needed, by type of the frozen weights.
+        peak_bytes: the most that was in use on a GPU; 0 on a CPU.
+    """
+
+    update_seconds: float
+    encoding_seconds: float
+    memory: dict[str, Needed]
+    peak_bytes: int
+
+
+def tried(config: TrainConfig, examples: Sequence[Example], device: str = "") -> Tried:
+    """The run's own code on its first pictures, nothing of it kept.
+
+    Raises:
+        EmmaError: what would have stopped the run.
+    """
+    some = list(examples[:2 * config.train.batch])
+    with tempfile.TemporaryDirectory() as folder:
+        small = _small(config, Path(folder))
+        small, dtype = prepare_precision(small, new_device(device == "cpu"))
+        accelerator = new_accelerator(small.train.precision, device == "cpu")
+        parts = load_parts(small, dtype, accelerator.device)
+        started = time.monotonic()
+        data, *_ = encoded(small, parts, some, Path(folder), Processes(), False)
+        encoding = (time.monotonic() - started) * len(examples) / len(some)
+        trainer = begin_run(small, parts, data, accelerator, Path(folder))
+        kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
+        memory = {name: needed(trainer, parts.backbone, data.bucket(0), kind) for name, kind in kinds.items()}
+        seconds = 0.0
+        for _ in range(_UPDATES):
+            started = time.monotonic()
+            trainer.update(TimestepBuckets())
+            seconds = time.monotonic() - started
+        peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else 0
+    return Tried(seconds, encoding, memory, peak)
+
+
+def _small(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The same run with a few prompts, in another folder."""
+    teacher = config.teacher
+    if teacher.own_latents:
+        prompts = folder / "prompts.txt"
+        prompts.write_text("\n".join(prompts_of(teacher)[:2]), encoding="utf-8")
+        teacher = dataclasses.replace(teacher, prompts=str(prompts), samples=1)
+    return dataclasses.replace(config, teacher=teacher, output=dataclasses.replace(config.output, folder=str(folder)),
+                               data=dataclasses.replace(config.data, cache=""))
