@@ -32,7 +32,6 @@ def put(editor, name: str) -> int:
     editor.page.locator("[data-testid=result-item]").get_by_text(name, exact=True).first.click()
     editor.page.wait_for_function("count => window.app.graph._nodes.length === count", arg=len(before) + 1)
     place_found_node(editor.page)
-    editor.page.wait_for_function("() => !window.app.graph._nodes.some(node => node.flags.ghost)")
     (new,) = {node["id"] for node in editor.saved()["nodes"]} - before
     return new
 

@@ -17,6 +17,7 @@ ERROR_MARKS = (
 ERROR_PANEL, ERROR_WINDOW = "[data-testid=error-overlay-see-errors]", ".comfy-error-report"
 APP_TOUR = "coach-landing"
 APP_COMMAND = "Comfy.ToggleLinear"
+TRIES = 10
 
 
 def has_apps(page: Page) -> bool:
@@ -32,8 +33,12 @@ def close_app_tour(page: Page) -> None:
 
 def place_found_node(page: Page) -> None:
     """Put down what was found, in editors where it follows the mouse; in others it lies where the canvas was clicked."""
-    page.mouse.move(800, 600)
-    page.mouse.click(800, 600)
+    for place in range(600, 600 + TRIES):
+        page.mouse.move(800, place)
+        page.mouse.click(800, place)
+        page.wait_for_timeout(500)
+        if not page.evaluate("() => window.app.graph._nodes.some(node => node.flags.ghost)"):
+            return  # else the click was lost while the search still closed
 
 
 def error_text(page: Page) -> str:
