@@ -79,16 +79,16 @@ def test_node_has_the_sockets_of_its_subgraph_and_a_value_for_each_widget(node, 
 
 
 def test_inner_nodes_are_those_of_this_host(infos, inner):
+    """A node may have got an input since; values are kept by position, so widgets must be the first ones in their order."""
     for one in inner["nodes"]:
         info = infos[one["type"]]
         assert not info.get("deprecated"), one["type"]
         specs, widgets = specs_of(info), widgets_of(info)
-        inputs = {socket["name"]: socket["type"] for socket in one["inputs"]}
-        assert inputs == {key: kind_of(spec) for key, spec in specs.items()}
-        assert [socket["name"] for socket in one["inputs"] if "widget" in socket] == widgets
+        assert all(kind_of(specs[socket["name"]]) == socket["type"] for socket in one["inputs"]), one["type"]
+        shown = [socket["name"] for socket in one["inputs"] if "widget" in socket]
+        assert shown == widgets[:len(shown)] and len(one["widgets_values"]) == len(shown)
         outputs = list(zip(info["output_name"], info["output"], strict=True))
-        assert [(socket["name"], socket["type"]) for socket in one["outputs"]] == outputs
-        assert len(one["widgets_values"]) == len(widgets)
+        assert [(socket["name"], socket["type"]) for socket in one["outputs"]] == outputs[:len(one["outputs"])]
 
 
 def test_links_join_sockets_of_one_type_and_are_known_at_both_ends(inner):
