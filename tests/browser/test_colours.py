@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from graphs import FIRST, read_graph
+from graphs import FIRST, PACK, read_graph
 
-TYPES = ("ELLA", "EMMA_MODULE", "EMMA_ENCODER", "EMMA_REFERENCE", "EMMA_ASSEMBLY")
+TYPES = tuple(read_graph(PACK / "locales" / "en" / "main.json")["dataTypes"])
+IN_FIRST = ("ELLA", "EMMA_MODULE", "EMMA_ENCODER", "EMMA_REFERENCE", "EMMA_ASSEMBLY")
 PALETTE = "Comfy.ColorPalette"
 # of dots, of wires, and of the dots of nodes that are drawn by the page
 COLOURS = """types => types.map(type => {
@@ -43,7 +44,7 @@ def test_every_type_has_one_colour_of_its_own_in_every_palette(editor, palette):
 def test_wires_of_the_first_graph_have_them(editor):
     editor.open_template(FIRST.stem, read_graph(FIRST))
     wires = editor.page.evaluate(WIRES)
-    assert {"ELLA", "EMMA_MODULE", "EMMA_ENCODER", "EMMA_REFERENCE", "EMMA_ASSEMBLY"} <= wires.keys()
-    assert len({wires[name] for name in TYPES}) == len(TYPES) and all(wires[name].startswith("#") for name in TYPES)
+    assert set(IN_FIRST) <= wires.keys() and set(IN_FIRST) <= set(TYPES)
+    assert len({wires[name] for name in IN_FIRST}) == len(IN_FIRST) and all(wires[name].startswith("#") for name in IN_FIRST)
     editor.screenshot("colours")
     assert not editor.new_complaints()

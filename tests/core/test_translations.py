@@ -133,6 +133,13 @@ def test_messages_in_help_are_those_of_the_code(language):
         assert not [message for message in messages if not any(message in text for text in known)], node
 
 
+def test_every_socket_type_of_ours_has_a_colour():
+    text = (HELP.parent / "colours.js").read_text(encoding="utf-8")
+    named = re.findall(r"\b([A-Z_]+): \"(#[0-9a-f]{6})\"", text)
+    types = json.loads((HELP.parents[1] / "locales" / "en" / "main.json").read_text(encoding="utf-8"))["dataTypes"]
+    assert {name for name, _ in named} == types.keys() and len({colour for _, colour in named}) == len(types)
+
+
 def test_help_pages_are_those_of_the_nodes():
     wanted = {Path(f"{node}.md") for node in NODES["en"]} | {Path(node) / "zh.md" for node in NODES["en"]}
     assert {path.relative_to(HELP) for path in HELP.rglob("*") if path.is_file()} == wanted
