@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def main() -> None:
     if os.environ.get("OMP_NUM_THREADS") != "1":
         raise SystemExit("set OMP_NUM_THREADS=1: sums of several threads need not be the same bits, and threads do not survive "
                          "a fork")
-    chance, started = random.Random(options.seed), time.process_time()
+    chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="emma-kills-") as work:
         folder = Path(work)
         draw_pictures(folder / "data")
@@ -58,21 +57,22 @@ def main() -> None:
         length_s, wanted = time.monotonic() - begun, outcome(folder / "undisturbed")
         print(f"undisturbed: {options.steps} updates in {length_s:.1f} s", flush=True)
         flip_bits(checkpoints(folder / "undisturbed")[-1], options.flips, chance)
-        kinds = [KILL] * options.kills + [(ONCE, TWICE)[number % 2] for number in range(options.interrupts)]
-        done: Counter[str] = Counter()
+        left = Counter({KILL: options.kills, ONCE: (options.interrupts + 1) // 2, TWICE: options.interrupts // 2})
+        places: dict[str, Counter[str]] = {kind: Counter() for kind in left}
         equal = other = 0
-        disturbed = list(groups(kinds))
-        chance.shuffle(disturbed)  # so that a suite that is ended early has seen all kinds
-        for number, group in enumerate(disturbed):
-            name = f"run-{number}"
-            found = [disturb(folder, name, options.steps, kind, chance.uniform(0, length_s)) for kind in group]
+        while kinds := [kind for kind in left if left[kind] > 0]:
+            name, kind = f"run-{equal + other}", chance.choice(kinds)
+            found = disturbed(folder, name, options.steps, kind, min(left[kind], IN_A_ROW), length_s, chance)
             finish(folder, name, options.steps)
             same = alike(outcome(folder / name), wanted)
             equal, other = equal + same, other + (not same)
-            done.update(f"{kind}, {where}" for kind, where in zip(group, found, strict=True))
-            print(f"{name}: {', '.join(f'{kind} ({where})' for kind, where in zip(group, found, strict=True))}: "
-                  f"{'equal bit for bit' if same else 'DIFFERENT'}; so far {equal} equal, {other} different", flush=True)
-        report(done, equal, other, time.process_time() - started)
+            left[kind] -= len(found)
+            places[kind].update(found)
+            print(f"{name}: {len(found)} x {kind} ({', '.join(found)}): {'equal bit for bit' if same else 'DIFFERENT'}; left: "
+                  f"{dict(left)}", flush=True)
+        for kind, where in places.items():
+            print(f"{kind}: {where.total()} ({', '.join(f'{place}: {count}' for place, count in sorted(where.items()))})")
+        print(f"{equal + other} trainings: {equal} equal bit for bit, {other} different")
     sys.exit(bool(other))
 
 
@@ -86,10 +86,17 @@ def draw_pictures(folder: Path) -> None:
             (folder / group / f"{word}.txt").write_text(word)
 
 
-def groups(kinds: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Kinds of disturbances, `IN_A_ROW` of one kind after the other, for one training each."""
-    for first in range(0, len(kinds), IN_A_ROW):
-        yield kinds[first:first + IN_A_ROW]
+def disturbed(
+    folder: Path, name: str, steps: int, kind: str, most: int, length_s: float, chance: random.Random
+) -> list[str]:
+    """Disturb a training so often, or until it ends before its signal; at which update it stood each time."""
+    found: list[str] = []
+    while len(found) < most:
+        where = disturb(folder, name, steps, kind, chance.uniform(0, length_s))
+        if where is None:
+            break
+        found.append(where)
+    return found
 
 
 def sitting(folder: Path, name: str, steps: int) -> multiprocessing.Process:
@@ -118,8 +125,8 @@ def finish(folder: Path, name: str, steps: int) -> None:
         raise SystemExit(f"{name} ended with {process.exitcode}:\n{(folder / f'{name}.log').read_text()[-2000:]}")
 
 
-def disturb(folder: Path, name: str, steps: int, kind: str, after_s: float) -> str:
-    """Send the signals after so many seconds; returns at which update the training stands then, in words."""
+def disturb(folder: Path, name: str, steps: int, kind: str, after_s: float) -> str | None:
+    """Send the signals after so many seconds; at which update the training stands then, None if it had ended."""
     process = sitting(folder, name, steps)
     process.join(after_s)
     if process.is_alive():
@@ -130,7 +137,7 @@ def disturb(folder: Path, name: str, steps: int, kind: str, after_s: float) -> s
                 os.kill(process.pid, signal.SIGINT)
         process.join()
     else:
-        return "had ended"
+        return None
     found = checkpoints(folder / name)
     return f"update {int(found[-1].stem.rpartition('-')[2])}" if found else "no checkpoint yet"
 
@@ -165,15 +172,6 @@ def flip_bits(path: Path, count: int, chance: random.Random) -> None:
     path.write_bytes(whole)
     print(f"{count} flips of a bit in a checkpoint of {len(whole):,} bytes: {noticed} refused, {count - noticed} resumed from",
           flush=True)
-
-
-def report(done: Counter[str], equal: int, other: int, seconds: float) -> None:
-    """The counts, as they stand in docs/reliability.md."""
-    for kind in (KILL, ONCE, TWICE):
-        places = {place.removeprefix(f"{kind}, "): count for place, count in done.items() if place.startswith(f"{kind}, ")}
-        hit = sum(count for place, count in places.items() if place != "had ended")
-        print(f"{kind}: {hit} of {sum(places.values())} in time ({', '.join(f'{p}: {c}' for p, c in sorted(places.items()))})")
-    print(f"{equal + other} trainings: {equal} equal bit for bit, {other} different; {seconds:.0f} CPU s of this process alone")
 
 
 def parse_options() -> argparse.Namespace:

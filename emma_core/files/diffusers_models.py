@@ -16,6 +16,7 @@ from ..errors import FileError, short
 from .tensor_file import check_finite, check_shapes
 
 _LARGEST_NUMBER, _MOST_ENTRIES = 1 << 16, 64  # of any number, and of any list, in a configuration
+_LONGEST = 1024  # letters of any text in it: diffusers prints what it does not know
 # what declares how many parts there are -> where the names of weights count them
 _COUNTS = {"block_out_channels": r"down_blocks[.]([0-9]{1,4})[.]", "layers_per_block": r"(?:down|up)_blocks[.][0-9]{1,4}"
            r"[.]resnets[.]([0-9]{1,4})[.]", "transformer_layers_per_block": r"[.]transformer_blocks[.]([0-9]{1,4})[.]"}
@@ -55,7 +56,9 @@ def check_config(config: Mapping[str, Any], names: Iterable[str], name: str, wha
     """
     for key, value in config.items():
         numbers = [number for number in _flat(value) if isinstance(number, int | float)]
-        if any(not abs(number) <= _LARGEST_NUMBER for number in numbers) or len(_flat(value)) > _MOST_ENTRIES:
+        texts = [text for text in (key, *_flat(value)) if isinstance(text, str)]
+        odd = any(not abs(number) <= _LARGEST_NUMBER for number in numbers) or any(len(text) > _LONGEST for text in texts)
+        if odd or len(_flat(value)) > _MOST_ENTRIES:
             raise FileError(f"{name}: its configuration has {short(key)} = {short(value)}, as {what} never has. Download it "
                             "again from where the weights come from.")
     names = list(names)

@@ -14,6 +14,7 @@ from small_t5 import random_t5_encoder, save_folder, save_sharded, save_single
 from emma_core import load_connector, load_module, save_module
 from emma_core.errors import EmmaError, FileError
 from emma_core.files.connector_file import save_connector
+from emma_core.files.diffusers_models import check_config
 from emma_core.files.tensor_file import open_tensors, read_tensors
 from emma_core.text.encoder import load_text_encoder
 
@@ -183,3 +184,15 @@ def test_a_t5_of_impossible_sizes_is_refused(tmp_path, change):
     state = random_t5_encoder()
     change(state)
     refused(load_text_encoder, save_single(tmp_path, state), "t5.safetensors")
+
+
+@pytest.mark.parametrize("changes", [
+    {"block_out_channels": [32] * 10**6}, {"block_out_channels": [32, 64, 64]}, {"layers_per_block": 10**9},
+    {"layers_per_block": 3}, {"layers_per_block": [2, [2, 2, 2, 99]]}, {"cross_attention_dim": 10**9},
+    {"sample_size": float("nan")}, {"k" * 100_000: 1}, {"act_fn": "x" * 100_000}, {"x": [["y" * 5000]]},
+], ids=lambda changes: str(changes)[:40])
+def test_a_configuration_of_a_unet_that_declares_more_than_its_weights_is_refused(changes):
+    names = [f"down_blocks.{block}.resnets.{layer}.conv1.weight" for block in range(2) for layer in range(2)]
+    sound = {"block_out_channels": [32, 64], "layers_per_block": 2, "cross_attention_dim": 48, "_name_or_path": "/a/b" * 50}
+    check_config(sound, names, "config.json", "a UNet")
+    refused(lambda config: check_config(config, names, "config.json", "a UNet"), sound | changes, "config.json", FileError)
