@@ -1,9 +1,9 @@
 """Kills and interrupts of trainings: each is started again until it ends, and compared with one that nobody disturbed.
 
 Every training is `python -m emma_core train` on the playground, of a few updates on pictures of 64 px, in a process of its
-own that is forked from this one. Signals come at random moments of a sitting, its start and its encoding included; a training
-is disturbed several times in a row. Compared bit for bit are the module and all that the last checkpoint holds. Bits of a
-checkpoint are flipped too, one at a time.
+own that is forked from this one. Half of the signals come at random moments of a sitting, its start and its encoding
+included, half soon after a random update; a training is disturbed several times in a row. Compared bit for bit are the module
+and all that the last checkpoint holds. Bits of a checkpoint are flipped too, one at a time.
 
     OMP_NUM_THREADS=1 python benchmarks/kills.py --kills 60 --interrupts 40
 """
@@ -33,13 +33,15 @@ from emma_core.__main__ import main as emma  # noqa: E402
 from emma_core.errors import TrainingError  # noqa: E402
 from emma_core.training import runs  # noqa: E402, F401  (imported once, for all that are forked)
 from emma_core.training.checkpoints import checkpoints, load_checkpoint  # noqa: E402
+from emma_core.training.log import Log  # noqa: E402
 
 SETTINGS = ("--data.resolution_px", "64", "--data.bucket_step_px", "8", "--data.workers", "0", "--data.reference_crops", "0",
             "--train.precision", "fp32", "--train.batch", "2", "--train.accumulate", "2", "--train.warmup", "1",
             "--train.average", "0.9", "--train.gradient_checkpointing", "false", "--output.thumbnail", "false",
             "--report.log_every", "1", "--report.save_every", "2", "--report.keep", "3", "--device", "cpu")
 IN_A_ROW = 5  # disturbances of one training
-BETWEEN_TWO_S = 0.1
+BETWEEN_TWO_S, LOOK_S = 0.1, 0.05
+AT_ANY_TIME = 0.5  # share of the signals; the others come after an update, as a short training spends most of its time before
 KILL, ONCE, TWICE = "SIGKILL", "one SIGINT", "two SIGINTs"
 
 
@@ -92,7 +94,7 @@ def disturbed(
     """Disturb a training so often, or until it ends before its signal; at which update it stood each time."""
     found: list[str] = []
     while len(found) < most:
-        where = disturb(folder, name, steps, kind, chance.uniform(0, length_s))
+        where = disturb(folder, name, steps, kind, length_s, chance)
         if where is None:
             break
         found.append(where)
@@ -125,10 +127,14 @@ def finish(folder: Path, name: str, steps: int) -> None:
         raise SystemExit(f"{name} ended with {process.exitcode}:\n{(folder / f'{name}.log').read_text()[-2000:]}")
 
 
-def disturb(folder: Path, name: str, steps: int, kind: str, after_s: float) -> str | None:
-    """Send the signals after so many seconds; at which update the training stands then, None if it had ended."""
+def disturb(folder: Path, name: str, steps: int, kind: str, length_s: float, chance: random.Random) -> str | None:
+    """Send the signals at a random moment; at which update the training stands then, None if it had ended."""
     process = sitting(folder, name, steps)
-    process.join(after_s)
+    if chance.random() < AT_ANY_TIME:
+        process.join(chance.uniform(0, length_s))
+    else:
+        wait_for_update(process, folder / name / "log.jsonl", chance.randint(1, steps))
+        process.join(chance.uniform(0, length_s / steps / 4))
     if process.is_alive():
         os.kill(process.pid, signal.SIGKILL if kind == KILL else signal.SIGINT)
         if kind == TWICE:
@@ -140,6 +146,13 @@ def disturb(folder: Path, name: str, steps: int, kind: str, after_s: float) -> s
         return None
     found = checkpoints(folder / name)
     return f"update {int(found[-1].stem.rpartition('-')[2])}" if found else "no checkpoint yet"
+
+
+def wait_for_update(process: multiprocessing.Process, log: Path, wanted: int) -> None:
+    """Until the log of a training tells of this update, or the training ends."""
+    told = Log(log)
+    while process.is_alive() and max((line.get("step", 0) for line in told.read()), default=0) < wanted:
+        process.join(LOOK_S)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
