@@ -18,7 +18,8 @@ def new_device(cpu: bool) -> torch.device:
     Raises:
         ImportError: accelerate is not installed.
     """
-    from accelerate.state import AcceleratorState, PartialState
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     return PartialState(cpu=cpu).device
