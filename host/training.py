@@ -28,6 +28,7 @@ from ..emma_core.training.lock import alone_in
 from ..emma_core.training.log import Log
 from ..emma_core.training.losses import BUCKETS, TIMESTEPS
 from ..emma_core.training.reports import Reporter
+from ..emma_core.training.sizes import check_room, checkpoint_bytes
 from ..emma_core.training.student import OwnText, TeacherTarget
 from ..emma_core.training.trainer import Trainer, gain_of_reference
 from .denoiser import HostDenoiser
@@ -71,6 +72,8 @@ def train(inputs: TrainingInputs, config: TrainConfig) -> tuple[LoadedModule, li
         frozen = Frozen(denoiser, source, base, encoder.encoder.description, teacher, own=own)
         with alone_in(folder):
             trainer = begin(config, frozen, data, accelerator, folder)
+            learning = sum(value.numel() for _, value in trainer.student.parameters())
+            check_room(folder, checkpoint_bytes(config, learning))
             trainer.resume()
             losses = _run(trainer)
         report = _report(trainer, losses)

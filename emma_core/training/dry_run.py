@@ -9,7 +9,7 @@ from .config import TrainConfig
 from .examples import Problem, describe
 from .foretold import problems_of
 from .memory import in_words
-from .sizes import cache_bytes, checkpoint_bytes
+from .sizes import cache_bytes, checkpoint_bytes, learning_numbers
 from .trial import Tried, tried
 
 
@@ -23,8 +23,8 @@ def dry_run(config: TrainConfig, device: str = "") -> tuple[str, bool]:
     process_bytes = _process_bytes()
     examples, problems = problems_of(config)
     stops = any(problem.fatal for problem in problems)
-    lines = [f"disk: about {cache_bytes(config, examples) / 1e9:.2f} GB of cache, {checkpoint_bytes(config) / 1e9:.2f} GB of "
-             "checkpoints"]
+    checkpoints = checkpoint_bytes(config, learning_numbers(config))
+    lines = [f"disk: about {cache_bytes(config, examples) / 1e9:.2f} GB of cache, {checkpoints / 1e9:.2f} GB of checkpoints"]
     if not stops:
         try:
             found = tried(config, examples, device)

@@ -6,7 +6,6 @@ Files are judged by their headers: whether each is there, whole, of the right ki
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +29,7 @@ from .config import DataConfig, OutputConfig, TrainConfig
 from .examples import Example, PictureSet, Problem, read_examples
 from .identity import check_folder
 from .lora_teacher import lora_files
-from .sizes import cache_bytes, checkpoint_bytes
+from .sizes import cache_bytes, check_room, checkpoint_bytes, learning_numbers
 
 Found = TypeVar("Found")
 _NO_FOLDER = "."  # a dry run needs none
@@ -151,12 +150,8 @@ def _folder_problems(config: TrainConfig) -> list[Problem]:
 
 def _disk_problems(config: TrainConfig, examples: list[Example]) -> list[Problem]:
     """A disk that cannot hold the cache and the checkpoints."""
-    if not config.output.folder:
-        return []
-    folder = Path(config.output.folder).absolute()
-    above = next(path for path in (folder, *folder.parents) if path.is_dir())
-    needed, free = cache_bytes(config, examples) + checkpoint_bytes(config), shutil.disk_usage(above).free
-    if needed <= free:
-        return []
-    return [Problem("disk", f"cache and checkpoints need about {needed / 1e9:.1f} GB, {above} has {free / 1e9:.1f} GB free. "
-                            "Make room, choose another output.folder, or lower report.keep.", True)]
+    faults = _Faults()
+    if config.output.folder:
+        needed = cache_bytes(config, examples) + checkpoint_bytes(config, learning_numbers(config))
+        faults.of("disk", lambda: check_room(Path(config.output.folder), needed))
+    return faults.found

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from ..encoders.clip_vision import clip_tower_of
 from ..encoders.families import CLIP_TOWERS
 from ..encoders.weights import weights_path
-from ..errors import EmmaError
+from ..errors import EmmaError, TrainingError
 from ..files.connector_file import read_connector_config
 from ..model.connector import Connector, ConnectorConfig
 from ..playground import PLAYGROUND_DIR
@@ -48,10 +50,26 @@ def cache_bytes(config: TrainConfig, examples: Sequence[Example]) -> int:
     return numbers * _NUMBER
 
 
-def checkpoint_bytes(config: TrainConfig) -> int:
-    """Of the checkpoints that are kept, and the one that is being written."""
+def checkpoint_bytes(config: TrainConfig, numbers: int) -> int:
+    """Of the checkpoints that are kept, and the one that is being written, of what learns with so many numbers."""
     copies = 1 + _MOMENTS + bool(config.train.average)
-    return (config.report.keep + 1) * learning_numbers(config) * copies * _NUMBER
+    return (config.report.keep + 1) * numbers * copies * _NUMBER
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse a disk that cannot hold what a run writes.
+
+    Args:
+        folder: of the run, which need not be there.
+        needed: bytes.
+    Raises:
+        TrainingError: what is needed and what is free.
+    """
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(above).free
+    if needed > free:
+        raise TrainingError(f"cache and checkpoints need about {needed / 1e9:.1f} GB, {above} has {free / 1e9:.1f} GB free. "
+                            "Make room, choose another folder, or keep fewer checkpoints.")
 
 
 def learning_numbers(config: TrainConfig) -> int:

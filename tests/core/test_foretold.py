@@ -17,7 +17,7 @@ from small_t5 import random_t5_encoder
 
 from emma_core.encoders.families import CLIP_TOWERS
 from emma_core.playground import PLAYGROUND_DIR
-from emma_core.training import foretold
+from emma_core.training import sizes
 from emma_core.training.config import resolve
 from emma_core.training.foretold import problems_of
 
@@ -156,7 +156,7 @@ def t5(folder: Path) -> str:
 def told(settings: dict, monkeypatch) -> str:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "tensorboard" else real(name, *more))
-    monkeypatch.setattr(foretold.shutil, "disk_usage", lambda path: DiskUsage(10**12, 0, 10**11))
+    monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path: DiskUsage(10**12, 0, 10**11))
     return "\n".join(f"{problem.where}: {problem.text}" for problem in problems_of(resolve({}, "small-card", settings))[1]
                      if problem.fatal)
 

@@ -248,7 +248,7 @@ def test_a_module_learns_from_it_and_the_model_stays_as_it_is(train, tiny, teach
     else:
         text = {"positive": Many(SDXL.conditioning(40 + index) if name == "sdxl" else [[noise((1, 9, WIDTH), 40 + index), {}]]
                                  for index in range(2))}
-    text |= {"batch": 1} if name == "sdxl" else {}
+    text |= {"batch": 1} if name == "sdxl" else {}  # its 70 attentions take their time
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     options = json.dumps(model.model_options, default=str, sort_keys=True)
     still = train(model, made, rate=0.0, name="still", **text)[1]["loss"]

@@ -7,6 +7,7 @@ import dataclasses
 import io as bytes_io
 import json
 import time
+import types
 
 import comfy.model_management
 import comfy.supported_models
@@ -436,4 +437,11 @@ def test_missing_accelerate_is_explained(train, errors, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(errors.TrainingError, match="needs the package accelerate.*pip install accelerate"):
+        train()
+
+
+def test_a_disk_without_room_is_refused_before_the_first_update(train, training, errors, monkeypatch):
+    monkeypatch.setattr(training.check_room.__globals__["shutil"], "disk_usage",
+                        lambda path: types.SimpleNamespace(free=10_000))
+    with pytest.raises(errors.TrainingError, match=r"checkpoints need about .* GB, .* has 0.0 GB free. Make room"):
         train()
