@@ -54,7 +54,7 @@ def tried(config: TrainConfig, examples: Sequence[Example], device: str = "") ->
         accelerator = new_accelerator(small.train.precision, device == "cpu")
         parts = load_parts(small, dtype, accelerator.device)
         started = time.monotonic()
-        data, *_ = encoded(small, parts, some, Path(folder), Processes(), False)
+        data, *_ = encoded(small, parts, some, Path(folder), Processes(), _untold)
         encoding = (time.monotonic() - started) * len(examples) / len(some)
         trainer = begin_run(small, parts, data, accelerator, Path(folder))
         kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -66,6 +66,10 @@ def tried(config: TrainConfig, examples: Sequence[Example], device: str = "") ->
             seconds = time.monotonic() - started
         peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else 0
     return Tried(seconds, encoding, memory, peak)
+
+
+def _untold(what: str, done: int, total: int) -> None:
+    """How far the encoding is."""
 
 
 def _small(config: TrainConfig, folder: Path) -> TrainConfig:
