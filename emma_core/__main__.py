@@ -14,6 +14,7 @@ _COMMANDS = {
     "eval": "judge modules on prompts x references, by CLIP and DINO",
     "calibrate": "say in a module's file which strength of it strength 1 stands for",
     "inspect": "print what a module says of itself, draw its gate map",
+    "card": "make a folder to share a module with: its file, a model card, pictures, scores",
 }
 _HOME = {"eval": "evaluate"}  # where the module has another name than the command
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import io
 
 import torch
@@ -19,3 +20,14 @@ def data_uri(picture_HW3: torch.Tensor) -> str:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def jpeg_of(uri: str) -> bytes:
+    """The picture of a data URI as `data_uri` makes it; nothing of any other text."""
+    head, _, content = uri.partition(",")
+    if head != "data:image/jpeg;base64":
+        return b""
+    try:
+        return base64.b64decode(content, validate=True)
+    except binascii.Error:
+        return b""

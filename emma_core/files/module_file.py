@@ -117,6 +117,17 @@ def save_module(
     write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata=entries))
 
 
+def copy_module(path: str | Path, copy: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write a module's file to another place, with further metadata entries; its weights stay as they are.
+
+    Raises:
+        ModuleFileError: not such a file.
+    """
+    load_module(path)
+    tensors, entries = read_tensors(path, _WHAT, ModuleFileError)
+    write_atomically(copy, lambda temporary: save_file(tensors, str(temporary), metadata={**entries, **metadata}))
+
+
 def write_calibration(path: str | Path, calibration: Mapping[str, Any]) -> None:
     """Write a module's file again, atomically, with another `calibration`; weights and all other metadata stay as they are.
 
