@@ -85,7 +85,7 @@ class Learning:
     def config(self, changes: dict, **more) -> TrainConfig:
         usual = {**CENTRE, "module.condition": self.condition, "train.steps": self.options.steps,
                  "train.batch": self.options.batch, "train.precision": self.options.precision, **more}
-        return resolve({}, "small-card", {**usual, **changes})
+        return resolve({}, "small-card", {"train.held_out": 0.0, **usual, **changes})
 
     def parts(self, config: TrainConfig) -> Parts:
         return load_parts(config, torch.float32, torch.device("cpu"))

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 _CELL_PX, _GAP_PX, _HEAD_PX, _LABEL_PX, _FONT_PX = 160, 12, 40, 26, 17
+_TILES_PX = 256
 _INK, _FAINT, _PAPER = (30, 30, 30), (120, 120, 120), (255, 255, 255)
 
 
@@ -44,6 +45,17 @@ def draw_contact_sheet(columns: Sequence[str], rows: Sequence[SheetRow], referen
     return sheet
 
 
-def _cell(picture_HW3: torch.Tensor) -> Image.Image:
-    pixels = (picture_HW3.clamp(0, 1).numpy() * 255).round().astype(np.uint8)
-    return Image.fromarray(pixels).resize((_CELL_PX, _CELL_PX), Image.Resampling.LANCZOS)
+def draw_tiles(rows: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """(H, W, 3) in [0, 1]: pictures of any sizes side by side, without a word; H and W are at most _TILES_PX."""
+    across = max(map(len, rows))
+    side_px = _TILES_PX // max(across, len(rows))
+    sheet = Image.new("RGB", (across * side_px, len(rows) * side_px), _PAPER)
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            sheet.paste(_cell(picture, side_px), (column * side_px, row * side_px))
+    return torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255)
+
+
+def _cell(picture_HW3: torch.Tensor, side_px: int = _CELL_PX) -> Image.Image:
+    pixels = (picture_HW3.clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)
+    return ImageOps.pad(Image.fromarray(pixels), (side_px, side_px), Image.Resampling.LANCZOS, _PAPER)

@@ -105,6 +105,10 @@ class OptimisationConfig:
     gradient_checkpointing: bool = key(False, "less memory for more time: the UNet's activations are computed again")
     average: float = key(0.0, "decay of averaged weights, which are what is saved; 0: none", least=0, most=0.99999)
     seed: int = key(0, "of everything random")
+    held_out: float = key(0.0, "share of the pictures that is never learnt from: what the reference gains on them is measured "
+                               "with every checkpoint; 0: none", least=0, most=0.5)
+    patience: int = key(0, "updates without a growing gain on held-out pictures after which training ends, not before half of "
+                           "the steps; 0: never", least=0)
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,12 @@ class ReportConfig:
     save_every: int = key(1000, "updates between checkpoints", least=1)
     keep: int = key(2, "checkpoints kept", least=1)
     log_every: int = key(50, "updates between log lines", least=1)
-    sample_every: int = key(0, "updates between sample pictures; 0: none", least=0)
-    sample_prompts: tuple[str, ...] = key((), "prompts of the sample pictures")
-    sample_references: tuple[str, ...] = key((), "reference pictures of the samples; default: the first of the data")
+    sample_every: int = key(500, "updates between sample sheets; the last one is the module's thumbnail; 0: none", least=0)
+    sample_share: float = key(0.05, "largest share of the time that sheets take, but for the first and the last one", least=0,
+                              most=1)
+    sample_prompts: tuple[str, ...] = key((), "prompts of the sample sheets; default: four that are no captions")
+    sample_references: tuple[str, ...] = key((), "reference pictures of the samples; default: two of the data, of different "
+                                                 "groups if there are")
     sample_steps: int = key(20, "sampling steps", least=1)
     guidance: float = key(7.0, "classifier-free guidance of the samples; on the playground, if nothing is said, 4", least=0)
     tensorboard: bool = key(False, "write TensorBoard events too")

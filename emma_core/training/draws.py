@@ -74,12 +74,14 @@ class Draws:
         config: batch size, drops, timesteps, seed.
         length_of: number of text tokens of a caption: of several captions of a row those are taken that make few lengths.
         rank, processes: this process among all.
+        without: targets that are never drawn.
     """
 
     def __init__(
-        self, data: TrainingSet, config: TrainConfig, length_of: Callable[[str], int], rank: int = 0, processes: int = 1
+        self, data: TrainingSet, config: TrainConfig, length_of: Callable[[str], int], rank: int = 0, processes: int = 1,
+        without: frozenset[int] = frozenset(),
     ):
-        self._data, self._config, self._length_of = data, config, length_of
+        self._data, self._config, self._length_of, self._without = data, config, length_of, without
         self._rank, self._processes = rank, processes
         self._chance = random.Random(config.train.seed)
         self._generator = torch.Generator().manual_seed(config.train.seed)
@@ -142,7 +144,8 @@ class Draws:
         size = self._config.train.batch * self._processes
         of_bucket: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index in range(len(self._data)):
-            of_bucket[self._data.bucket(index)].append(index)
+            if index not in self._without:
+                of_bucket[self._data.bucket(index)].append(index)
         batches = []
         for _, members in sorted(of_bucket.items()):
             order = self._chance.sample(members, len(members))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .config import TrainConfig
 
 def run_identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that a checkpoint belongs to; what may change between sittings is left out."""
-    free = ("report.", "output.", "train.steps", "data.workers", "data.cache")
+    free = ("report.", "output.", "train.steps", "train.patience", "data.workers", "data.cache")
     usual = _flat(TrainConfig())
     return {"what": config.what, **{key: value for key, value in _flat(config).items() if not key.startswith(free)
                                     and not (key in _NEWER and value == usual[key])}}
@@ -28,7 +29,7 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
 
 FILES = "files"  # their marks, in what a checkpoint says of its run
 # runs that are older than these settings must find their folder again
-_NEWER = ("module.layers", "module.inner", "teacher.blocks", "ella.tokenizer")
+_NEWER = ("module.layers", "module.inner", "teacher.blocks", "ella.tokenizer", "train.held_out")
 _PLACES = ("data.folder", "data.jsonl", "data.shards")
 
 
@@ -48,17 +49,23 @@ def file_marks(config: TrainConfig) -> dict[str, str]:
     return {key: content_mark(path) for key, path in named.items() if path}
 
 
-def check_folder(folder: Path, config: TrainConfig) -> None:
+def check_folder(folder: Path, config: TrainConfig) -> TrainConfig:
     """Refuse a folder that another run is in, before anything is written there.
 
+    Returns:
+        The configuration to go on with: a run that began before pictures were held out learns from all of them to its end.
     Raises:
         TrainingError: its newest checkpoint belongs to a run with other settings or of other files, or is damaged.
     """
     found = checkpoints(folder)
-    if found:
-        run = load_checkpoint(found[-1])["run"]
-        check_identity(run, config, found[-1])
-        check_files_of_run(run, file_marks(config), found[-1])
+    if not found:
+        return config
+    begun = load_checkpoint(found[-1])["run"]
+    if "train.held_out" not in begun:
+        config = replace(config, train=replace(config.train, held_out=0.0))
+    check_identity(begun, config, found[-1])
+    check_files_of_run(begun, file_marks(config), found[-1])
+    return config
 
 
 def check_files_of_run(found: Mapping[str, Any], marks: Mapping[str, str], checkpoint: Path) -> None:

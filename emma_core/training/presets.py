@@ -9,7 +9,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
     "small-card": {
         "train": {"steps": 2000, "batch": 2, "accumulate": 4, "rate": 5e-4, "gate_rate": 5.0, "warmup": 50,
-                  "schedule": "cosine", "gradient_checkpointing": True, "average": 0.99},
+                  "schedule": "cosine", "gradient_checkpointing": True, "average": 0.99, "held_out": 0.1,
+                  "patience": 600},
         "objective": {"timestep_power": 0.4, "inverse_snr": 60.0, "place_weight": True},
         "report": {"save_every": 200, "log_every": 20},
     },
@@ -18,7 +19,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "distil": {
         "data": {"reference_crops": 0, "reference_flip": False},
         "train": {"steps": 3000, "batch": 2, "accumulate": 4, "rate": 5e-4, "gate_rate": 5.0, "warmup": 50,
-                  "schedule": "cosine", "gradient_checkpointing": True, "average": 0.99},
+                  "schedule": "cosine", "gradient_checkpointing": True, "average": 0.99, "held_out": 0.1,
+                  "patience": 600},
         "objective": {"timestep_power": 0.4, "inverse_snr": 60.0},
         "teacher": {"own_latents": True, "samples": 2},
         "report": {"save_every": 200, "log_every": 20},

@@ -1,21 +1,25 @@
-"""What a run tells while it goes on: a progress bar, a log of JSON lines, a drawn loss curve, TensorBoard, sample sheets."""
+"""What a run tells while it goes on: progress, a log of JSON lines, a drawn loss curve, TensorBoard, sample sheets."""
 
 from __future__ import annotations
 
 import math
+import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..base.schedule import TIMESTEPS
+from ..errors import EmmaWarning
 from ..files.writing import make_folder, write_picture
 from .config import TrainConfig
 from .log import Log
 from .losses import BUCKETS
-from .samples import Sampler
+from .progress import Bar, Lines
+from .samples import Sampler, Sheet
 from .trainer import Trainer, UpdateReport
+from .words import bucket_name
 
 _CURVE_PX = (760, 420)
 _MARGIN_LEFT, _MARGIN_TOP, _MARGIN_RIGHT, _MARGIN_BOTTOM = 64, 34, 190, 44
@@ -31,32 +35,56 @@ class Reporter:
         config: of the run.
         trainer: the run.
         sampler: draws sample sheets, or None.
-        bar: shows each update (tqdm), or None.
+        progress: shows each update, or None.
     """
 
-    def __init__(self, config: TrainConfig, trainer: Trainer, sampler: Sampler | None = None, bar=None):
-        self._config, self._trainer, self._sampler, self._bar = config, trainer, sampler, bar
+    def __init__(self, config: TrainConfig, trainer: Trainer, sampler: Sampler | None = None,
+                 progress: Bar | Lines | None = None):
+        self._config, self._trainer, self._sampler, self._progress = config, trainer, sampler, progress
+        self._drawn: Sheet | None = None
+        self._sheets, self.sheet_seconds = 0, 0.0
         self.log = Log(trainer.folder / "log.jsonl")
         self._events = _tensorboard(trainer.folder) if config.report.tensorboard else None
 
     def __call__(self, progress: UpdateReport) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {progress.loss:.4f}, rate {progress.rate:.2g}", refresh=False)
-            self._bar.update(1)
+        if self._progress is not None:
+            self._progress.update(1, f"loss {progress.loss:.4f}, rate {progress.rate:.2g}")
         if progress.buckets:
             self.log.write(step=progress.step, loss=round(progress.loss, 6), rate=progress.rate,
                            seconds=round(progress.seconds, 2), buckets=_rounded(progress.buckets), gates=progress.gates)
             write_picture(self._trainer.folder / "loss.png", draw_loss_curve(self.log.read()))
             self._tell_tensorboard(progress)
-        every = self._config.report.sample_every
-        if self._sampler is not None and every and progress.step % every == 0:
+        if progress.gain is not None:
+            self.log.write(step=progress.step, held_out={
+                "gain": round(progress.gain.share, 5), "with reference": _rounded(progress.gain.shown),
+                "text only": _rounded(progress.gain.plain)})
+        every, last = self._config.report.sample_every, self._config.train.steps
+        if every and progress.step % every == 0 and progress.step < last and self._may_draw(progress.seconds):
             self.sample()
 
-    def sample(self) -> Path:
-        """Draw the sample sheet of now."""
-        path = make_folder(self._trainer.folder / "samples") / f"{self._trainer.step:08d}.png"
-        write_picture(path, self._sampler.sheet(self._trainer))
-        return path
+    def _may_draw(self, seconds: float) -> bool:
+        """Whether one more sheet keeps to the share of the time that sheets may take; the first one is always drawn."""
+        once = self.sheet_seconds / self._sheets if self._sheets else 0.0
+        return not self._sheets or self.sheet_seconds + once <= self._config.report.sample_share * (seconds + once)
+
+    def sample(self) -> Sheet | None:
+        """The sample sheet of now, also in the folder `samples`; None without a sampler, or where drawing failed.
+
+        That it failed (a card whose memory training fills) is told, and ends no run: no further sheets are drawn.
+        """
+        if self._sampler is None or (self._drawn is not None and self._drawn.step == self._trainer.step):
+            return self._drawn
+        started = time.monotonic()
+        try:
+            self._drawn = self._sampler.sheet(self._trainer)
+            path = make_folder(self._trainer.folder / "samples") / f"{self._trainer.step:08d}.png"
+            write_picture(path, self._drawn.image())
+        except Exception as found:
+            self._sampler = self._drawn = None
+            warnings.warn(f"no more sample sheets are drawn, as one failed: {found}. Training goes on.", EmmaWarning,
+                          stacklevel=2)
+        self._sheets, self.sheet_seconds = self._sheets + 1, self.sheet_seconds + time.monotonic() - started
+        return self._drawn
 
     def _tell_tensorboard(self, progress: UpdateReport) -> None:
         if self._events is None:
@@ -107,12 +135,6 @@ def _is_report(line: dict[str, Any]) -> bool:
     step, means = line.get("step"), line.get("buckets")
     return (type(step) is int and 0 < step <= _MOST_STEPS and isinstance(means, list) and len(means) == BUCKETS
             and all(mean is None or (type(mean) is float and 0 <= mean < math.inf) for mean in means))
-
-
-def bucket_name(index: int) -> str:
-    """The timesteps of a bucket."""
-    width = TIMESTEPS // BUCKETS
-    return f"{index * width} to {(index + 1) * width - 1}"
 
 
 def _rounded(values: Sequence[float | None]) -> list[float | None]:

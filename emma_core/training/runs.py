@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from ..drawing import thumbnails
 from ..files.picture_file import open_picture, picture_tensor
 from ..files.writing import make_folder, write_text
 from ..model.gated_resampler import GatedResampler
+from ..playground import PLAYGROUND
 from .acceleration import new_accelerator, new_device
 from .beginning import Frozen, begin
 from .checks import check
@@ -26,17 +29,28 @@ from .parts import encode_references, encoders_of, load_parts, options_of, prepa
 from .places import place_weights
 from .prepare import prepare
 from .prepared import Prepared
-from .reports import Reporter, bucket_name
+from .progress import encoding_progress, progress_of
+from .reports import Reporter
+from .sample_prompts import sample_prompts
 from .samples import Sampler
 from .shards import Processes
 from .student import TeacherTarget
 from .teachers import load_teacher
 from .trainer import Trainer, gain_of_reference
+from .words import gain_in_words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _SAMPLE_REFERENCES = 2  # shown if the configuration names none
+
+
+@dataclass(frozen=True, eq=False)
+class SampleReferences:
+    """References of the sample sheets: name -> (V, D) of each, and the pictures (H, W, 3) themselves."""
+
+    features: Sequence[Mapping[str, torch.Tensor]]
+    pictures: Sequence[torch.Tensor]
 
 
 def run(
@@ -48,7 +62,7 @@ def run(
     Args:
         config: resolved.
         say: told what happens, in lines.
-        bars: show progress bars.
+        bars: show progress bars; else how far it is is told in lines.
         device: "" is what accelerate chooses.
         begin_with: makes the trainer, with the arguments of `begin_run`.
     Returns:
@@ -59,7 +73,7 @@ def run(
     check(config)
     folder, cpu = Path(config.output.folder), device == "cpu"
     config, dtype = prepare_precision(config, new_device(cpu))
-    check_folder(folder, config)
+    config = check_folder(folder, config)
     accelerator = new_accelerator(config.train.precision, cpu)
     processes = Processes.of_run()
     examples, problems = read_examples(config.data, processes)
@@ -79,25 +93,44 @@ def _run(
     """As `run`, with settings and data that were checked, in a folder of its own."""
     folder = Path(config.output.folder)
     parts = load_parts(config, dtype, accelerator.device)
-    data, texts, references = encoded(config, parts, examples, folder, processes, bars)
+    tell = say if accelerator.is_main_process else _silent
+    data, texts, references = encoded(config, parts, examples, folder, processes, encoding_progress(tell, bars))
     trainer = begin_with(config, parts, data, accelerator, folder)
     resumed = trainer.resume()
     if accelerator.is_main_process:
         write_text(folder / "config.toml", config.to_toml())
         if resumed:
             say(f"going on after update {trainer.step}")
-    with _bar(trainer, bars) as bar:
-        sampler = Sampler(parts.backbone, config.report, texts, references, data.bucket(0))
-        reporter = Reporter(config, trainer, sampler if config.report.sample_every else None, bar)
+    sampler = Sampler(parts.backbone, config.report, texts, references.features, data.bucket(0), references.pictures)
+    drawing = sampler if config.report.sample_every and accelerator.is_main_process else None
+    if drawing:
+        drawing.begin(trainer)
+    with progress_of("update", config.train.steps, trainer.step, tell, bars) as progress:
+        reporter = Reporter(config, trainer, drawing, progress)
         trainer.run(reporter)
-    module = trainer.student.module
-    if module is not None and accelerator.is_main_process:
-        if config.output.thumbnail:
-            _add_thumbnail(trainer, module, sampler.picture(trainer))
-        gain = gain_of_reference(trainer)
-        reporter.log.write(step=trainer.step, **gain)
-        say(gain_in_words(gain))
+    if accelerator.is_main_process:
+        _finish(trainer, reporter, sampler, say)
     return folder / f"{config.output.name}.safetensors"
+
+
+def _finish(trainer: Trainer, reporter: Reporter, sampler: Sampler, say: Callable[[str], None]) -> None:
+    """The last sheet, the thumbnail, and what was gained, in words."""
+    config, module = trainer.config, trainer.student.module
+    sheet = reporter.sample()
+    if sheet is not None:
+        say(f"samples: {trainer.folder / 'samples'}; sheets took {reporter.sheet_seconds:.0f} s, training "
+            f"{trainer.seconds:.0f} s")
+    if module is None:
+        return
+    if config.output.thumbnail:
+        _add_thumbnail(trainer, module, sheet.thumbnail() if sheet is not None else sampler.picture(trainer))
+    gain = gain_of_reference(trainer)
+    reporter.log.write(step=trainer.step, **gain)
+    say(gain_in_words(gain, trainer.growth, config, trainer.ended_growing))
+
+
+def _silent(line: str) -> None:
+    """For processes that are not the first."""
 
 
 def _add_thumbnail(trainer: Trainer, module: GatedResampler, picture_HW3: torch.Tensor) -> None:
@@ -105,15 +138,6 @@ def _add_thumbnail(trainer: Trainer, module: GatedResampler, picture_HW3: torch.
     metadata = {**module.config.file_metadata, thumbnails.KEY: thumbnails.data_uri(picture_HW3)}
     module.config = module.config.replace(file_metadata=metadata)
     trainer.save_result()
-
-
-def gain_in_words(gain: Mapping[str, list[float | None]]) -> str:
-    """What the reference takes from the error on the training pictures, by timestep."""
-    lines = ["error on training pictures, with reference / text only, by timestep:"]
-    for index, (shown, plain) in enumerate(zip(gain["with reference"], gain["text only"], strict=True)):
-        if shown is not None and plain:
-            lines.append(f"  {bucket_name(index)}: {shown:.5f} / {plain:.5f} ({100 * (shown / plain - 1):+.1f}%)")
-    return "\n".join(lines)
 
 
 def begin_run(
@@ -139,58 +163,48 @@ def begin_run(
 
 
 def encoded(
-    config: TrainConfig, parts: Parts, examples: Sequence[Example], folder: Path, processes: Processes, bars: bool
-) -> tuple[Prepared | OwnLatents, Mapping[str, torch.Tensor], list[Mapping[str, torch.Tensor]]]:
+    config: TrainConfig, parts: Parts, examples: Sequence[Example], folder: Path, processes: Processes,
+    progress: Callable[[str, int, int], None],
+) -> tuple[Prepared | OwnLatents, Mapping[str, torch.Tensor], SampleReferences]:
     """The data, encoded by all processes; texts and references of the sample pictures."""
     options = options_of(config) if config.what == "module" else None
     cache = Path(config.data.cache) if config.data.cache else folder / "cache"
     encoders = encoders_of(parts, config)
-    prepared = prepare(examples, config.data, config.encoder, encoders, options, cache, _progress(bars), processes)
+    prepared = prepare(examples, config.data, config.encoder, encoders, options, cache, progress, processes)
     data: Prepared | OwnLatents = prepared
     if config.teacher.own_latents:
         parts.place(UNET, TEXT_ENCODER)
-        data = own_latents(config, parts.backbone, parts.connector, encoders.encode_texts, prepared, cache, _progress(bars),
+        data = own_latents(config, parts.backbone, parts.connector, encoders.encode_texts, prepared, cache, progress,
                            processes)
     parts.place(TEXT_ENCODER)
-    prompts = tuple(dict.fromkeys(("", *(config.report.sample_prompts or data.captions(0)[:1]))))
+    named = config.report.sample_prompts or sample_prompts(
+        config.module.condition, config.base.checkpoint == PLAYGROUND, _captions_of(data)) or data.captions(0)[:1]
+    prompts = tuple(dict.fromkeys(("", *named)))
     texts = {prompt: features.cpu() for prompt, features in zip(prompts, parts.text_encoder.encode(prompts), strict=True)}
     if options is None:
-        return data, texts, []
+        return data, texts, SampleReferences([], [])
     if not config.report.sample_references:
-        indices: dict[int, None] = {}
-        for index in range(len(data)):
-            indices[data.references(index)[0]] = None
-            if len(indices) == _SAMPLE_REFERENCES:
-                break
-        return data, texts, [data.features(index, 0) for index in indices]
-    references = []
+        return data, texts, _references_of(prepared, data)
     parts.place(REFERENCE_ENCODER)
-    for path in config.report.sample_references:
-        references += encode_references(config, parts.reference_encoder, picture_tensor(open_picture(Path(path))))
-    return data, texts, references
+    pictures = [picture_tensor(open_picture(Path(path))) for path in config.report.sample_references]
+    features = [one for picture in pictures for one in encode_references(config, parts.reference_encoder, picture)]
+    return data, texts, SampleReferences(features, [picture[0] for picture in pictures])
 
 
-def _progress(bars: bool) -> Callable[[str, int, int], None] | None:
-    if not bars:
-        return None
-    from tqdm import tqdm
-
-    shown: dict[str, tqdm] = {}
-
-    def tell(what: str, done: int, total: int) -> None:
-        if total and what not in shown:
-            shown[what] = tqdm(total=total, desc=f"encoding {what}", unit="")
-        if what in shown:
-            shown[what].update(done - shown[what].n)
-            if done >= total:
-                shown.pop(what).close()
-
-    return tell
+def _captions_of(data: Prepared | OwnLatents) -> set[str]:
+    return {caption for index in range(len(data)) for caption in data.captions(index)}
 
 
-def _bar(trainer: Trainer, shown: bool):
-    from tqdm import tqdm
-
-    return tqdm(total=trainer.config.train.steps, initial=trainer.step, desc="training", unit="update", disable=not shown,
-                dynamic_ncols=True)
-
+def _references_of(prepared: Prepared, data: Prepared | OwnLatents) -> SampleReferences:
+    """The first references of the first targets, of different groups if there are several."""
+    of_groups: dict[str, int] = {}
+    for index in range(len(data)):
+        of_groups.setdefault(data.group(index), data.references(index)[0])
+    rest = (reference for index in range(len(data)) for reference in data.references(index))
+    indices: dict[int, None] = {}
+    for index in itertools.chain(of_groups.values(), rest):
+        indices[index] = None
+        if len(indices) == _SAMPLE_REFERENCES:
+            break
+    pictures = [picture_tensor(open_picture(prepared.pictures.pictures[index]))[0] for index in indices]
+    return SampleReferences([data.features(index, 0) for index in indices], pictures)

@@ -1,29 +1,62 @@
 """Sample pictures of a run: fixed prompts, references and seeds, drawn with the weights as they are.
 
-Shapes: pictures H x W, latents 4 x h x w.
+Shapes: R rows (prompts), C columns, pictures H x W, latents 4 x h x w.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 
 from ..base.backbones import Backbone
 from ..base.pipeline import Pipeline, Request, Sampling, generate, pipeline_for
-from ..drawing.contact_sheet import SheetRow, draw_contact_sheet
+from ..drawing.contact_sheet import SheetRow, draw_contact_sheet, draw_tiles
 from ..model.assembly import Assembly, Reference
 from ..model.connector import Connector
 from ..model.gated_resampler import GatedResampler
 from .config import ReportConfig
 from .trainer import Trainer
 
+_TILES = 3  # rows of a thumbnail
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """What was drawn at one moment.
+
+    Args:
+        prompts: of the rows.
+        references: the reference pictures, (H, W, 3) each.
+        columns: titles of what is drawn: text only, then each reference, at the start where that differs, and now.
+        picture_RCHW3: in [0, 1].
+        step: updates so far.
+    """
+
+    prompts: Sequence[str]
+    references: Sequence[torch.Tensor]
+    columns: Sequence[str]
+    picture_RCHW3: torch.Tensor
+    step: int
+
+    def image(self) -> Image.Image:
+        """The sheet with its titles; reference pictures stand before each row."""
+        titles = [f"reference {number}" for number in range(1, len(self.references) + 1)]
+        rows = [SheetRow(prompt or "(no text)", [*self.references, *pictures])
+                for prompt, pictures in zip(self.prompts, self.picture_RCHW3, strict=True)]
+        return draw_contact_sheet([*titles, *self.columns], rows, len(titles), f"after {self.step} updates")
+
+    def thumbnail(self) -> torch.Tensor:
+        """(H, W, 3): the first rows with the first reference, text only, and the reference now."""
+        now = self.columns.index("+ reference 1") if "+ reference 1" in self.columns else 0
+        return draw_tiles([[*self.references[:1], pictures[0], pictures[now]] for pictures in self.picture_RCHW3[:_TILES]])
+
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """Draws the sample sheet of a run.
+    """Draws the sample sheets of a run.
 
     Args:
         backbone: diffusion model and autoencoder.
@@ -31,6 +64,8 @@ class Sampler:
         texts: prompt -> T5 features (1, N, D), "" among them; all others are drawn.
         references: features of each reference picture, name -> (V, D).
         size_px: width and height.
+        shown: the reference pictures themselves, (H, W, 3) each.
+        still: what never changes, by the title of its column: text only, and what a module to start from drew.
     """
 
     backbone: Backbone
@@ -38,31 +73,52 @@ class Sampler:
     texts: Mapping[str, torch.Tensor]
     references: Sequence[Mapping[str, torch.Tensor]]
     size_px: tuple[int, int]
+    shown: Sequence[torch.Tensor] = ()
+    still: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    @torch.no_grad()
-    def sheet(self, trainer: Trainer) -> Image.Image:
+    def begin(self, trainer: Trainer) -> None:
+        """Keep what a module that starts from another draws before the first update; a new one draws what ELLA draws."""
+        if trainer.config.module.start and trainer.step == 0:
+            module = trainer.result()
+            for number, features in enumerate(self.references, 1):
+                self.still[f"at the start {number}"] = self._column(trainer, _assembly(module, features))
+
+    def sheet(self, trainer: Trainer) -> Sheet:
         """Each prompt without a reference and with each of them; for an ELLA, each prompt."""
-        result, connector = trainer.result(), trainer.student.connector
-        device = trainer.accelerator.device
+        result = trainer.result()
         if isinstance(result, Connector):
-            connector, assemblies = result.to(device), [Assembly()]
+            columns = {"now": self._column(trainer, Assembly(), result)}
         else:
-            assemblies = [Assembly(), *(_assembly(result.to(device), features) for features in self.references)]
-        prompts = [prompt for prompt in self.texts if prompt] or [""]
-        requests = [Request(prompt, assembly, seed=row) for row, prompt in enumerate(prompts) for assembly in assemblies]
-        with trainer.accelerator.autocast():
-            # what fits with gradients fits without
-            pictures = generate(self._pipeline(connector, device), requests, self._sampling(), trainer.config.train.batch)
-        return _drawn(prompts, pictures, len(assemblies), trainer.step)
+            if "text only" not in self.still:
+                self.still["text only"] = self._column(trainer, Assembly())
+            columns = {"text only": self.still["text only"], **self.still}
+            for number, features in enumerate(self.references, 1):
+                columns[f"+ reference {number}"] = self._column(trainer, _assembly(result, features))
+        return Sheet(self._prompts, self.shown, list(columns), torch.stack(list(columns.values()), dim=1), trainer.step)
 
     @torch.no_grad()
     def picture(self, trainer: Trainer) -> torch.Tensor:
         """(H, W, 3) in [0, 1]: the first prompt with the first reference, by the module as it is."""
+        assembly = _on(trainer, _assembly(trainer.result(), self.references[0]))
+        return self._drawn(trainer, [Request(self._prompts[0], assembly)])[0]
+
+    @property
+    def _prompts(self) -> list[str]:
+        return [prompt for prompt in self.texts if prompt] or [""]
+
+    @torch.no_grad()
+    def _column(self, trainer: Trainer, assembly: Assembly, connector: Connector | None = None) -> torch.Tensor:
+        """(R, H, W, 3): every prompt with these references; each row has a noise of its own."""
+        assembly = _on(trainer, assembly)
+        requests = [Request(prompt, assembly, seed=row) for row, prompt in enumerate(self._prompts)]
+        return self._drawn(trainer, requests, connector)
+
+    def _drawn(self, trainer: Trainer, requests: list[Request], connector: Connector | None = None) -> torch.Tensor:
         device = trainer.accelerator.device
-        request = Request(next((prompt for prompt in self.texts if prompt), ""),
-                          _assembly(trainer.result().to(device), self.references[0]))
+        pipeline = self._pipeline((connector or trainer.student.connector).to(device), device)
         with trainer.accelerator.autocast():
-            return generate(self._pipeline(trainer.student.connector, device), [request], self._sampling())[0]
+            # what fits with gradients fits without
+            return generate(pipeline, requests, self._sampling(), trainer.config.train.batch)
 
     def _sampling(self) -> Sampling:
         return Sampling(self.settings.sample_steps, self.settings.guidance, *self.size_px)
@@ -78,8 +134,7 @@ def _assembly(module: GatedResampler, features: Mapping[str, torch.Tensor]) -> A
     return Assembly([Reference(module, {name: tensor[None].float() for name, tensor in features.items()})])
 
 
-def _drawn(prompts: Sequence[str], pictures_BHW3: torch.Tensor, columns: int, step: int) -> Image.Image:
-    titles = ["text only", *(f"+ reference {number}" for number in range(1, columns))]
-    rows = [SheetRow(prompt or "(no text)", list(pictures_BHW3[row * columns:(row + 1) * columns]))
-            for row, prompt in enumerate(prompts)]
-    return draw_contact_sheet(titles, rows, 0, f"after {step} updates")
+def _on(trainer: Trainer, assembly: Assembly) -> Assembly:
+    for reference in assembly.references:
+        reference.module.to(trainer.accelerator.device)
+    return assembly

@@ -31,6 +31,7 @@ from .averaging import AveragedWeights, cosine_rate
 from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_or_explain
 from .config import TrainConfig
 from .draws import Batch, Draws, TrainingSet
+from .held_out import Gain, Growth, HeldOut, chosen
 from .identity import FILES, check_files_of_run, check_identity, check_same_place, run_identity
 from .interrupts import Interrupts
 from .losses import TimestepBuckets
@@ -46,7 +47,8 @@ _GLOBAL_GATES = ("attn_gate", "ffn_gate")
 class UpdateReport:
     """What is known after an update.
 
-    ``loss`` is the mean over the batch without weights; ``buckets`` means by timestep since the last report.
+    ``loss`` is the mean over the batch without weights; ``buckets`` means by timestep since the last report; ``gain`` what was
+    measured on held-out pictures after this update.
     """
 
     step: int
@@ -55,6 +57,7 @@ class UpdateReport:
     seconds: float
     buckets: list[float | None] = field(default_factory=list)
     gates: Mapping[str, list[float]] = field(default_factory=dict)
+    gain: Gain | None = None
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
@@ -102,9 +105,11 @@ class Trainer:
             student.connector.to(accelerator.device)
         self.optimizer = accelerator.prepare_optimizer(make_optimizer(student, config))
         self.average = AveragedWeights(student.learning, config.train.average) if config.train.average else None
+        held_out = chosen(data, config)
+        self.held_out = HeldOut(data, config, held_out) if held_out else None
         self.draws = Draws(data, config, lambda caption: data.text(caption).shape[1], accelerator.process_index,
-                           accelerator.num_processes)
-        self.step, self.seconds = 0, 0.0
+                           accelerator.num_processes, held_out)
+        self.step, self.seconds, self.growth = 0, 0.0, Growth()
         self._saved = 0  # the last step that was saved, or was tried to be
         self._torn = False  # inside the change of weights, moments and averages: not to be saved
 
@@ -205,7 +210,7 @@ class Trainer:
             "step": self.step, "seconds": self.seconds, "learning": self.student.learning.state_dict(),
             "optimizer": self.optimizer.state_dict(), "draws": self.draws.state,
             "average": self.average.values if self.average else {}, "scaler": scaler.state_dict() if scaler else {},
-            "run": {**run_identity(self.config), FILES: self._files},
+            "run": {**run_identity(self.config), FILES: self._files}, "growth": self.growth.state,
         }
 
     def resume(self) -> bool:
@@ -226,6 +231,7 @@ class Trainer:
         self.student.learning.load_state_dict(state["learning"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.draws.state = state["draws"]
+        self.growth = Growth.of_state(state.get("growth", {}))
         if self.average:
             self.average.load(state["average"])
         if self.accelerator.scaler and state["scaler"]:
@@ -234,16 +240,35 @@ class Trainer:
 
     def _learn(self, after_step: Callable[[UpdateReport], None] | None, interrupts: Interrupts) -> None:
         started, before, buckets = time.monotonic(), self.seconds, TimestepBuckets()
-        while self.step < self.config.train.steps:
+        while self.step < self.config.train.steps and not self.ended_growing:
             loss = self._update_or_save(buckets)
             self.seconds = before + time.monotonic() - started
+            gain = None
             if self.step % self.config.report.save_every == 0:
+                gain = self._measured()
                 self.save()
             if after_step and self.accelerator.is_main_process:
                 reported = self.step % self.config.report.log_every == 0
-                after_step(self._report(loss, buckets if reported else None))
+                after_step(self._report(loss, buckets if reported else None, gain))
                 buckets = TimestepBuckets() if reported else buckets
             self._end_if(interrupts)
+
+    @property
+    def ended_growing(self) -> bool:
+        """Whether the gain on held-out pictures has stopped to grow."""
+        return self.held_out is not None and self.growth.ended(self.config, self.step)
+
+    def _measured(self) -> Gain | None:
+        """The gain on held-out pictures, of the weights that would be saved; the same in all processes."""
+        if self.held_out is None:
+            return None
+        with self.accelerator.autocast():
+            gain = self.held_out.gain(self.student, self.averaged(), self.accelerator.device)
+        share = gain.share
+        if self.accelerator.num_processes > 1:  # which may round in different ways, and must end together
+            share = self.accelerator.reduce(torch.tensor(share, device=self.accelerator.device), "mean").item()
+        self.growth.gains.append((self.step, share))
+        return gain
 
     def _end_if(self, interrupts: Interrupts) -> None:
         """All processes end after the same update, whichever of them was told to."""
@@ -312,12 +337,12 @@ class Trainer:
             gradient = torch.zeros_like(value) if value.grad is None else value.grad
             value.grad = self.accelerator.reduce(gradient, "mean")
 
-    def _report(self, loss: float, buckets: TimestepBuckets | None) -> UpdateReport:
+    def _report(self, loss: float, buckets: TimestepBuckets | None, gain: Gain | None) -> UpdateReport:
         gates: dict[str, list[float]] = {}
         if buckets is not None and self.student.module is not None:
             gates = gates_of(self.student.module)
         return UpdateReport(self.step, loss, self.optimizer.param_groups[0]["lr"], self.seconds,
-                            buckets.means() if buckets else [], gates)
+                            buckets.means() if buckets else [], gates, gain)
 
 
 def gates_of(module: GatedResampler) -> dict[str, list[float]]:

@@ -147,7 +147,7 @@ def test_comfyui_starts_with_schemas_and_folders_alone():
     reached = reached_from({"host.paths", *(f"nodes.{path.stem}" for path in files("nodes"))}, at_once=True)
     assert {"host.paths", "emma_core.encoders.options"} <= reached
     parts = {f"host.{path.stem}" for path in files("host")}
-    assert reached & parts == {"host.messages", "host.paths", "host.text_options"}
+    assert reached & parts == {"host.messages", "host.paths", "host.picture_folders", "host.text_options"}
     heavy = ("emma_core.base", "emma_core.files.tensor_file", "emma_core.encoders.base", "emma_core.model.assembly",
              "emma_core.training.config", "emma_core.text", "emma_core.drawing")
     assert not [name for name in reached if name.startswith(heavy)]

@@ -35,7 +35,8 @@ def run(config, pictures, tmp_path, monkeypatch) -> None:
     """Train what the settings say."""
     config = resolve({"what": config.pop("what", "module")}, "small-card", {
         "data.folder": str(pictures), "data.workers": 0, "output.folder": str(tmp_path / "out"), "train.steps": 2,
-        "report.sample_every": 1, "report.sample_steps": 2, "report.log_every": 1, **config})
+        "report.sample_every": 1, "report.sample_steps": 2, "report.sample_prompts": ("woman cook",),
+        "report.log_every": 1, **config})
     with fake_cuda(monkeypatch):
         runs.run(config, lambda line: None, bars=False, device="cpu")
 

@@ -26,7 +26,8 @@ from emma_core.training.saved import Sitting
 
 SMALL = ["--preset", "small-card", "--data.resolution_px", "128", "--data.reference_crops", "0", "--data.workers", "0",
          "--train.precision", "fp32", "--train.batch", "2", "--train.accumulate", "1", "--train.warmup", "1",
-         "--train.gradient_checkpointing", "false", "--report.log_every", "1", "--device", "cpu"]
+         "--train.gradient_checkpointing", "false", "--report.log_every", "1", "--report.sample_every", "0", "--device",
+         "cpu"]
 
 OUT = ["--data.folder", "{data}", "--output.folder", "{out}"]
 
@@ -66,7 +67,7 @@ def test_the_module_says_what_it_is_and_names_no_path(run, pictures):
     assert config.training["steps"] == 3 and config.training["data"]["pictures"] == 4 and config.training["data"]["groups"] == 2
     assert config.training["recipe"]["batch"] == 2 and config.training["base"]["sha256"]
     kind, _, picture = config.file_metadata["modelspec.thumbnail"].partition(",")
-    assert kind == "data:image/jpeg;base64" and Image.open(io.BytesIO(base64.b64decode(picture))).size == (128, 128)
+    assert kind == "data:image/jpeg;base64" and Image.open(io.BytesIO(base64.b64decode(picture))).size == (255, 255)
     assert str(pictures) not in json.dumps(dict(config.training)) and str(run) not in config.to_json()
 
 
@@ -86,7 +87,8 @@ def test_the_run_leaves_log_curve_samples_and_its_configuration(run):
     assert set(lines[-1]) == {"step", "with reference", "text only"}
     assert Image.open(run / "loss.png").size == (760, 420)
     sheet = Image.open(run / "samples" / "00000002.png")
-    assert sheet.width > 3 * 160 and len(sheet.resize((40, 40)).getcolors(2000)) > 50
+    assert [path.name for path in sorted((run / "samples").iterdir())] == ["00000002.png", "00000003.png"]
+    assert sheet.width > 5 * 160 and len(sheet.resize((40, 40)).getcolors(2000)) > 50
     assert 'condition = "style"' in (run / "config.toml").read_text()
     assert [path.name for path in checkpoints(run)] == ["checkpoint-00000002.pt", "checkpoint-00000003.pt"]
 
@@ -106,7 +108,8 @@ def test_starting_again_goes_on_and_encodes_nothing(run, pictures, capsys, monke
                  "--train.steps", "4"]) == 0
     assert "going on after update 3" in capsys.readouterr().out
     assert load_module(run / "longer.safetensors").config.training["steps"] == 4
-    assert len(texts) == 2, "the texts of the samples alone"
+    assert len(texts) == 5, "the texts of the samples alone: four prompts that are no captions, and none"
+    assert not {"woman astronaut", "man cook"} & set(texts)
 
 
 def test_a_folder_of_other_settings_stays_as_it_is(run, pictures, capsys):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from emma_core import Assembly, Reference, load_connector, load_module
 from emma_core.base.backbones import Backbone, load_playground
@@ -15,6 +16,7 @@ from emma_core.drawing.contact_sheet import SheetRow, draw_contact_sheet
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.text.encoder import load_text_encoder
 from emma_core.training.config import ReportConfig
+from emma_core.training.sample_prompts import sample_prompts
 from emma_core.training.samples import Sampler
 
 PROMPT, STEPS, GUIDANCE = "man cook", 4, 3.0
@@ -35,7 +37,7 @@ def trainer():
     return SimpleNamespace(
         result=lambda: module, student=SimpleNamespace(connector=load_connector(PLAYGROUND_DIR / "ella.safetensors")), step=3,
         accelerator=SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext),
-        config=SimpleNamespace(train=SimpleNamespace(batch=4)))
+        config=SimpleNamespace(train=SimpleNamespace(batch=4), module=SimpleNamespace(start="")))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,8 @@ def sampler(backbone, trainer) -> Sampler:
     texts = dict(zip(("", PROMPT), encoder.encode(["", PROMPT]), strict=True))
     generator = torch.Generator().manual_seed(7)
     features = {name: torch.randn(1, spec.dim, generator=generator) for name, spec in trainer.result().config.features.items()}
-    return Sampler(backbone, ReportConfig(sample_steps=STEPS, guidance=GUIDANCE), texts, [features], (128, 128))
+    shown = torch.rand(40, 64, 3, generator=generator)
+    return Sampler(backbone, ReportConfig(sample_steps=STEPS, guidance=GUIDANCE), texts, [features], (128, 128), [shown])
 
 
 @torch.no_grad()
@@ -78,6 +81,33 @@ def test_a_thumbnail_is_drawn_on_the_schedule_of_the_base(sampler, trainer):
 
 def test_a_sheet_is_drawn_on_the_schedule_of_the_base(sampler, trainer):
     pictures = [drawn_literally(sampler, trainer, references) for references in (Assembly(), shown(sampler, trainer))]
-    wanted = draw_contact_sheet(["text only", "+ reference 1"], [SheetRow(PROMPT, pictures)], 0, "after 3 updates")
-    found = sampler.sheet(trainer)
+    rows = [SheetRow(PROMPT, [sampler.shown[0], *pictures])]
+    wanted = draw_contact_sheet(["reference 1", "text only", "+ reference 1"], rows, 1, "after 3 updates")
+    sheet = sampler.sheet(trainer)
+    found = sheet.image()
     assert np.abs(np.asarray(found, dtype=float) - np.asarray(wanted, dtype=float)).max() <= 1
+    assert sheet.thumbnail().shape == (85, 255, 3)
+    tile = torch.from_numpy(np.array(Image.fromarray((pictures[1] * 255).round().byte().numpy()).resize((85, 85))) / 255)
+    assert (sheet.thumbnail()[:, 170:] - tile).abs().mean() < 0.05 < (sheet.thumbnail()[:, :85] - tile).abs().mean()
+
+
+def test_text_only_is_drawn_once_and_what_a_run_starts_from_before_it(sampler, trainer, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Sampler, "_drawn", lambda self, trainer, requests, connector=None: drawn.append(len(requests)) or
+                        torch.zeros(len(requests), 4, 4, 3))
+    fresh = replace(sampler, still={})
+    started = SimpleNamespace(**{**vars(trainer), "step": 0, "config": SimpleNamespace(
+        train=trainer.config.train, module=SimpleNamespace(start="module.safetensors"))})
+    fresh.begin(started)
+    assert list(fresh.sheet(started).columns) == ["text only", "at the start 1", "+ reference 1"] and len(drawn) == 3
+    fresh.sheet(started)
+    assert len(drawn) == 4, "a later sheet draws the reference alone"
+
+
+@pytest.mark.parametrize("condition", ["style", "object", "face", "portrait"])
+def test_prompts_of_the_samples_are_no_captions(condition):
+    first = sample_prompts(condition, False, ())
+    assert len(set(first)) == 4
+    others = sample_prompts(condition, False, {first[0].upper()})
+    assert first[0] not in others and others[:3] == first[1:]
+    assert all(len(prompt.split()) == 2 for prompt in sample_prompts(condition, True, ()))
