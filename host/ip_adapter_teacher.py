@@ -3,7 +3,7 @@
 Shapes: B rows, P tokens of width W of a picture, S image tokens of a block, K cross-attention tokens of width W.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class LoadedTeacher:
                                    for attention in layers.values()])
         layers_in(self.blocks, len(layers))
 
-    def tokens(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def tokens(self, images: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """(P, W) of each picture, encoded as the published adapters were trained.
 
         Raises:

@@ -26,13 +26,19 @@ class OwnTexts:
     Args:
         model: MODEL.
         entries: [tokens (1, S, D), options] of each text.
-        latents: of each picture.
+        latents: of each picture; only their shapes are told the model.
+        names: what the training set calls each text.
     """
 
     model: Any
     entries: Sequence[list]
     latents: Sequence[torch.Tensor]
+    names: Sequence[str]
     _known: dict[tuple, dict[str, Any]] = field(default_factory=dict)
+
+    def index(self, caption: str) -> int:
+        """Which text a caption of the training set is."""
+        return self.names.index(caption)
 
     def tokens(self, index: int) -> torch.Tensor:
         """(1, S, D) of a text, as they enter the model."""
@@ -56,10 +62,10 @@ class OwnTexts:
                 for name, value in self._told(index, self.latents[0]).items() if isinstance(value, torch.Tensor)}
 
     def _beside(self, row: BatchRow) -> Mapping[str, Any]:
-        return self.beside(_text_of(row.caption), self.latents[row.target])
+        return self.beside(self.index(row.caption), self.latents[row.target])
 
     def _kept(self, caption: str) -> torch.Tensor | None:
-        index = _text_of(caption)
+        index = self.index(caption)
         told, options = self._told(index, self.latents[0]), self.entries[index][1]
         return kept_tokens(told[_CONTEXT], told.get(_MASK, options.get(_MASK)))
 
@@ -87,7 +93,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(one) for one in value]
     return value.detach().clone().cpu() if isinstance(value, torch.Tensor) else value
-
-
-def _text_of(caption: str) -> int:
-    return int(caption.rpartition(" ")[2]) - 1

@@ -26,16 +26,21 @@ from ..emma_core.training.config import TrainConfig
 from ..emma_core.training.identity import run_identity
 from ..emma_core.training.lock import alone_in
 from ..emma_core.training.log import Log
-from ..emma_core.training.losses import BUCKETS, TIMESTEPS
+from ..emma_core.training.losses import TIMESTEPS
+from ..emma_core.training.places import place_weights
 from ..emma_core.training.reports import Reporter
 from ..emma_core.training.sizes import check_room, checkpoint_bytes
 from ..emma_core.training.student import OwnText, TeacherTarget
 from ..emma_core.training.trainer import Trainer, gain_of_reference
+from ..emma_core.training.words import gain_in_words
 from .denoiser import HostDenoiser
 from .encoders import as_encoder
+from .families import own_tokens_of
+from .latents import normal
 from .loaded import LoadedModule, load_emma_module
 from .naming import below, numbered
-from .training_set import GraphSet, TrainingInputs, normal, source_of, teacher_contexts, teacher_texts, training_set
+from .training_folder import FolderSet, TrainingFolder
+from .training_set import GraphSet, TrainingInputs, teacher_contexts, teacher_texts, training_set
 
 _FOLDER = "emma_training"
 _IDENTITY = "identity.txt"
@@ -55,7 +60,10 @@ def train(inputs: TrainingInputs, config: TrainConfig) -> tuple[LoadedModule, li
     wanted = below(Path(folder_paths.get_output_directory()) / _FOLDER, config.output.folder)
     encoder, accelerator = as_encoder(inputs.encoder), _accelerator(config.train.precision)
     data = training_set(inputs, config, encoder)
-    seen = inputs.teacher.tokens(inputs.images) if inputs.teacher else []
+    if inputs.folder is not None:
+        config = _with_folder(config, inputs.folder)
+    images = data.reference_images() if inputs.folder is not None else inputs.images
+    seen = inputs.teacher.tokens(images) if inputs.teacher else []
     # nodes run in inference mode, in which nothing can learn
     with torch.inference_mode(False), torch.enable_grad():
         place = (accelerator.device, _DTYPES[config.train.precision])
@@ -69,7 +77,8 @@ def train(inputs: TrainingInputs, config: TrainConfig) -> tuple[LoadedModule, li
         base_mark = fingerprint_of_weights(denoiser.network.state_dict())
         folder, config = _run_folder(wanted, inputs, config, [data.fingerprint(), base_mark, teacher_mark, source_mark])
         base = {"name": denoiser.name, "fingerprint": base_mark}
-        frozen = Frozen(denoiser, source, base, encoder.encoder.description, teacher, own=own)
+        places = place_weights(data).get if inputs.folder is not None and config.objective.place_weight else None
+        frozen = Frozen(denoiser, source, base, encoder.encoder.description, teacher, places, own)
         with alone_in(folder):
             trainer = begin(config, frozen, data, accelerator, folder)
             learning = sum(value.numel() for _, value in trainer.student.parameters())
@@ -79,6 +88,12 @@ def train(inputs: TrainingInputs, config: TrainConfig) -> tuple[LoadedModule, li
         report = _report(trainer, losses)
     comfy.model_management.soft_empty_cache()
     return load_emma_module(str(folder / f"{config.output.name}{_SUFFIX}")), losses, report
+
+
+def _with_folder(config: TrainConfig, folder: TrainingFolder) -> TrainConfig:
+    """With how a folder is read; where it lies is no part of the run, whose mark tells its contents."""
+    data = replace(folder.data, folder="")
+    return replace(config, data=data, encoder=replace(config.encoder, masked=folder.masked))
 
 
 def precision_of(choice: str) -> str:
@@ -101,13 +116,13 @@ def _accelerator(precision: str):
 
 
 def _source(
-    inputs: TrainingInputs, data: GraphSet, denoiser: HostDenoiser
+    inputs: TrainingInputs, data: GraphSet | FolderSet, denoiser: HostDenoiser
 ) -> tuple[Connector | OwnTokens, OwnText | None, str]:
     """What gives the tokens, what goes with them if they are the MODEL's own, and a mark of it."""
     if data.own is None:
         connector = _plain_connector(inputs.ella.connector)
         return connector, None, fingerprint_of_weights(connector.state_dict())
-    source = source_of(inputs)
+    source = own_tokens_of(inputs.model, data.own.entries)
     time_T = source.time.last * denoiser.sigma_T if source.time.kind == "flow" else torch.arange(TIMESTEPS).float()
     return source, data.own.own_text(time_T), f"{source.source} {source.time} {source.shift}"
 
@@ -121,7 +136,7 @@ def _plain_connector(connector: Connector) -> Connector:
 
 
 def _teacher(
-    inputs: TrainingInputs, data: GraphSet, place: tuple[torch.device, torch.dtype]
+    inputs: TrainingInputs, data: GraphSet | FolderSet, place: tuple[torch.device, torch.dtype]
 ) -> tuple[TeacherTarget | None, str]:
     """The teacher's prediction under its own conditioning as a target, and a mark of both."""
     if inputs.teacher_model is None:
@@ -189,10 +204,5 @@ def _report(trainer: Trainer, losses: Sequence[float]) -> str:
     """What was trained, and what the reference gains, timesteps apart."""
     lines = [f"{trainer.step} updates in {trainer.seconds:.0f} s on {len(trainer.data)} pictures", f"folder: {trainer.folder}"]
     lines += [f"loss: {losses[0]:.4f} at first, {losses[-1]:.4f} at last"] if losses else []
-    gain = gain_of_reference(trainer)
-    for index in range(BUCKETS):
-        told = [f"{name} {means[index]:.4f}" for name, means in gain.items() if means[index] is not None]
-        if told:
-            lines.append(f"loss at timesteps {index * TIMESTEPS // BUCKETS} to {(index + 1) * TIMESTEPS // BUCKETS - 1}: "
-                         f"{', '.join(told)}")
+    lines += [gain_in_words(gain_of_reference(trainer), trainer.growth, trainer.config, trainer.ended_growing)]
     return "\n".join(lines)

@@ -4,7 +4,7 @@ Shapes: B rows, N text tokens of width D, K cross-attention tokens of width W, V
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -23,10 +23,12 @@ from .denoiser import context_width_of, prediction_of
 from .families import context_width, own_tokens_of
 from .images import rgb_pictures
 from .ip_adapter_teacher import LoadedTeacher
+from .latents import normal, scaled
 from .loaded import LoadedConnector, LoadedEncoder, LoadedModule
 from .own_text import OwnTexts
 from .payload import KEY
 from .text_rows import LENGTHS, text_rows
+from .training_folder import FolderSet, TrainingFolder, prepared_folder, text_of
 
 LATENT_PX = 8
 
@@ -63,7 +65,7 @@ class GraphSet:
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Texts have no words here, only numbers."""
-        return (f"conditioning {index % len(self.texts) + 1}",)
+        return (_names_of(self.texts)[index % len(self.texts)],)
 
     def references(self, index: int) -> tuple[int, ...]:
         count = len(self.features_of_references)
@@ -76,7 +78,7 @@ class GraphSet:
         return self.latents[index].flip(-1) if flipped else self.latents[index]
 
     def text(self, caption: str) -> torch.Tensor:
-        return self.texts[int(caption.rpartition(" ")[2]) - 1]
+        return self.texts[_names_of(self.texts).index(caption)]
 
     def mark(self) -> str:
         """None: a run's folder is found by `fingerprint`."""
@@ -114,6 +116,7 @@ class TrainingInputs:
         start: EMMA_MODULE to go on from, or None.
         teacher_model, teacher_positive: MODEL and its CONDITIONINGs, or None and nothing.
         teacher: EMMA_TEACHER, which sees the references itself, or None.
+        folder: EMMA_TRAINING_SET in place of latents, positive and images, or None.
     """
 
     model: Any
@@ -126,23 +129,29 @@ class TrainingInputs:
     teacher_model: Any = None
     teacher_positive: Sequence[list] = ()
     teacher: LoadedTeacher | None = None
+    folder: TrainingFolder | None = None
 
 
-def training_set(inputs: TrainingInputs, config: TrainConfig, encoder: LoadedEncoder) -> GraphSet:
+def training_set(inputs: TrainingInputs, config: TrainConfig, encoder: LoadedEncoder) -> GraphSet | FolderSet:
     """The node's inputs as a training set; everything is checked before a reference is encoded.
 
     Raises:
-        TrainingDataError: no latents, other channels, other numbers of texts or references.
+        TrainingDataError: no latents, other channels, other numbers of texts or references; latents beside a folder.
         TrainingConfigError: a MODEL of another kind, half a teacher, a teacher that does not fit the MODEL or its text, a
             module to start from that is of another size.
         ConnectorMismatchError: the MODEL or the text has another width than the ELLA.
         ImageInputError, ReferenceMismatchError: see the encoders.
     """
     _check_models(inputs)
+    _check_data(inputs)
+    if inputs.folder is not None:
+        inputs = replace(inputs, positive=[text_of(inputs.folder.clip, "")])
     if inputs.start is not None:
         start = inputs.start.module
         check_start(start.config, start.name, config, source_of(inputs))
-    latents = [normal(row) for latent in inputs.latents for row in _scaled(inputs.model, latent["samples"])]
+    if inputs.folder is not None:
+        return _folder_set(inputs, config, encoder)
+    latents = [normal(row) for latent in inputs.latents for row in scaled(inputs.model, latent["samples"])]
     if not latents:
         raise TrainingDataError("there are no latents to learn from; wanted one or more. Encode pictures with VAE Encode.")
     texts, own = (_texts(inputs, len(latents)), None) if inputs.ella else _own_texts(inputs, latents)
@@ -188,10 +197,32 @@ def teacher_contexts(inputs: TrainingInputs, latents: int) -> list[torch.Tensor]
     return contexts
 
 
-def normal(tensor: torch.Tensor) -> torch.Tensor:
-    """A float32 copy on the CPU that autograd takes, also of an inference tensor."""
-    with torch.inference_mode(False):
-        return tensor.detach().clone().to("cpu", torch.float32)
+def _check_data(inputs: TrainingInputs) -> None:
+    wired = {"latents": inputs.latents, "positive": inputs.positive, "reference_image": inputs.images}
+    if inputs.folder is not None and any(wired.values()):
+        both = ", ".join(name for name, values in wired.items() if values)
+        raise TrainingDataError(f"training_set and {both} are wired; wanted training_set alone, which brings all of them. "
+                                "Remove the other wires.")
+    lacking = [name for name, values in wired.items() if not values]
+    if inputs.folder is None and lacking:
+        raise TrainingDataError(f"nothing to learn from: {', '.join(lacking)} not wired. Wire Load Training Folder into "
+                                "training_set, or all of latents, positive and reference_image.")
+
+
+def _folder_set(inputs: TrainingInputs, config: TrainConfig, encoder: LoadedEncoder) -> FolderSet:
+    """A folder encoded; of its texts, the empty one is in ``positive``."""
+    folder, own = inputs.folder, None
+    teacher_contexts(inputs, len(folder.examples))
+    check_features(encoder.encoder, options_of(config))
+    if inputs.ella is not None:
+        _texts(inputs, 1)
+    else:
+        captions = folder.captions()
+        rows = [text_of(folder.clip, caption)[0] for caption in captions]
+        check_own_text(inputs.model, source_of(inputs), rows)
+        own = OwnTexts(inputs.model, rows, [], captions)
+    found = prepared_folder(folder, config, encoder, inputs.model, own)
+    return found if own is None else replace(found, own=replace(own, latents=found.latents))
 
 
 def _check_models(inputs: TrainingInputs) -> None:
@@ -228,15 +259,20 @@ def _texts(inputs: TrainingInputs, latents: int) -> list[torch.Tensor]:
 
 def teacher_texts(inputs: TrainingInputs, latents: Sequence[torch.Tensor]) -> OwnTexts:
     """The teacher's conditioning as its MODEL is told it, pooled vectors and sizes too."""
-    return OwnTexts(inputs.teacher_model, _rows_of(inputs.teacher_positive), latents)
+    rows = _rows_of(inputs.teacher_positive)
+    return OwnTexts(inputs.teacher_model, rows, latents, _names_of(rows))
 
 
 def _own_texts(inputs: TrainingInputs, latents: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], OwnTexts]:
     check_own_text(inputs.model, source_of(inputs), [entry for conditioning in inputs.positive for entry in conditioning])
     rows = _rows_of(inputs.positive)
     _check_count("conditioning entries", len(rows), len(latents))
-    own = OwnTexts(inputs.model, rows, latents)
+    own = OwnTexts(inputs.model, rows, latents, _names_of(rows))
     return [own.tokens(index).float() for index in range(len(rows))], own
+
+
+def _names_of(texts: Sequence[Any]) -> list[str]:
+    return [f"conditioning {number}" for number in range(1, len(texts) + 1)]
 
 
 def _rows_of(conditionings: Sequence[list]) -> list[list]:
@@ -250,20 +286,6 @@ def _row_of(entry: list, row: int) -> list:
     alone = {name: value[row:row + 1] if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(tokens_CSD) > 1
              else value for name, value in options.items()}
     return [tokens_CSD[row:row + 1], alone]
-
-
-def _scaled(model, samples_B4hw: torch.Tensor) -> torch.Tensor:
-    wanted = model.model.latent_format
-    if samples_B4hw.ndim == 4 and wanted.latent_dimensions == 3:
-        samples_B4hw = samples_B4hw.unsqueeze(2)  # a picture is a video of one frame
-    if samples_B4hw.ndim != 2 + wanted.latent_dimensions or samples_B4hw.shape[1] != wanted.latent_channels:
-        frames = "frames, " if wanted.latent_dimensions == 3 else ""
-        raise TrainingDataError(f"latents of shape {tuple(samples_B4hw.shape)}; wanted (pictures, {wanted.latent_channels}, "
-                                f"{frames}height, width). Encode the pictures with the VAE of this checkpoint.")
-    if not torch.isfinite(samples_B4hw).all():
-        raise TrainingDataError("a latent holds NaN or infinite values; wanted numbers. A VAE in float16 is a common cause: "
-                                "start ComfyUI with --fp32-vae and encode again.")
-    return model.model.process_latent_in(samples_B4hw.float())
 
 
 def _entries(conditionings: Sequence[list], what: str) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from .playground import EMMAPlayground, EMMAPlaygroundPicture
 from .references import EMMALoadReference, EMMASaveReference
 from .story import EMMAPromptList
 from .train import EMMAIPAdapterTeacher, EMMASaveModule, EMMATrainModule
+from .training_folder import EMMALoadTrainingFolder
 from .video import EMMABlendReferences, EMMAFrameStrengths
 
 
@@ -22,5 +23,5 @@ class EmmaExtension(ComfyExtension):
             EMMALoadELLA, EMMALoadTextEncoder, EMMALoadModule, EMMALoadReferenceEncoder, EMMAEncodeReference,
             EMMAAssembleModules, EMMAConnector, EMMAGateMap, EMMAPlayground, EMMAPlaygroundPicture,
             EMMASaveReference, EMMALoadReference, EMMATrainModule, EMMASaveModule, EMMAFrameStrengths,
-            EMMABlendReferences, EMMAPromptList, EMMAIPAdapterTeacher,
+            EMMABlendReferences, EMMAPromptList, EMMAIPAdapterTeacher, EMMALoadTrainingFolder,
         ]

@@ -6,10 +6,12 @@ from .. import host
 from ..emma_core.model.conditions import CONDITIONS
 from ..emma_core.model.ip_adapter_blocks import BLOCKS
 from ..emma_core.training.presets import PRESETS
-from .types import Ella, Encoder, Module, Teacher, advanced, saved_as, schema
+from .types import Ella, Encoder, Module, Teacher, TrainingSet, advanced, saved_as, schema
 
 _PRESET = "small-card"
 _TRAIN, _OBJECTIVE = PRESETS[_PRESET]["train"], PRESETS[_PRESET]["objective"]
+# beside latents no empty prompt is wired, and their number says nothing of pictures to spare
+_OF_LATENTS = {"objective.drop_text": 0.0, "objective.drop_both": 0.0, "train.held_out": 0.0}
 _LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
 
 
@@ -36,9 +38,9 @@ class EMMATrainModule(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, latents, positive, reference_image, encoder, name, condition, steps, batch, accumulate, rate, gate_rate,
-        seed, precision, timestep_power, inverse_snr, average, checkpoint_every, ella=(None,), start=(None,),
-        teacher_model=(None,), teacher_positive=(), teacher=(None,),
+        cls, model, encoder, name, condition, steps, batch, accumulate, rate, gate_rate, seed, precision, timestep_power,
+        inverse_snr, average, checkpoint_every, ella=(None,), latents=(), positive=(), reference_image=(), start=(None,),
+        teacher_model=(None,), teacher_positive=(), teacher=(None,), training_set=(None,), patience=(_TRAIN["patience"],),
     ) -> io.NodeOutput:
         from ..emma_core.training.config import resolve  # here, as the trainer takes long to import
 
@@ -47,11 +49,11 @@ class EMMATrainModule(io.ComfyNode):
             "train.accumulate": accumulate[0], "train.rate": rate[0], "train.gate_rate": gate_rate[0], "train.seed": seed[0],
             "train.precision": host.training.precision_of(precision[0]), "train.average": average[0],
             "objective.timestep_power": timestep_power[0], "objective.inverse_snr": inverse_snr[0],
-            # no empty prompt is wired here, so texts are never dropped
-            "objective.drop_text": 0.0, "objective.drop_both": 0.0, "report.save_every": checkpoint_every[0], "report.keep": 1,
+            "train.patience": patience[0], "report.save_every": checkpoint_every[0], "report.keep": 1,
+            **({} if training_set[0] else _OF_LATENTS),
         })
         inputs = host.training.TrainingInputs(model[0], ella[0], latents, positive, reference_image, encoder[0], start[0],
-                                              teacher_model[0], teacher_positive, teacher[0])
+                                              teacher_model[0], teacher_positive, teacher[0], training_set[0])
         module, losses, report = host.training.train(inputs, config)
         return io.NodeOutput(module, {"loss": losses}, report)
 
@@ -61,10 +63,13 @@ def _wired() -> list[io.Input]:
         io.Model.Input("model", tooltip="The checkpoint to train on, with its LoRAs. It stays as it is: a copy is used."),
         Ella.Input("ella", optional=True, tooltip="The connector, from Load ELLA. The module belongs to it. "
                                                   "Leave it empty for modules made for a checkpoint's own tokens."),
-        io.Latent.Input("latents", tooltip="Pictures to learn from, from VAE Encode: a batch, or a list of any sizes."),
-        io.Conditioning.Input("positive", tooltip="Their texts, encoded with Load ELLA Text Encoder: one for all pictures, or "
-                                                  "one for each (a list, or combined)."),
-        io.Image.Input("reference_image", tooltip="References: one for all pictures, or one for each, in the same order."),
+        io.Latent.Input("latents", optional=True, tooltip="Pictures to learn from, from VAE Encode: a batch, or a list of any "
+                                                          "sizes. Or wire training_set instead."),
+        io.Conditioning.Input("positive", optional=True,
+                              tooltip="Their texts, encoded with Load ELLA Text Encoder: one for all pictures, or one for each "
+                                      "(a list, or combined)."),
+        io.Image.Input("reference_image", optional=True, tooltip="References: one for all pictures, or one for each, in the "
+                                                                 "same order."),
         io.MultiType.Input("encoder", types=[Encoder, io.ClipVision],
                            tooltip="Load Reference Encoder, or a CLIP_VISION. The module will need the same one."),
     ]
@@ -112,6 +117,11 @@ def _optional() -> list[io.Input]:
         Teacher.Input("teacher", optional=True,
                       tooltip="IP-Adapter Teacher: learn what it makes of each reference. Any picture then serves any text, so "
                               "the numbers of references and latents may differ."),
+        TrainingSet.Input("training_set", optional=True,
+                          tooltip="From Load Training Folder, in place of latents, positive and reference_image."),
+        advanced(io.Int.Input("patience", default=_TRAIN["patience"], min=0, max=1_000_000, optional=True,
+                              tooltip="With a training_set of 40 pictures or more: ends when the gain on held-out pictures "
+                                      "has not grown for so many updates, not before half of the steps. 0: never.")),
     ]
 
 

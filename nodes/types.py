@@ -14,6 +14,7 @@ Encoder = io.Custom("EMMA_ENCODER")
 Reference = io.Custom("EMMA_REFERENCE")
 Assembly = io.Custom("EMMA_ASSEMBLY")
 Teacher = io.Custom("EMMA_TEACHER")
+TrainingSet = io.Custom("EMMA_TRAINING_SET")
 # what schedule nodes of other packs call a list of numbers
 Floats = io.Custom("FLOATS")
 HookKeyframes = io.Custom("HOOK_KEYFRAMES")

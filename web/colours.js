@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js";
 const COLOURS = {
     ELLA: "#d0a95c", EMMA_MODULE: "#4fd0b3", EMMA_ENCODER: "#8ea6cf", EMMA_REFERENCE: "#f06a94", EMMA_ASSEMBLY: "#cfdc57",
     EMMA_TEACHER: "#b98a5e",
+    EMMA_TRAINING_SET: "#b58ee0",
 };
 
 function keep(colours, type, ours) {

@@ -57,7 +57,7 @@ def test_the_denoiser_is_the_hosts_apply_model(tiny, pack_import, denoisers, nam
     family = FAMILIES[name]
     model = family.patcher(tiny.patcher_for)
     latent, timestep_1 = noise(family.latent()["samples"].shape[1:], 33), torch.tensor([timestep])
-    texts = pack_import("host.own_text").OwnTexts(model, [*family.conditioning(4)], [latent])
+    texts = pack_import("host.own_text").OwnTexts(model, [*family.conditioning(4)], [latent], ["conditioning 1"])
     context, beside = texts.tokens(0), texts.beside(0, latent)
     denoiser = denoisers.HostDenoiser(model, torch.device("cpu"), torch.float32)
     sampling, sigma = model.get_model_object("model_sampling"), denoiser.sigma_T[timestep_1]
@@ -79,7 +79,7 @@ def test_checkpointing_keeps_the_gradients(tiny, pack_import, denoisers, name):
     family = FAMILIES[name]
     model = family.patcher(tiny.patcher_for)
     latent = noise(family.latent()["samples"].shape[1:], 33)
-    texts, gradients = pack_import("host.own_text").OwnTexts(model, [*family.conditioning(4)], [latent]), []
+    texts, gradients = pack_import("host.own_text").OwnTexts(model, [*family.conditioning(4)], [latent], ["conditioning 1"]), []
     for checkpointing in (False, True):
         denoiser = denoisers.HostDenoiser(model, torch.device("cpu"), torch.float32, checkpointing)
         context = texts.tokens(0).clone().requires_grad_()

@@ -121,9 +121,9 @@ def test_model_and_ella_stay_bit_identical(train, tiny):
     assert json.dumps(model.model_options, default=str, sort_keys=True) == options
 
 
-def test_latents_are_scaled_as_the_unet_reads_them(training_set, tiny):
+def test_latents_are_scaled_as_the_unet_reads_them(pack_import, tiny):
     samples = noise((1, 4, 8, 8), 31)
-    assert torch.equal(training_set._scaled(tiny.model(), samples), samples * 0.18215)
+    assert torch.equal(pack_import("host.latents").scaled(tiny.model(), samples), samples * 0.18215)
 
 
 def test_lists_of_sizes_and_shared_inputs_are_taken(train):
