@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import psutil
-
 from ..errors import EmmaError
 from .config import TrainConfig
 from .examples import Problem, describe
@@ -45,4 +43,6 @@ def _time(config: TrainConfig, found: Tried) -> list[str]:
 
 def _process_bytes() -> int:
     """The memory of this process before it holds a model."""
+    import psutil  # comes with accelerate
+
     return psutil.Process().memory_info().rss
