@@ -21,7 +21,7 @@ from .checkpoint_files import read, read_config, shapes_of, side, weights_in
 from .spec import BaseSpec
 
 VAE_PREFIX = "first_stage_model."
-_VAE = "an SD1.5-family autoencoder"
+_VAE = "a Stable Diffusion autoencoder"
 _VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # names of attention layers in autoencoder folders of before 2023
 _OLD_ATTENTION = re.compile(r"(.*mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.(weight|bias)")
@@ -110,4 +110,4 @@ def _autoencoder(
 def _check_channels(found: Any, name: str, spec: BaseSpec) -> None:
     if found != spec.latent_channels:
         raise FileError(f"{name} has latents of {short(found)} channels; wanted {spec.latent_channels}, as {_VAE} has. Choose "
-                        "an autoencoder made for Stable Diffusion 1.5.")
+                        "an autoencoder made for this kind of checkpoint.")

@@ -1,4 +1,4 @@
-"""The frozen diffusion model a module is trained on: the playground's, a diffusers folder, or an SD1.5-family file.
+"""The frozen diffusion model a module is trained on: the playground's, a diffusers folder, or a file, of SD1.5 or SDXL.
 
 Shapes: B pictures H x W, K cross-attention tokens of width W (in BKW), latents 4 x h x w, T timesteps.
 """
@@ -19,13 +19,12 @@ from ..files.tensor_file import sha256_of_file
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from .autoencoder_files import load_autoencoder
 from .checkpoint_files import LoadedBase
-from .config import BaseConfig
+from .config import PLAYGROUND_UNET, BaseConfig
 from .denoiser import NO_EXTRA
 from .lora import merge_lora
-from .sd15_files import load_folder, load_single_file
 from .spec import PLAYGROUND_SPEC, BaseSpec
+from .unet_files import load_folder, load_single_file
 
-PLAYGROUND_UNET = "unet.safetensors"
 _PIXELS_AT_ONCE = 1 << 20  # that are encoded together: four pictures of 512 x 512
 
 
@@ -116,14 +115,15 @@ class Backbone:
         return twin
 
 
-def load_backbone(config: BaseConfig, dtype: torch.dtype = torch.float32) -> Backbone:
+def load_backbone(config: BaseConfig, dtype: torch.dtype = torch.float32, text_is_used: bool = False) -> Backbone:
     """The model that `config` names: `playground`, another folder of its layout, a diffusers folder, or a .safetensors file.
 
     Args:
         config: its `vae` replaces the autoencoder; its `lora` becomes part of the UNet.
         dtype: of the UNet's weights.
+        text_is_used: the base's own text encoders are, so that a LoRA's part for them has its effect there.
     Raises:
-        FileError: not such a model (SDXL, SD2 and inpainting models are named), a pickle, damaged or incomplete weights.
+        FileError: not such a model (SD2 and inpainting models are named), a pickle, damaged or incomplete weights.
         SettingsError: a prediction that the playground has not.
     """
     if config.checkpoint == PLAYGROUND:
@@ -132,11 +132,9 @@ def load_backbone(config: BaseConfig, dtype: torch.dtype = torch.float32) -> Bac
         backbone = _backbone(load_playground(with_autoencoder=not config.vae), config, PLAYGROUND)
     else:
         path = Path(config.checkpoint)
-        is_playground = (path / PLAYGROUND_UNET).is_file()  # a diffusers folder has a folder `unet` in its place
-        load = load_playground if is_playground else load_folder if path.is_dir() else load_single_file
-        backbone = _backbone(load(path, with_autoencoder=not config.vae), config, path.name)
+        backbone = _backbone(_load(path, not config.vae, torch.float32 if config.lora else dtype), config, path.name)
     if config.lora:
-        merge_lora(backbone.unet, Path(config.lora))
+        merge_lora(backbone.unet, Path(config.lora), text_is_used)
         backbone.name += f" + {Path(config.lora).name}"
     return backbone.to("cpu", dtype)
 
@@ -155,6 +153,12 @@ def load_playground(folder: Path = PLAYGROUND_DIR, with_autoencoder: bool = True
     unet.set_attn_processor(PlainAttention())
     own = load_own(PLAYGROUND_SPEC.latent_scale, folder / "autoencoder.safetensors") if with_autoencoder else None
     return LoadedBase(unet, own, PLAYGROUND_SPEC, sha256_of_file(folder / PLAYGROUND_UNET))
+
+
+def _load(path: Path, with_autoencoder: bool, dtype: torch.dtype) -> LoadedBase:
+    if (path / PLAYGROUND_UNET).is_file():  # a diffusers folder has a folder `unet` in its place
+        return load_playground(path, with_autoencoder)
+    return (load_folder if path.is_dir() else load_single_file)(path, with_autoencoder, dtype)
 
 
 def _backbone(model: LoadedBase, config: BaseConfig, name: str) -> Backbone:

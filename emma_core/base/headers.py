@@ -8,12 +8,11 @@ from ..errors import FileError
 from ..playground import PLAYGROUND
 from .autoencoder_files import VAE_PREFIX, vae_config_of
 from .checkpoint_files import read_config, shapes_of, weights_in
-from .config import BaseConfig
-from .sd15_files import UNET_PREFIX, refuse_other_models, unet_config_of
+from .config import PLAYGROUND_UNET, BaseConfig
+from .recognition import CHECKPOINT, recognised
 from .spec import PLAYGROUND_SPEC, SD15
 
-_PLAYGROUND_UNET = "unet.safetensors"
-_WHAT = "an SD1.5-family checkpoint"
+_VAE = "a Stable Diffusion autoencoder"
 
 
 def check_checkpoint(base: BaseConfig) -> int:
@@ -23,21 +22,16 @@ def check_checkpoint(base: BaseConfig) -> int:
         FileError: see `backbones.load_backbone`, of everything but numbers.
     """
     path = Path(base.checkpoint)
-    if base.checkpoint == PLAYGROUND or (path / _PLAYGROUND_UNET).is_file():
+    if base.checkpoint == PLAYGROUND or (path / PLAYGROUND_UNET).is_file():
         return PLAYGROUND_SPEC.context_width
+    spec = recognised(path)
     if path.is_dir():
-        config = read_config(path / "unet" / "config.json")
-        refuse_other_models(config.get("in_channels"), config.get("cross_attention_dim"), f"{path.name}/unet")
-        shapes_of(weights_in(path / "unet"), _WHAT)
+        shapes_of(weights_in(path / "unet"), CHECKPOINT)
         if not base.vae:
-            shapes_of(weights_in(path / "vae"), _WHAT)
-        return config["cross_attention_dim"]
-    shapes, _ = shapes_of(path, _WHAT)
-    config = unet_config_of({key.removeprefix(UNET_PREFIX): shape for key, shape in shapes.items()
-                             if key.startswith(UNET_PREFIX)}, path.name)
-    if not base.vae and not any(key.startswith(VAE_PREFIX) for key in shapes):
+            shapes_of(weights_in(path / "vae"), _VAE)
+    elif not base.vae and not any(key.startswith(VAE_PREFIX) for key in shapes_of(path, CHECKPOINT)[0]):
         raise FileError(f"{path.name} holds no autoencoder; wanted first_stage_model.* beside the UNet. Name one as base.vae.")
-    return config["cross_attention_dim"]
+    return spec.context_width
 
 
 def check_autoencoder(path: Path) -> None:
@@ -49,7 +43,7 @@ def check_autoencoder(path: Path) -> None:
     if path.is_dir():
         folder = path if (path / "config.json").exists() else path / "vae"
         read_config(folder / "config.json")
-        shapes_of(weights_in(folder), "an SD1.5-family autoencoder")
+        shapes_of(weights_in(folder), _VAE)
         return
-    shapes, _ = shapes_of(path, "an SD1.5-family autoencoder")
+    shapes, _ = shapes_of(path, _VAE)
     vae_config_of({key.removeprefix(VAE_PREFIX): shape for key, shape in shapes.items()}, path.name, SD15)

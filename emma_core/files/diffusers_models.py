@@ -22,8 +22,11 @@ _COUNTS = {"block_out_channels": r"down_blocks[.]([0-9]{1,4})[.]", "layers_per_b
            r"[.]resnets[.]([0-9]{1,4})[.]", "transformer_layers_per_block": r"[.]transformer_blocks[.]([0-9]{1,4})[.]"}
 
 
-def load_model(kind: Any, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], name: str, what: str) -> nn.Module:
-    """A model with the tensors as its frozen float32 weights.
+def load_model(
+    kind: Any, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], name: str, what: str,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """A model with the tensors as its frozen weights.
 
     Args:
         kind: diffusers' class of it.
@@ -31,6 +34,7 @@ def load_model(kind: Any, config: Mapping[str, Any], tensors: Mapping[str, torch
         tensors: under diffusers' names.
         name: of the file or folder, for the messages.
         what: what it should be.
+        dtype: of the weights.
     Raises:
         FileError: a configuration that does not belong to these weights, or cannot be built; weights that are missing, left
             over, misshapen or not finite.
@@ -44,7 +48,7 @@ def load_model(kind: Any, config: Mapping[str, Any], tensors: Mapping[str, torch
                         "again from where the weights come from.") from found
     check_shapes(tensors, {key: tuple(value.shape) for key, value in model.state_dict().items()}, name, what)
     check_finite(tensors, name)
-    model.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in tensors.items()}, strict=True, assign=True)
+    model.load_state_dict({key: value.to(dtype, copy=True) for key, value in tensors.items()}, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 

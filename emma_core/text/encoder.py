@@ -33,6 +33,10 @@ class TextEncoder:
         return self.config.d_model
 
     @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.tokenizer.fingerprint
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from emma_core.base.autoencoder_files import vae_config_of
 from emma_core.base.backbones import load_backbone
 from emma_core.base.config import BaseConfig
-from emma_core.base.sd15_files import unet_config_of
+from emma_core.base.recognition import spec_of_shapes
 from emma_core.base.spec import PLAYGROUND_SPEC, SD15
+from emma_core.base.unet_files import unet_config_of
 from emma_core.errors import FileError, SettingsError
 from emma_core.playground import load_autoencoder, load_unet
 
@@ -35,14 +36,23 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 OUTER = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-         "conv_norm_out": "out.0", "conv_out": "out.2"}
+         "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0",
+         "conv_out": "out.2"}
+LDM = "model.diffusion_model."
+SDXL_UNET = {
+    "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20], "use_linear_projection": True, "transformer_layers_per_block": [1, 2, 10],
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}
 VAE_NAMES = ((r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut"), (r"down_blocks\.(\d)", r"down.\1"),
              (r"samplers\.0\.conv", "sample.conv"), (r"\.attentions\.0\.group_norm", ".attn_1.norm"),
              (r"\.attentions\.0\.to_out\.0", ".attn_1.proj_out"), (r"\.attentions\.0\.to_", ".attn_1."))
 
 
-def ldm_unet_name(key: str, layers: int = 2) -> str:
-    """The original name of a UNet weight, from diffusers'."""
+def ldm_unet_name(key: str, layers: int = 2, first_attends: bool = False) -> str:
+    """The original name of a UNet weight, from diffusers'; ``first_attends``: the lowest level does, as SDXL's."""
     stem, _, kind = key.rpartition(".")
     if stem in OUTER:
         return f"{OUTER[stem]}.{kind}"
@@ -54,8 +64,8 @@ def ldm_unet_name(key: str, layers: int = 2) -> str:
     if part == "downsamplers":
         return f"input_blocks.{first + layers}.0.op.{kind}"
     if part == "upsamplers":
-        # after the attention, and the first level up of Stable Diffusion has none
-        return f"output_blocks.{first + layers}.{1 if level == '0' else 2}.conv.{kind}"
+        # after the attention, and the first level up of Stable Diffusion 1.5 has none
+        return f"output_blocks.{first + layers}.{1 if level == '0' and not first_attends else 2}.conv.{kind}"
     block = "input_blocks" if side == "down" else "output_blocks"
     return f"{block}.{first + int(index)}.{int(part == 'attentions')}.{inner(part, rest)}"
 
@@ -182,9 +192,19 @@ def test_full_size_shapes_tell_sd15s_configuration():
         vae = AutoencoderKL(**(SMALL_VAE | {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2})).state_dict()
     shapes = {ldm_unet_name(key): tuple(value.shape) for key, value in unet.items()}
     assert shapes["output_blocks.11.1.transformer_blocks.0.attn2.to_k.weight"] == (320, 768) and len(shapes) == 686
-    assert unet_config_of(shapes, "sd15") == SD15_UNET
+    assert unet_config_of(shapes, spec_of_shapes(shapes, "sd15")) == SD15_UNET
     found = vae_config_of({ldm_vae_name(key): tuple(value.shape) for key, value in vae.items()}, "vae", SD15)
     assert found["block_out_channels"] == [128, 256, 512, 512] and found["layers_per_block"] == 2
+
+
+def test_the_configuration_of_sdxl_is_read_from_its_shapes():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL_UNET).state_dict()
+    shapes = {ldm_unet_name(key, first_attends=True): tuple(value.shape) for key, value in unet.items()}
+    assert shapes["middle_block.1.transformer_blocks.9.attn2.to_k.weight"] == (1280, 2048) and len(shapes) == 1680
+    spec = spec_of_shapes(shapes, "sdxl")
+    assert unet_config_of(shapes, spec) == SDXL_UNET
+    assert (spec.family, spec.context_width, spec.pooled_width, spec.side_px) == ("sdxl", 2048, 1280, 1024)
 
 
 def test_the_schedule_is_sd15s(backbone, checkpoint):
@@ -307,8 +327,9 @@ def as_width(tensors, width):
 
 
 BAD_FILES = [
-    pytest.param(lambda t: as_width(t, 2048), "is SDXL: 4 input channels, cross-attention of width 2048", id="SDXL"),
-    pytest.param(lambda t: t.update({"model.diffusion_model.label_emb.0.0.weight": torch.zeros(2, 2)}), "is SDXL", id="label"),
+    pytest.param(lambda t: as_width(t, 2048), "is another model: .* width 2048; wanted", id="SDXL without its pooled vector"),
+    pytest.param(lambda t: t.update({f"{LDM}label_emb.0.0.weight": torch.zeros(2, 2)}), "is another model", id="label"),
+    pytest.param(lambda t: as_width(t, 1280), "is the SDXL refiner", id="refiner"),
     pytest.param(lambda t: as_width(t, 1024), "is Stable Diffusion 2: 4 input channels, .* width 1024", id="SD2"),
     pytest.param(lambda t: widen(t, "input_blocks.0.0.weight", (32, 9, 3, 3)), "is an inpainting model: 9 input", id="inpaint"),
     pytest.param(lambda t: widen(t, "input_blocks.0.0.weight", (32, 8, 3, 3)), "InstructPix2Pix.*: 8 input", id="editing"),
@@ -361,7 +382,8 @@ def test_pickles_and_missing_files_are_refused(tmp_path, folder):
 BAD_FOLDERS = [
     pytest.param("unet", {"in_channels": 9}, "an inpainting model: 9 input channels", id="inpaint"),
     pytest.param("unet", {"cross_attention_dim": 1024}, "is Stable Diffusion 2", id="SD2"),
-    pytest.param("unet", {"cross_attention_dim": 2048}, "is SDXL", id="SDXL"),
+    pytest.param("unet", {"cross_attention_dim": 2048}, "is another model: .* width 2048", id="SDXL without its pooled vector"),
+    pytest.param("unet", {"addition_embed_type": "text"}, "is another model", id="another vector beside the tokens"),
     pytest.param("unet", {"layers_per_block": 1}, "unexpected", id="config of another"),
     pytest.param("vae", {"latent_channels": 16}, "latents of 16 channels", id="latents"),
     pytest.param("scheduler", {"prediction_type": "sample"}, "declares prediction 'sample'", id="sample"),
