@@ -50,7 +50,9 @@ NEEDS = {
 }
 # node types that a drawing names -> the name, or None for the node's own title; the rest is left out
 NAMED = {
-    "LoadImage": None, "PrimitiveStringMultiline": None, "EMMAEncodeReference": None, "EMMAAssembleModules": None,
+    "LoadImage": None, "PrimitiveStringMultiline": None, "CLIPTextEncode": None, "EMMAPromptList": None,
+    "EMMATrainModule": "Train EMMA Module", "EMMASaveModule": "Save EMMA Module", "EMMAEncodeReference": None,
+    "EMMAAssembleModules": None,
     "EMMAConnector": "EMMA Connector", "KSampler": "KSampler", "Canny": "Canny", "ControlNetApplyAdvanced": "Apply ControlNet",
     "ADE_UseEvolvedSampling": "AnimateDiff-Evolved", "ConditioningSetAreaPercentage": None, "ConditioningCombine": "Combine",
     "SaveImage": "picture", "SaveAnimatedWEBP": "video", "EMMABlendReferences": "Blend References",
@@ -138,7 +140,8 @@ def draw_foot(sheet: Image.Image, workflow: Mapping[str, Any]) -> None:
 def _label(node: Mapping[str, Any]) -> str:
     """What a drawing calls a node; empty for those that it leaves out."""
     title = node.get("title", node["type"]).partition(":")[0]
-    if node["type"] not in NAMED or title.startswith(LEFT_OUT):
+    passes_on = node["type"] == "CLIPTextEncode" and node["flags"].get("collapsed")  # a text that another node holds
+    if node["type"] not in NAMED or title.startswith(LEFT_OUT) or passes_on:
         return ""
     return NAMED[node["type"]] or title
 

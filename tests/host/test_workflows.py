@@ -1,8 +1,8 @@
 """The shipped workflows: well formed for the nodes of this host, and each runs, on small weights under its own file names.
 
-Their own prompts run: samplers with two or four steps, SD1.5 at an eighth of the size, videos with a third of the frames.
-ComfyUI's nodes are its own, with one exception: in the graph for AnimateDiff a test double of CheckpointLoaderSimple gives a
-MODEL in SD1.5's layout at a tenth of its width.
+Their own prompts run: samplers with two or four steps, SD1.5 and SDXL at an eighth of the size, videos with a third of the
+frames. ComfyUI's nodes are its own, with one exception: in the graphs for AnimateDiff and for SDXL a test double of
+CheckpointLoaderSimple gives a MODEL in SD1.5's layout at a tenth of its width, and an SDXL of few layers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import pytest
 from emma_harness import server_client
 from PIL import Image
 from sd15_layout import narrow_motion_modules, save_motion_module
+from sdxl_text import small_sdxl_loader
 from workflow_files import Executor, narrow_checkpoint_loader, save_workflow_files
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 WORKFLOWS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
 ANIMATEDIFF = "ComfyUI-AnimateDiff-Evolved"
+ON_SDXL = ("23-train-a-module-sdxl", "38-own-style-sdxl")
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 TITLE_PX, LETTER_PX = 30, 7
 FEWER_FRAMES = 3
@@ -67,17 +69,27 @@ def animatediff(host_nodes, pack, host_path, base_directory):
 
 @pytest.fixture
 def packs(name, request, monkeypatch):
-    """The other packs that a graph needs."""
+    """The other packs that a graph needs, and a loader of a checkpoint that no small file stands for."""
     if name == "36-own-animatediff":
         request.getfixturevalue("animatediff")
-        monkeypatch.setitem(request.getfixturevalue("host_nodes").NODE_CLASS_MAPPINGS, "CheckpointLoaderSimple",
-                            request.getfixturevalue("narrow_checkpoint"))
+    if name == "36-own-animatediff" or name in ON_SDXL:
+        loader = request.getfixturevalue("small_sdxl" if name in ON_SDXL else "narrow_checkpoint")
+        monkeypatch.setitem(request.getfixturevalue("host_nodes").NODE_CLASS_MAPPINGS, "CheckpointLoaderSimple", loader)
         request.getfixturevalue("executor").forget()
+        yield
+        request.getfixturevalue("executor").forget()
+    else:
+        yield
 
 
 @pytest.fixture(scope="module")
 def narrow_checkpoint(tiny, host_nodes):
     return narrow_checkpoint_loader(tiny, host_nodes)
+
+
+@pytest.fixture(scope="module")
+def small_sdxl(tiny, host_nodes):
+    return small_sdxl_loader(tiny, host_nodes)
 
 
 @pytest.fixture
@@ -101,9 +113,10 @@ def prompt(workflow, infos, pack_import):
             inputs["steps"] = 4 if playground else 2
         elif node["class_type"] == "EMMATrainModule":
             inputs["steps"] = 3
-        elif node["class_type"] == "EmptyLatentImage" and not playground:
+        elif node["class_type"] in ("EmptyLatentImage", "ImageScale") and not playground:
             inputs |= {"width": inputs["width"] // 8, "height": inputs["height"] // 8}
-            inputs["batch_size"] = -(-inputs["batch_size"] // FEWER_FRAMES)
+            if "batch_size" in inputs:
+                inputs["batch_size"] = -(-inputs["batch_size"] // FEWER_FRAMES)
         elif node["class_type"] == "EMMABlendReferences" and not playground:
             inputs["frames"] = -(-inputs["frames"] // FEWER_FRAMES)
         elif node["class_type"] == "ADE_StandardUniformContextOptions":

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.cldm.cldm
@@ -13,9 +14,12 @@ import comfy.ops
 import comfy.sd1_clip
 import comfy.taesd.taesd
 import torch
+from model_families import FAMILIES
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sd15_layout import SD15_UNET
+from sdxl_text import CHECKPOINT as SDXL_CHECKPOINT
+from sdxl_text import FAMILY as SDXL
 from tiny_models import UNET, TinyWorld, fill_, noise, save_t5
 
 FACES = Path(__file__).resolve().parents[2] / "core" / "data" / "faces"
@@ -53,6 +57,11 @@ def save_workflow_files(tiny: TinyWorld, pack_import, base: Path) -> None:
             "global": (256, 1), "face": (128, 2)}, playground), ("face", {"face": (512, 2)}, face))):
         module = tiny.module(condition, features, seed=20 + seed, width=WIDTH, encoder=encoder)
         save_module(module.module, models / "emma" / f"emma-{condition}-sd15.safetensors")
+    sd15 = replace(FAMILIES["sd15"], text=lambda seed: noise((1, 77, WIDTH), seed))
+    for family, name in ((sd15, "emma-style-sd15-clip"), (SDXL, "emma-style-sdxl")):
+        module = tiny.token_module(family, "style", {"global": (256, 4)}, encoder=playground)
+        save_module(module.module, models / "emma" / f"{name}.safetensors")
+    (models / "checkpoints" / SDXL_CHECKPOINT).touch()  # a test double stands for it
     network = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init,
                                          **{name: NARROWEST_UNET[name] for name in _CONTROLNET_SIZES})
     save_file(_half(fill_(network, 6).state_dict()), models / "controlnet" / "control_v11p_sd15_canny_fp16.safetensors")
