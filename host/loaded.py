@@ -56,6 +56,11 @@ class LoadedModule:
     def __repr__(self) -> str:
         return f"<EMMA_MODULE {self.module.name}>"
 
+    @property
+    def in_words(self) -> str:
+        """What it takes from a reference, and which tokens it acts on."""
+        return f"{self.module.config.condition} module {self.module.config.acts_on}"
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedEncoder:

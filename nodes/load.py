@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from .. import host
 from ..emma_core.encoders.open_clip_names import model_names as open_clip_names
 from ..host import paths, text_options
+from ..host.messages import show_on_node
 from .types import Ella, Encoder, Module, advanced, schema
 
 RECOGNISE = "recognise"
@@ -87,7 +88,9 @@ class EMMALoadModule(io.ComfyNode):
             display_name="Load EMMA Module",
             aliases=("emma loader", "module loader", "style transfer", "ip-adapter model", "ipadapter model"),
             description="Loads an EMMA module: small gated blocks that inject one kind of reference (a style, an object, a "
-                        "portrait, a face) into ELLA's tokens. Files go into models/emma.",
+                        "portrait, a face) into ELLA's tokens or a checkpoint's own; the node says which. Files go into "
+                        "models/emma.",
+            hidden=[io.Hidden.unique_id],
             inputs=[io.Combo.Input("module_name", options=paths.MODULE.names(), tooltip="EMMA module in models/emma.")],
             outputs=[Module.Output(display_name="EMMA_MODULE",
                                    tooltip="Wire this into Encode Reference Image and Assemble EMMA Modules.")],
@@ -100,7 +103,9 @@ class EMMALoadModule(io.ComfyNode):
 
     @classmethod
     def execute(cls, module_name) -> io.NodeOutput:
-        return io.NodeOutput(host.loaded.load_emma_module(paths.MODULE.path(module_name)))
+        module = host.loaded.load_emma_module(paths.MODULE.path(module_name))
+        show_on_node(module.in_words, cls.hidden and cls.hidden.unique_id)
+        return io.NodeOutput(module)
 
 
 class EMMALoadReferenceEncoder(io.ComfyNode):

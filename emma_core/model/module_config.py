@@ -128,6 +128,13 @@ class ModuleConfig:
         return 1.0 if found is None else found
 
     @property
+    def acts_on(self) -> str:
+        """Which of the two kinds it is, in words."""
+        if self.source is None:
+            return f"for an ELLA (width {self.width}, {self.layers} blocks)"
+        return f"for the own tokens of any {self.source.family} checkpoint (width {self.source.width}), without an ELLA"
+
+    @property
     def draws_subject(self) -> bool:
         """Whether it says what is drawn, as declared or by its condition."""
         if self.draws:
