@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..encoders.kinds import KINDS
 from ..errors import SettingsError
@@ -11,19 +12,22 @@ from ..files.plain_file import is_there
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from ..settings import key
 from .precision import PRECISIONS
-from .spec import PLAYGROUND_SPEC, SD15, BaseSpec
+from .recognition import recognised
+from .spec import PLAYGROUND_SPEC, SD15, SDXL, BaseSpec
 
 PICTURES_AT_ONCE = 16
 PLAYGROUND_GUIDANCE = 4.0  # of its graphs
 ENCODER_FOLDERS = tuple(kind.folder for kind in KINDS if kind.folder)
+PLAYGROUND_UNET = "unet.safetensors"
+_SIDES = f"0: what the base knows best, {SD15.side_px}, of SDXL {SDXL.side_px}, of the playground {PLAYGROUND_SPEC.side_px}"
 
 
 @dataclass(frozen=True)
 class BaseConfig:
     """The frozen diffusion model."""
 
-    checkpoint: str = key(PLAYGROUND, "an SD1.5-family .safetensors file, a diffusers folder, or `playground`",
-                          folders=("checkpoints", "diffusers"))
+    checkpoint: str = key(PLAYGROUND, "a .safetensors file or a diffusers folder, of the SD1.5 or the SDXL family, or "
+                                      "`playground`", folders=("checkpoints", "diffusers"))
     vae: str = key("", "another autoencoder: a .safetensors file or a diffusers folder", folders=("vae",))
     prediction: str = key("auto", "what the UNet predicts", choices=("auto", "eps", "v"))
     lora: str = key("", "a LoRA that is part of the frozen model", folders=("loras",))
@@ -31,10 +35,14 @@ class BaseConfig:
 
 @dataclass(frozen=True)
 class EllaConfig:
-    """The frozen connector and its text encoder (of `train ella`: the connector to start from)."""
+    """An ELLA, the frozen connector, and its text encoder (of `train ella`: the connector to start from).
 
-    file: str = key("", "ELLA file; the playground has its own", folders=("ella",))
-    text_encoder: str = key("", "T5 encoder, a file or a folder; the playground has its own",
+    Without, a checkpoint's own text encoders are used.
+    """
+
+    file: str = key("", "ELLA file; the playground has its own, of other checkpoints the own text encoders take its place",
+                    folders=("ella",))
+    text_encoder: str = key("", "T5 encoder of the ELLA, a file or a folder; the playground has its own",
                             folders=("text_encoders", "ella_encoder"))
     tokenizer: str = key("", "tokenizer.json of the T5 encoder; default: its own, or the one that ComfyUI has")
 
@@ -54,16 +62,28 @@ class SamplingConfig:
 
     steps: int = key(20, "sampling steps", least=1)
     guidance: float = key(7.0, "classifier-free guidance; `generate` on the playground, if nothing is said: 4", least=0)
-    width_px: int = key(0, f"width of the pictures; 0: {SD15.side_px}, of the playground {PLAYGROUND_SPEC.side_px}", least=0)
-    height_px: int = key(0, f"height of the pictures; 0: {SD15.side_px}, of the playground {PLAYGROUND_SPEC.side_px}", least=0)
+    width_px: int = key(0, f"width of the pictures; {_SIDES}", least=0)
+    height_px: int = key(0, f"height of the pictures; {_SIDES}", least=0)
     negative: str = key("", "negative prompt")
     precision: str = key("fp16", "of the diffusion model; fp16 is fp32 on CPUs", choices=PRECISIONS)
     batch: int = key(4, "pictures at once", least=1, most=PICTURES_AT_ONCE)
 
 
 def spec_of(base: BaseConfig) -> BaseSpec:
-    """What is known of a base before its file is read."""
-    return PLAYGROUND_SPEC if base.checkpoint == PLAYGROUND else SD15
+    """What is known of a base before its weights are read; SD1.5's of a file that is not there.
+
+    Raises:
+        FileError: another model.
+    """
+    path = Path(base.checkpoint)
+    if base.checkpoint == PLAYGROUND or (path / PLAYGROUND_UNET).is_file():
+        return PLAYGROUND_SPEC
+    return recognised(path) if path.exists() else SD15
+
+
+def uses_ella(base: BaseConfig, ella: EllaConfig) -> bool:
+    """Whether an ELLA makes the tokens, else the checkpoint's own text encoders do."""
+    return base.checkpoint == PLAYGROUND or bool(ella.file)
 
 
 def size_px(base: BaseConfig, sampling: SamplingConfig) -> tuple[int, int]:
@@ -83,11 +103,14 @@ def check_files(
     Raises:
         SettingsError: which key, and what to set.
     """
-    if base.checkpoint != PLAYGROUND and not ella.file and not new_ella:
-        raise SettingsError("ella.file is not set: tokens are made by an ELLA connector. Name the file, for instance "
-                            "models/ella/ella-sd1.5-tsc-t5xl.safetensors.")
-    if base.checkpoint != PLAYGROUND and not ella.text_encoder:
+    if base.checkpoint != PLAYGROUND and ella.file and not ella.text_encoder:
         raise SettingsError("ella.text_encoder is not set; wanted flan-t5-xl, a file or a folder. Name it.")
+    if base.checkpoint != PLAYGROUND and ella.text_encoder and not ella.file and not new_ella:
+        raise SettingsError("ella.text_encoder is set, but ella.file is not: T5 is read through an ELLA. Name its file, for "
+                            "instance models/ella/ella-sd1.5-tsc-t5xl.safetensors, or leave both out: the checkpoint's own "
+                            "text encoders are used then.")
+    if base.checkpoint != PLAYGROUND and new_ella and not ella.text_encoder:
+        raise SettingsError("ella.text_encoder is not set; wanted the T5 that the ELLA is to read. Name it.")
     checkpoint = "" if base.checkpoint == PLAYGROUND else base.checkpoint
     named = [("base.checkpoint", checkpoint), ("base.vae", base.vae), ("base.lora", base.lora), ("ella.file", ella.file),
              ("ella.text_encoder", ella.text_encoder), ("ella.tokenizer", ella.tokenizer), *others]

@@ -1,11 +1,12 @@
-"""LoRAs on the UNet of a base: merged into its weights, or beside them, several of which one acts at a time.
+"""LoRAs on a base: merged into its weights, or beside the UNet's, several of which one acts at a time.
 
 Shapes: x what a layer takes and gives; r the rank of a LoRA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +14,82 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..text.clip_encoder import ClipTextEncoder
 from .ldm_names import ldm_unet_names
-from .lora_file import LowRank, read_lora
+from .lora_file import LowRank, read_lora, read_text_lora
 
 
 @torch.no_grad()
-def merge_lora(unet: Any, path: Path) -> None:
+def merge_lora(unet: Any, path: Path, text_is_used: bool = False) -> None:
     """Add a LoRA to the UNet's weights: W + alpha / rank * up @ down.
 
+    Args:
+        text_is_used: its part for text encoders is merged elsewhere, see `merge_text_lora`; else a warning says that it is left
+            out.
     Raises:
         FileError: see `read_lora`.
     """
-    for layer, change in _lora_of(unet, path).items():
+    for layer, change in _lora_of(unet, path, text_is_used).items():
         weight = unet.get_submodule(layer).weight
         weight += change.change(tuple(weight.shape)).to(weight)
+
+
+@torch.no_grad()
+def merge_text_lora(encoder: ClipTextEncoder, path: Path) -> None:
+    """Add the part of a LoRA for text encoders to their weights, if it has one.
+
+    Raises:
+        FileError: see `read_text_lora`.
+    """
+    encoder.forget()
+    for tower, changes in zip(encoder.towers, text_lora_of(encoder, path), strict=True):
+        for layer, change in changes.items():
+            weight = tower.layers[layer].weight
+            weight += change.change(tuple(weight.shape)).to(weight)
+
+
+def text_lora_of(encoder: ClipTextEncoder, path: Path) -> list[dict[str, LowRank]]:
+    """What a LoRA does to each text encoder.
+
+    Raises:
+        FileError: see `read_text_lora`.
+    """
+    return read_text_lora(path, [{name: tuple(layer.weight.shape) for name, layer in tower.layers.items()}
+                                 for tower in encoder.towers])
+
+
+@contextmanager
+def with_text_lora(encoder: ClipTextEncoder, changes: Sequence[Mapping[str, LowRank]], strength: float) -> Iterator[None]:
+    """Text encoders with a LoRA at a strength, as long as this lasts; then their weights are bit for bit what they were."""
+    weights = [(tower.layers[layer].weight, change) for tower, of_tower in zip(encoder.towers, changes, strict=True)
+               for layer, change in of_tower.items()]
+    before = [weight.clone() for weight, _ in weights]
+    encoder.forget()
+    try:
+        with torch.no_grad():
+            for weight, change in weights:
+                weight += strength * change.change(tuple(weight.shape)).to(weight)
+        yield
+    finally:
+        with torch.no_grad():
+            for (weight, _), own in zip(weights, before, strict=True):
+                weight.copy_(own)
+        encoder.forget()
 
 
 class LoraSwitch:
     """LoRAs beside the weights of a UNet, which stay as they are; one acts at a time, at a strength.
 
+    Args:
+        text_is_used: their parts for text encoders act elsewhere; else a warning says that they are left out.
     Raises:
         FileError: see `read_lora`.
     """
 
-    def __init__(self, unet: Any, paths: Sequence[Path], strength: float):
+    def __init__(self, unet: Any, paths: Sequence[Path], strength: float, text_is_used: bool = False):
         self._strength = strength
         self._active = 0
-        self._sides = [_Sides(_lora_of(unet, path)) for path in paths]
+        self._sides = [_Sides(_lora_of(unet, path, text_is_used)) for path in paths]
         # as parts of the UNet they are moved and cast with it
         unet.add_module("loras", nn.ModuleList(self._sides).requires_grad_(False))
         for layer in dict.fromkeys(layer for sides in self._sides for layer in sides.scales):
@@ -82,7 +132,7 @@ class _Sides(nn.Module):
         return F.conv2d(x_r, up.reshape(*up.shape[:2], 1, 1))
 
 
-def _lora_of(unet: Any, path: Path) -> dict[str, LowRank]:
+def _lora_of(unet: Any, path: Path, text_is_used: bool) -> dict[str, LowRank]:
     layers = {name: tuple(module.weight.shape) for name, module in unet.named_modules()
               if isinstance(module, nn.Linear | nn.Conv2d)}
     aliases = {name.replace(".", "_"): name for name in layers}
@@ -91,4 +141,4 @@ def _lora_of(unet: Any, path: Path) -> dict[str, LowRank]:
     aliases |= {other.replace(".", "_"): name for name, other in ldm_names.items()}
     # older diffusers call the first part of an attention's way out as the whole
     aliases |= {alias.removesuffix("_0"): name for alias, name in aliases.items() if alias.endswith("_to_out_0")}
-    return read_lora(path, layers, aliases)
+    return read_lora(path, layers, aliases, text_is_used)

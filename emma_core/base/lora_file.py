@@ -1,4 +1,4 @@
-"""LoRA files of any common layout: for each layer of the UNet its two matrices, and their strength.
+"""LoRA files of any common layout: for each layer of the UNet, or of the text encoders, its two matrices and their strength.
 
 W + alpha / rank * up @ down for each layer with its own alpha and rank (arXiv 2106.09685, section 4.1), as resized LoRAs and
 those with other ranks for convolutions need. Layouts: kohya's, by diffusers' or the original names of layers; diffusers' older
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ _OTHER_KINDS = ("hada_", "lokr_", "lora_mid", "dora_scale", "lora_magnitude_vect
 _MATRIX = re.compile(r"(.+?)(?:\.lora_(?P<side>down|up|A|B)(?:\.[\w-]+)?|[._]lora(?:_linear_layer)?\.(?P<old>down|up))\.weight")
 _ALPHA = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?)?\.(?:lora_)?alpha")
 _DOWN = ("down", "A")
+# which text encoder a layer is of; peft names that of a single one without a word for it
+_TOWER = re.compile(r"(?:base_model\.model\.)?(?:lora_)?(?:(te2_|text_encoder_2\.|clip_g\.)|te1?_|text_encoder\.|clip_l\.)?"
+                    r"(text_model[._].+|text_projection)")
 _TEXT = re.compile(r"(base_model\.model\.)?(lora_)?(te[0-9]?_|text_encoder|text_model|clip_[lg]|bundle_emb|emb_params)")
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "lora_unet_", "lycoris_unet_")
 _CONFIG = "adapter_config.json"  # beside a LoRA that peft saved
@@ -48,31 +51,69 @@ class LowRank:
         return (self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))).reshape(shape)
 
 
-def read_lora(path: Path, weights: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> dict[str, LowRank]:
+def read_lora(
+    path: Path, weights: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str], text_is_used: bool = False
+) -> dict[str, LowRank]:
     """What a LoRA does to the layers of a UNet.
-
-    A part for the text encoder is left out, with a warning.
 
     Args:
         path: a .safetensors file.
         weights: layer -> shape of its weight, by diffusers' names.
         aliases: other names of layers, with "_" in place of ".", -> diffusers' name.
+        text_is_used: a part for the text encoders has its effect elsewhere, see `read_text_lora`; else it is left out, with a
+            warning.
     Raises:
         FileError: no LoRA, LoHa, LoKr or DoRA, layers or sizes that this UNet has not, half a layer, non-finite weights.
     """
+    layers, of_text, metadata = _read(path)
+    if of_text and not text_is_used:
+        warnings.warn(f"{path.name} also changes the CLIP text encoder; that part is left out, as ELLA's tokens do not come "
+                      "from CLIP.", EmmaWarning, stacklevel=3)
+    _check_any(layers, path.name)
+    declared, found = _Declared.of(path, metadata, "unet."), {}
+    for stem, parts in layers.items():
+        _add(found, stem, _layer_of(stem, weights, aliases), _low_rank(stem, parts, declared, path.name), weights, path.name)
+    return found
+
+
+def read_text_lora(path: Path, towers: Sequence[Mapping[str, tuple[int, ...]]]) -> list[dict[str, LowRank]]:
+    """What a LoRA does to the layers of each text encoder; nothing, where it has no part for them.
+
+    Args:
+        path: a .safetensors file.
+        towers: of each encoder, layer -> shape of its weight, by transformers' names.
+    Raises:
+        FileError: as `read_lora`, of these layers; a part for an encoder that is not there, or that is no LoRA of layers.
+    """
+    _, layers, metadata = _read(path)
+    found: list[dict[str, LowRank]] = [{} for _ in towers]
+    for stem, parts in layers.items():
+        match = _TOWER.fullmatch(stem)
+        number = 1 if match and match[1] else 0
+        if match is None or number >= len(towers):
+            raise FileError(f"{path.name} changes {short(stem)} of the text encoders, and the base has {len(towers)} of them; "
+                            "wanted a LoRA made for this kind of model. Choose another file.")
+        weights, aliases = towers[number], {layer.replace(".", "_"): layer for layer in towers[number]}
+        layer = aliases.get(match[2].replace(".", "_"), match[2])
+        declared = _Declared.of(path, metadata, f"text_encoder{'_2' * number}.")
+        _add(found[number], stem, layer, _low_rank(stem, parts, declared, path.name), weights, path.name)
+    return found
+
+
+def _add(
+    found: dict[str, LowRank], stem: str, layer: str, change: LowRank, weights: Mapping[str, tuple[int, ...]], name: str
+) -> None:
+    _check_fit(stem, change, weights.get(layer), name)
+    if layer in found:
+        raise FileError(f"{name} changes the layer {short(layer)} twice; wanted {WHAT}. Get the file again.")
+    found[layer] = change
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, torch.Tensor]], dict[str, str]]:
+    """Layers of the UNet, layers of text encoders, and the file's metadata."""
     tensors, metadata = read_tensors(path, WHAT)
     check_finite({key: tensor for key, tensor in tensors.items() if not _ALPHA.fullmatch(key)}, path.name)
-    layers = _layers_in(tensors, path.name)
-    declared = _Declared.of(path, metadata)
-    found: dict[str, LowRank] = {}
-    for stem, parts in layers.items():
-        layer = _layer_of(stem, weights, aliases)
-        change = _low_rank(stem, parts, declared, path.name)
-        _check_fit(stem, change, weights.get(layer), path.name)
-        if layer in found:
-            raise FileError(f"{path.name} changes the layer {short(layer)} twice; wanted {WHAT}. Get the file again.")
-        found[layer] = change
-    return found
+    return *_layers_in(tensors, path.name), metadata
 
 
 def check_lora(path: Path) -> None:
@@ -82,41 +123,47 @@ def check_lora(path: Path) -> None:
         FileError: no LoRA, LoHa, LoKr or DoRA.
     """
     with open_tensors(path, WHAT) as file:
-        _layers_in({key: torch.empty(shape, device="meta") for key, shape in file.shapes.items()}, path.name)
+        layers, _ = _layers_in({key: torch.empty(shape, device="meta") for key, shape in file.shapes.items()}, path.name)
+    _check_any(layers, path.name)
 
 
-def _layers_in(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, dict[str, torch.Tensor]]:
+def _layers_in(
+    tensors: Mapping[str, torch.Tensor], name: str
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, torch.Tensor]]]:
+    """As `_by_layer`, of a plain LoRA."""
     other = next((key for key in tensors if any(kind in key for kind in _OTHER_KINDS)), None)
     if other is not None:
         raise FileError(f"{name} is no plain LoRA (it has {short(other)}); wanted a LoRA of two matrices a layer. LoHa, "
                         "LoKr, LoCon with a core and DoRA are not supported: choose another file, or merge it into the base.")
-    layers = _by_layer(tensors, name)
+    return _by_layer(tensors, name)
+
+
+def _check_any(layers: Mapping[str, object], name: str) -> None:
     if not layers:
         raise FileError(f"{name} has no weights for a UNet (unet.*, lora_unet_*, *.lora_A.weight); wanted {WHAT}. Choose "
                         "another file.")
-    return layers
 
 
-def _by_layer(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, dict[str, torch.Tensor]]:
-    """Name of a layer as the file has it -> its "down", "up" and perhaps "alpha"."""
+def _by_layer(
+    tensors: Mapping[str, torch.Tensor], name: str
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, torch.Tensor]]]:
+    """Of the UNet and of text encoders: name of a layer as the file has it -> its "down", "up" and perhaps "alpha"."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
-    with_text = False
+    of_text: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        matrix, alpha = _MATRIX.fullmatch(key), _ALPHA.fullmatch(key)
-        if _TEXT.match(key):
-            with_text = True
-        elif matrix:
+        matrix, alpha, is_text = _MATRIX.fullmatch(key), _ALPHA.fullmatch(key), bool(_TEXT.match(key))
+        found = of_text if is_text else layers
+        if matrix:
             side = "down" if (matrix["side"] or matrix["old"]) in _DOWN else "up"
-            layers.setdefault(matrix[1], {})[side] = tensor
+            found.setdefault(matrix[1], {})[side] = tensor
         elif alpha:
-            layers.setdefault(alpha[1], {})["alpha"] = tensor
+            found.setdefault(alpha[1], {})["alpha"] = tensor
+        elif is_text:
+            found[key] = {}
         else:
             raise FileError(f"{name} has no weights for a UNet that are a LoRA's: it holds {short(key)}; wanted {WHAT}. Choose "
                             "another file.")
-    if with_text:
-        warnings.warn(f"{name} also changes the CLIP text encoder; that part is left out, as ELLA's tokens do not come from "
-                      "CLIP.", EmmaWarning, stacklevel=4)
-    return layers
+    return layers, of_text
 
 
 def _layer_of(stem: str, weights: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> str:
@@ -174,13 +221,13 @@ class _Declared:
     by_root: bool = False
 
     @classmethod
-    def of(cls, path: Path, metadata: Mapping[str, str]) -> _Declared:
-        """Of the file's own metadata, else of peft's configuration beside it."""
+    def of(cls, path: Path, metadata: Mapping[str, str], part: str) -> _Declared:
+        """Of the file's own metadata (``part`` of them, "unet."), else of peft's configuration beside it."""
         beside = path.with_name(_CONFIG)
         if _METADATA in metadata:
             where = f"{path.name}: its `{_METADATA}` metadata"
             entry: dict[str, Any] = parse_json(metadata[_METADATA], where, FileError)
-            entry = {key.removeprefix("unet."): value for key, value in entry.items()}
+            entry = {key.removeprefix(part): value for key, value in entry.items()}
         elif path.stem == "adapter_model" and beside.is_file():
             where, entry = str(beside), read_json(beside, "peft's configuration of a LoRA")
         else:

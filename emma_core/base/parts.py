@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -10,26 +12,45 @@ from ..encoders.base import ReferenceEncoder
 from ..errors import SettingsError
 from ..files.connector_file import load_connector
 from ..model.connector import Connector, ConnectorConfig
+from ..model.own_tokens import OwnTokens
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
+from ..text.clip_encoder import ClipTextEncoder
 from ..text.encoder import TextEncoder, load_text_encoder, usual_dtype
 from .backbones import Backbone, load_backbone
-from .config import BaseConfig, EllaConfig, check_files
+from .config import BaseConfig, EllaConfig, check_files, uses_ella
+from .lora import merge_text_lora
+from .own_text import load_own_text
 
 UNET, AUTOENCODER, TEXT_ENCODER, REFERENCE_ENCODER = "UNet", "autoencoder", "text encoder", "reference encoder"
 
 
 @dataclass(eq=False)
 class Parts:
-    """Everything frozen: diffusion model, connector, text encoder, reference encoder.
+    """Everything frozen: diffusion model, connector (or the base's own tokens), text encoder, reference encoder.
 
     An encoder is None where nothing is left for it to do.
     """
 
     backbone: Backbone
-    connector: Connector
-    text_encoder: TextEncoder | None
+    connector: Connector | OwnTokens
+    text_encoder: TextEncoder | ClipTextEncoder | None
     reference_encoder: ReferenceEncoder | None
     device: torch.device
+
+    @property
+    def on_own_tokens(self) -> bool:
+        """Whether modules act on the tokens of the checkpoint's own text encoders."""
+        return isinstance(self.connector, OwnTokens)
+
+    def connector_on_device(self) -> Connector | OwnTokens:
+        """The connector, on the device; own tokens have no weights."""
+        return self.connector if isinstance(self.connector, OwnTokens) else self.connector.to(self.device)
+
+    def pooled(self, prompts: Sequence[str], weighted: bool = False) -> list[torch.Tensor]:
+        """The pooled vector (1, P) of each prompt, where the base reads one; else nothing. See `ClipTextEncoder.pooled`."""
+        if not self.backbone.spec.pooled_width or not isinstance(self.text_encoder, ClipTextEncoder):
+            return []
+        return self.text_encoder.pooled(prompts, weighted)
 
     def place(self, *names: str) -> None:
         """Put these models (UNET, AUTOENCODER, TEXT_ENCODER, REFERENCE_ENCODER) on the device, and the others off it.
@@ -59,12 +80,25 @@ def load_base_parts(
         SettingsError: a part is not named, or two do not fit together.
         EmmaError: a file that cannot be used, see the loaders.
     """
+    check_files(base, ella, new_ella=new_ella)
+    on_own_tokens = not uses_ella(base, ella) and not new_ella
+    backbone = load_backbone(base, dtype, on_own_tokens)
+    backbone.alphas_cumprod_T = backbone.alphas_cumprod_T.to(device)
+    if on_own_tokens:
+        text_encoder = load_own_text(Path(base.checkpoint), backbone.spec, usual_dtype(device))
+        if base.lora:
+            merge_text_lora(text_encoder, Path(base.lora))
+        return Parts(backbone, backbone.spec.own_tokens, text_encoder, None, device)
+    return Parts(backbone, *_ella_of(base, ella, backbone, device), None, device)
+
+
+def _ella_of(
+    base: BaseConfig, ella: EllaConfig, backbone: Backbone, device: torch.device
+) -> tuple[Connector, TextEncoder]:
+    """The connector and its text encoder."""
     playground = base.checkpoint == PLAYGROUND
     file = ella.file or (PLAYGROUND_DIR / "ella.safetensors" if playground else "")
     text = ella.text_encoder or (PLAYGROUND_DIR / "t5.safetensors" if playground else "")
-    check_files(base, ella, new_ella=new_ella)
-    backbone = load_backbone(base, dtype)
-    backbone.alphas_cumprod_T = backbone.alphas_cumprod_T.to(device)
     width, connector = backbone.spec.context_width, load_connector(file) if file else None
     text_encoder = load_text_encoder(text, usual_dtype(device), width=connector.config.text_dim if connector else None,
                                      tokenizer=ella.tokenizer or None)
@@ -72,4 +106,4 @@ def load_base_parts(
     if connector.width != width:
         raise SettingsError(f"the ELLA has tokens of width {connector.width}, {backbone.name} reads width {width}. Choose an "
                             "ELLA made for this kind of checkpoint.")
-    return Parts(backbone, connector, text_encoder, None, device)
+    return connector, text_encoder

@@ -6,7 +6,8 @@ pictures 3 x H x W.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +17,11 @@ from ..errors import ImageInputError
 from ..model.addition import TokenTerms, joined
 from ..model.assembly import Assembly, terms_over_schedule
 from ..model.connector import Connector
+from ..model.own_tokens import OwnTokens
 from .backbones import Backbone
 from .config import PICTURES_AT_ONCE
+from .denoiser import NO_EXTRA
+from .own_text import beside_text, sizes_of
 from .schedule import scheduler_for
 from .spec import PLAYGROUND_SPEC, SD15, BaseSpec
 
@@ -57,27 +61,31 @@ class Pipeline:
     """What generating needs.
 
     Args:
-        encode_text: prompts -> T5 features (1, N, D) each.
-        connector: ELLA.
-        predict_noise: (noised latent (B, 4, h, w), timestep (B,), context (B, K, W)) -> predicted noise.
+        encode_text: prompts -> text features (1, N, D) each.
+        connector: ELLA, or the base's own tokens.
+        predict_noise: (noised latent (B, 4, h, w), timestep (B,), context (B, K, W) and, where a base reads more, what it reads
+            beside it, see `Denoiser.predict_noise`) -> predicted noise.
         decode: latents of unit deviation -> pictures (B, 3, H, W) in [-1, 1].
         spec: of the base: its latents, its noise schedule, what it predicts.
         assemble: (connector, text, timesteps, assembly) -> what each timestep predicts with, as `terms_over_schedule`.
+        pooled_text: prompts -> pooled vectors (1, P) each, of a base that reads them.
     """
 
     encode_text: Callable[[Sequence[str]], list[torch.Tensor]]
-    connector: Connector
-    predict_noise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    connector: Connector | OwnTokens
+    predict_noise: Callable[..., torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
     spec: BaseSpec
     assemble: Callable[[Connector, torch.Tensor, torch.Tensor, Assembly], list[TokenTerms]] = terms_over_schedule
+    pooled_text: Callable[[Sequence[str]], list[torch.Tensor]] | None = None
 
 
 def pipeline_for(
-    backbone: Backbone, connector: Connector, encode_text: Callable[[Sequence[str]], list[torch.Tensor]]
+    backbone: Backbone, connector: Connector | OwnTokens, encode_text: Callable[[Sequence[str]], list[torch.Tensor]],
+    pooled_text: Callable[[Sequence[str]], list[torch.Tensor]] | None = None,
 ) -> Pipeline:
-    """The pipeline of a base and its ELLA, whoever draws: commands, sample sheets, thumbnails, evaluations."""
-    return Pipeline(encode_text, connector, backbone.predict_noise, backbone.decode, backbone.spec)
+    """The pipeline of a base and its text, whoever draws: commands, sample sheets, thumbnails, evaluations."""
+    return Pipeline(encode_text, connector, backbone.predict_noise, backbone.decode, backbone.spec, pooled_text=pooled_text)
 
 
 def initial_noise(seed: int, sampling: Sampling, spec: BaseSpec) -> torch.Tensor:
@@ -116,20 +124,44 @@ def _sample(pipeline: Pipeline, requests: Sequence[Request], sampling: Sampling)
     noises = [initial_noise(request.seed, sampling, pipeline.spec) for request in requests]
     noise_B4hw = torch.cat(noises).to(positive_T[0].tokens_BKW.device)
     latent_B4hw = scheduler.add_noise(torch.zeros_like(noise_B4hw), noise_B4hw, scheduler.timesteps[:1])
+    beside = _beside(pipeline, requests, sampling, noise_B4hw.device)
     for timestep, positive, negative in zip(scheduler.timesteps, positive_T, negative_T, strict=True):
-        with_text_B4hw, without_B4hw = _predict(pipeline, latent_B4hw, timestep, joined([positive, negative])).chunk(2)
+        both = joined(_of_one_length([positive, negative]))
+        with_text_B4hw, without_B4hw = _predict(pipeline, latent_B4hw, timestep, both, beside).chunk(2)
         guided_B4hw = without_B4hw + sampling.guidance * (with_text_B4hw - without_B4hw)
         latent_B4hw = scheduler.step(guided_B4hw, timestep, latent_B4hw).prev_sample
     return latent_B4hw
 
 
-def _predict(pipeline: Pipeline, latent_B4hw: torch.Tensor, timestep: torch.Tensor, both: TokenTerms) -> torch.Tensor:
+def _beside(
+    pipeline: Pipeline, requests: Sequence[Request], sampling: Sampling, device: torch.device
+) -> Mapping[str, torch.Tensor]:
+    """What the base reads beside the tokens of the positives and then of the negatives; empty for most."""
+    if pipeline.pooled_text is None or not pipeline.spec.pooled_width:
+        return NO_EXTRA
+    prompts = [request.prompt for request in requests] + [request.negative for request in requests]
+    size_px = (sampling.width_px, sampling.height_px)
+    told = beside_text(torch.cat(pipeline.pooled_text(prompts)), sizes_of([(size_px, size_px)] * len(prompts)))
+    return {name: value.to(device) for name, value in told.items()}
+
+
+def _predict(
+    pipeline: Pipeline, latent_B4hw: torch.Tensor, timestep: torch.Tensor, both: TokenTerms, beside: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
     """What the positives and then the negatives predict, (2B, 4, h, w); at most 2B evaluations at once."""
-    at_once = 2 * len(latent_B4hw)
     latent_N4hw = repeat(latent_B4hw, "b c h w -> (sides b) c h w", sides=2)[both.rows]
-    predicted = [pipeline.predict_noise(latent_A4hw, timestep.to(latent_A4hw.device).expand(len(latent_A4hw)), context_AKW)
-                 for latent_A4hw, context_AKW in zip(latent_N4hw.split(at_once), both.stacked.split(at_once), strict=True)]
+    predicted = []
+    for at_A in torch.arange(len(latent_N4hw), device=latent_N4hw.device).split(2 * len(latent_B4hw)):
+        more = ({name: value[both.rows[at_A]] for name, value in beside.items()},) if beside else ()
+        timestep_A = timestep.to(latent_N4hw.device).expand(len(at_A))
+        predicted.append(pipeline.predict_noise(latent_N4hw[at_A], timestep_A, both.stacked[at_A], *more))
     return both.added(torch.cat(predicted))
+
+
+def _of_one_length(terms: Sequence[TokenTerms]) -> list[TokenTerms]:
+    """Texts of several lengths, which are multiples of one, repeated: attention over repeated tokens is the same."""
+    length = math.lcm(*(one.tokens_BKW.shape[1] for one in terms))
+    return [one.repeated(length) for one in terms]
 
 
 def _terms(
@@ -143,4 +175,4 @@ def _terms(
         if key not in known:
             known[key] = pipeline.assemble(pipeline.connector, text_1ND, timestep_T, assembly)
     each = [known[prompt, assembly.references, assembly.addition] for prompt, assembly in entries]
-    return [joined(of_entries) for of_entries in zip(*each, strict=True)]
+    return [joined(_of_one_length(of_entries)) for of_entries in zip(*each, strict=True)]

@@ -1,4 +1,4 @@
-"""Pictures without ComfyUI from the files that a user names: a base, its ELLA, modules, reference encoders.
+"""Pictures without ComfyUI from the files that a user names: a base, perhaps an ELLA, modules, reference encoders.
 
 Shapes: B pictures H x W, T timesteps, latents 4 x h x w.
 """
@@ -27,7 +27,8 @@ class TextToImage:
     """A frozen base with its ELLA and reference encoders, loaded.
 
     Args:
-        base, ella: as in a training configuration; the playground brings its own.
+        base, ella: as in a training configuration; the playground brings its own, and without an ELLA the base's text encoders
+            are used.
         encoder_files: reference encoders; each module takes the one that it was trained with.
         open_clip_model: open_clip's name of an encoder, where its file does not tell.
         precision: of the diffusion model: fp32, fp16, bf16.
@@ -40,14 +41,14 @@ class TextToImage:
         on_device = precision_on(precision, device)
         self._device, self._autocast_dtype = device, on_device.autocast
         self._parts = load_base_parts(base, ella, on_device.weights, device)
-        self._connector = self._parts.connector.to(device)
+        self._connector = self._parts.connector_on_device()
         self._encoders = load_encoders(encoder_files, open_clip_model or None)
 
     def load_module(self, file: str) -> GatedResampler:
-        """A module for this ELLA, of which the reference encoder is here.
+        """A module for this ELLA or these tokens, of which the reference encoder is here.
 
         Raises:
-            EmmaError: it cannot be read, fits another ELLA, or none of the encoders is its own.
+            EmmaError: it cannot be read, fits another ELLA or base, or none of the encoders is its own.
         """
         module = load_module(file, device=self._device)
         self._connector.check_fits(module)
@@ -95,10 +96,14 @@ class TextToImage:
         encode = encoder.encode_weighted if weighted else encoder.encode
 
         def texts(prompts: Sequence[str]) -> list[torch.Tensor]:
-            with self._autocast(False):  # T5 has a precision of its own
+            with self._autocast(False):  # text encoders have a precision of their own
                 return [features.float() for features in encode(prompts)]
 
-        return pipeline_for(self._parts.backbone, self._connector, texts)
+        def pooled(prompts: Sequence[str]) -> list[torch.Tensor]:
+            with self._autocast(False):
+                return [vector.float() for vector in self._parts.pooled(prompts, weighted)]
+
+        return pipeline_for(self._parts.backbone, self._connector, texts, pooled)
 
 
 def save_picture(picture: Image.Image, path: Path, words: Mapping[str, str]) -> None:

@@ -25,12 +25,12 @@ from ..base.config import (
     size_px,
 )
 from ..base.found_files import found_file, with_found_files
+from ..base.pairing import check_pairing
 from ..base.pipeline import Request, Sampling
 from ..base.text_to_image import TextToImage, save_picture
 from ..errors import EmmaError, ImageInputError
 from ..evaluation.references import reference_of
 from ..files.comfyui_folders import find_comfyui
-from ..files.module_file import read_module_config
 from ..files.picture_file import picture_tensor
 from ..files.plain_file import is_file
 from ..files.writing import check_new_folder, make_folder
@@ -49,6 +49,8 @@ _EPILOG = """examples:
   python -m emma_core generate "a castle" --base.checkpoint v1-5-pruned-emaonly.safetensors \\
       --ella.file ella-sd1.5-tsc-t5xl.safetensors --ella.text_encoder flan-t5-xl \\
       --encoder.files CLIP-ViT-H-14-laion2B-s32B-b79K --module style.safetensors ink.jpg
+  python -m emma_core generate "a castle" --base.checkpoint sd_xl_base_1.0.safetensors \\
+      --encoder.files CLIP-ViT-H-14-laion2B-s32B-b79K --module style-sdxl.safetensors ink.jpg    (its own text encoders)
 
 (words:1.2) and (words) weigh words as in ComfyUI; \\( and \\) are brackets themselves.
 A mask beside a reference (<name>.mask.png, white = keep) is used by modules that were trained with masks. Nothing is
@@ -122,8 +124,8 @@ def draw(options: argparse.Namespace) -> list[Path]:
     check_files(config.base, config.ella, [("encoder.files", file) for file in encoders])
     for prompt in (*options.prompts, config.sampling.negative):
         weighted_parts(prompt)
+    check_pairing(config.base, config.ella, [one.module for one in shown])
     for one in shown:
-        read_module_config(one.module)
         reference_of(one.picture).picture()
     check_new_folder(options.out, "--out")
     machine = TextToImage(config.base, config.ella, encoders, config.encoder.open_clip_model, config.sampling.precision, device)

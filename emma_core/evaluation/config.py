@@ -185,9 +185,11 @@ def check(config: EvalConfig) -> None:
     _exactly_one("prompts.file", prompts.file, "prompts.captions", prompts.captions)
     if references.coco and not references.images:
         raise EvaluationError("references.images is not set; wanted the folder of the pictures that references.coco names.")
-    if not config.on_playground and not (config.ella.file and config.ella.text_encoder):
-        raise EvaluationError("ella.file or ella.text_encoder is not set: pictures are drawn through ELLA. Name both, for "
-                              "instance ella-sd1.5-tsc-t5xl.safetensors and the folder of flan-t5-xl.")
+    if not config.on_playground and bool(config.ella.file) != bool(config.ella.text_encoder):
+        lacking = "text_encoder" if config.ella.file else "file"
+        raise EvaluationError(f"ella.{lacking} is not set: an ELLA and its text encoder belong together. Name both, for "
+                              "instance ella-sd1.5-tsc-t5xl.safetensors and the folder of flan-t5-xl, or none: then the "
+                              "checkpoint's own text encoders are used.")
     if config.modules.files and not config.encoder.files and not config.on_playground:
         raise EvaluationError("encoder.files is not set; wanted the reference encoders that the modules were trained with. "
                               "Name the files or folders.")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ..base.config import encoder_files
+from ..base.pairing import check_pairing
 from ..base.pipeline import Request, Sampling
 from ..base.text_to_image import TextToImage
 from ..errors import EmmaError, EvaluationError
@@ -35,14 +36,16 @@ def files_of(config: EvalConfig) -> Files:
     own = config.on_playground
     base = {"base.checkpoint": PLAYGROUND_DIR / "unet.safetensors" if own else config.base.checkpoint,
             "base.vae": config.base.vae or (PLAYGROUND_DIR / "autoencoder.safetensors" if own else ""),
-            "base.lora": config.base.lora, "ella.file": config.ella.file or PLAYGROUND_DIR / "ella.safetensors",
-            "ella.text_encoder": config.ella.text_encoder or PLAYGROUND_DIR / "t5.safetensors"}
+            "base.lora": config.base.lora,
+            "ella.file": config.ella.file or (PLAYGROUND_DIR / "ella.safetensors" if own else ""),
+            "ella.text_encoder": config.ella.text_encoder or (PLAYGROUND_DIR / "t5.safetensors" if own else "")}
     modules = {f"modules.files {Path(file).stem}": file for file in config.modules.files}
     named = encoder_files(config.encoder, bool(config.modules.files))
     encoders = {f"encoder.files {number}": file for number, file in enumerate(named, 1)}
     for name, path in (base | modules | encoders).items():
         if path and not is_there(path):  # before gigabytes of the others are read
             raise EvaluationError(f"{name.split()[0]} = {str(path)!r} does not exist. Check the path; nothing is downloaded.")
+    check_pairing(config.base, config.ella, config.modules.files)
     return Files(*({name: sha256_of(path) for name, path in group.items() if path} for group in (base, modules, encoders)))
 
 

@@ -136,6 +136,14 @@ class TokenTerms:
             total_B = total_B.index_add(0, one.row_A, predicted_A - base_B[one.row_A])
         return total_B
 
+    def repeated(self, length: int) -> "TokenTerms":
+        """The same tokens again and again, to so many: what a cross-attention over them gives stays the same."""
+        times = length // self.tokens_BKW.shape[1]
+        if times == 1:
+            return self
+        return TokenTerms(self.tokens_BKW.repeat(1, times, 1),
+                          tuple(Difference(one.row_A, one.tokens_AKW.repeat(1, times, 1)) for one in self.differences))
+
     def placed(self, place_B: torch.Tensor) -> "TokenTerms":
         """The same rows in another order: ``place_B`` is where each of them goes."""
         return TokenTerms(self.tokens_BKW[place_B.argsort()],

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from ..base.config import check_files, spec_of
+from ..base.pairing import check_pairing
+from ..base.spec import SD15
 from ..encoders.kinds import suggestion
 from ..encoders.loading import check_gives
 from ..errors import TrainingConfigError
@@ -44,7 +46,7 @@ def checks_of(config: TrainConfig) -> list[Callable[[], None]]:
     checks += [
         partial(teacher_kind, config.teacher),
         partial(check_files, config.base, config.ella, _further_files(config), new_ella=config.what == "ella"),
-        partial(_check_sample_references, config.report.sample_references)]
+        partial(_check_pairing, config), partial(_check_sample_references, config.report.sample_references)]
     if config.what == "module":
         checks += [partial(_check_encoder, config), partial(_check_start, config)]
     return [*checks, partial(_check_tensorboard, config)]
@@ -82,6 +84,15 @@ def _further_files(config: TrainConfig) -> list[tuple[str, str]]:
     return files + [("report.sample_references", path) for path in config.report.sample_references]
 
 
+def _check_pairing(config: TrainConfig) -> None:
+    if config.what == "module":
+        start = config.module.start
+        check_pairing(config.base, config.ella, [start] if start and Path(start).exists() else [])
+    elif spec_of(config.base).pooled_width:
+        raise TrainingConfigError(f"base.checkpoint is of the family {spec_of(config.base).family}, which reads a pooled text "
+                                  "vector that no ELLA gives. Train modules on its own tokens, or choose another base.")
+
+
 def _check_name(name: str) -> None:
     if not is_plain_name(name) or name.lower().endswith(".safetensors"):
         raise TrainingConfigError(f"output.name = {name!r:.100}; wanted the name of a file alone, without folder and ending. "
@@ -98,7 +109,7 @@ def _check_sample_references(paths: Sequence[str]) -> None:
 
 
 def _check_buckets(config: TrainConfig) -> None:
-    step_px, cell_px = config.data.bucket_step_px, spec_of(config.base).pixels_per_latent
+    step_px, cell_px = config.data.bucket_step_px, SD15.pixels_per_latent  # all bases have the same
     buckets(config.data)
     if step_px % cell_px:
         raise TrainingConfigError(f"data.bucket_step_px = {step_px}; wanted a multiple of {cell_px}, the pixels of one latent. "

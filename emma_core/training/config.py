@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..base.config import ENCODER_FOLDERS, PLAYGROUND_GUIDANCE, PRECISIONS, BaseConfig, EllaConfig
-from ..base.spec import PLAYGROUND_SPEC
+from ..base.config import ENCODER_FOLDERS, PLAYGROUND_GUIDANCE, PRECISIONS, BaseConfig, EllaConfig, spec_of
+from ..base.spec import PLAYGROUND_SPEC, SDXL
 from ..encoders.options import BACKGROUNDS, FRAMES, LAYERS
-from ..errors import TrainingConfigError
+from ..errors import FileError, TrainingConfigError
 from ..model.conditions import CONDITIONS, CUSTOM
 from ..model.ip_adapter_blocks import BLOCKS
 from ..playground import PLAYGROUND
@@ -22,8 +22,6 @@ from ..settings import key, resolve_sections, toml_of
 from .presets import PRESETS
 
 INITIALISATIONS = ("ella", "random")
-# its UNet knows no other size; its graphs draw with this guidance
-ON_PLAYGROUND = {"data": {"resolution_px": PLAYGROUND_SPEC.side_px}, "report": {"guidance": PLAYGROUND_GUIDANCE}}
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,8 @@ class DataConfig:
     shards: str = key("", "webdataset shards: a .tar file, or several by * or braces, as in data/{000..099}.tar; a sample is "
                           "a picture with .txt or .json, perhaps .ref.jpg (its reference) and .mask.png")
     cache: str = key("", "folder of latents and features; default: `cache` in the output folder")
-    resolution_px: int = key(512, "side of a square picture; other shapes have about its area; on the playground, if nothing "
-                                  "is said, 128", least=32)
+    resolution_px: int = key(512, "side of a square picture; other shapes have about its area; if nothing is said, "
+                                  f"{SDXL.side_px} with SDXL and {PLAYGROUND_SPEC.side_px} on the playground", least=32)
     bucket_step_px: int = key(64, "sides are multiples of this", least=8)
     longest_shape: float = key(2.0, "most that a picture's long side exceeds its short one", least=1)
     flip: bool = key(False, "learn mirrored targets too")
@@ -184,8 +182,18 @@ class TrainConfig:
         return f"what = {json.dumps(self.what)}\n" + toml_of(self)
 
 
+def _usual_of(base: BaseConfig) -> dict[str, dict[str, Any]]:
+    """What other defaults a base has: the side of pictures that it knows best; the playground's graphs draw with a guidance."""
+    try:
+        side_px = spec_of(base).side_px
+    except FileError:  # told by the checks
+        side_px = DataConfig().resolution_px
+    usual: dict[str, dict[str, Any]] = {} if side_px == DataConfig().resolution_px else {"data": {"resolution_px": side_px}}
+    return usual | ({"report": {"guidance": PLAYGROUND_GUIDANCE}} if base.checkpoint == PLAYGROUND else {})
+
+
 def resolve(given: Mapping[str, Any], preset: str = "paper", changes: Mapping[str, Any] | None = None) -> TrainConfig:
-    """Defaults (those of the playground where it is the base), then a preset, then a file's tables, then `section.key` changes.
+    """Defaults (the side of pictures is the base's), then a preset, then a file's tables, then `section.key` changes.
 
     Raises:
         SettingsError: an unknown preset, section or key, a value of the wrong kind or out of range.
@@ -196,8 +204,9 @@ def resolve(given: Mapping[str, Any], preset: str = "paper", changes: Mapping[st
     tables = {name: table for name, table in given.items() if name not in ("what", "preset")}
     begin = PRESETS[preset]
     made = resolve_sections(TrainConfig, tables, changes, begin)
-    if made["base"].checkpoint == PLAYGROUND:
-        begin = {**begin, **{name: {**usual, **begin.get(name, {})} for name, usual in ON_PLAYGROUND.items()}}
+    usual = _usual_of(made["base"])
+    if usual:
+        begin = {**begin, **{name: {**table, **begin.get(name, {})} for name, table in usual.items()}}
         made = resolve_sections(TrainConfig, tables, changes, begin)
     if what not in ("module", "ella"):
         raise TrainingConfigError(f"what = {what!r}; wanted module or ella.")

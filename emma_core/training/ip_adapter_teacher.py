@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..base.backbones import Backbone
+from ..base.denoiser import NO_EXTRA
 from ..base.ip_adapter_file import read_ip_adapter
 from ..encoders.clip_vision import ClipVisionEncoder, load_clip_vision
 from ..encoders.options import EncodeOptions
@@ -23,7 +24,7 @@ from .config import TeacherConfig
 from .draws import BatchRow
 from .prepared import Prepared
 from .student import TeacherTarget
-from .teacher import Teacher, TeacherKind
+from .teacher import Teacher, TeacherKind, TeacherText, told_of_rows
 
 
 class IpAdapterTeacher(Teacher):
@@ -71,7 +72,7 @@ class IpAdapterTeacher(Teacher):
         return {"ip_adapter": torch.cat([one.features[name] for one in encoded])}
 
     @torch.no_grad()
-    def predict(self, noised_B4hw, timestep_B, context_BKW, reference=None) -> torch.Tensor:
+    def predict(self, noised_B4hw, timestep_B, context_BKW, reference=None, beside=NO_EXTRA) -> torch.Tensor:
         rows = len(noised_B4hw)
         present_B = torch.zeros(rows, dtype=torch.bool) if reference is None else self._present(reference, rows)
         present_B = present_B.to(noised_B4hw.device)
@@ -81,16 +82,17 @@ class IpAdapterTeacher(Teacher):
             if not len(rows_G):
                 continue
             seen = [noised_B4hw[rows_G], timestep_B.to(rows_G.device)[rows_G], context_BKW[rows_G]]
+            told = {name: value[rows_G] for name, value in beside.items()}
             if shown:
                 embeds_GVD = reference["ip_adapter"].to(self._backbone.device, self._backbone.dtype)[rows_G]
                 # diffusers wants (B, pictures, D), or of hidden states (B, pictures, V, D)
                 embeds = [embeds_GVD[:, None] if self._layout.plus else embeds_GVD]
-                target_B4hw[rows_G] = self._backbone.predict_noise(*seen, {"image_embeds": embeds})
+                target_B4hw[rows_G] = self._backbone.predict_noise(*seen, {**told, "image_embeds": embeds})
             else:
-                target_B4hw[rows_G] = self._base.predict_noise(*seen)
+                target_B4hw[rows_G] = self._base.predict_noise(*seen, told)
         return target_B4hw
 
-    def target_on(self, data: Prepared) -> TeacherTarget:
+    def target_on(self, data: Prepared, texts: Sequence[TeacherText] = ()) -> TeacherTarget:
         """As `Teacher.target_on`; the teacher sees each row's reference whole, as it is, and encodes it once."""
         known: dict[int, torch.Tensor] = {}
 
@@ -103,7 +105,8 @@ class IpAdapterTeacher(Teacher):
         def predict(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
             shown = {"ip_adapter": torch.cat([vectors(row.reference) for row in rows]),
                      "present_B": torch.tensor([row.strength > 0 for row in rows])}
-            return self.predict(noised_B4hw, timestep_B, context_BKW, shown)
+            context_BKW, beside = told_of_rows(list(texts) * len(rows), rows, context_BKW)
+            return self.predict(noised_B4hw, timestep_B, context_BKW, shown, beside)
 
         return TeacherTarget("IP-Adapter", predict)
 
@@ -135,7 +138,7 @@ def _check(config: TeacherConfig) -> None:
             raise TrainingConfigError(f"teacher.{key} = {getattr(config, key)!r} does not exist. Check the path.")
 
 
-def _load(config: TeacherConfig, backbone: Backbone) -> Teacher:
+def _load(config: TeacherConfig, backbone: Backbone, text_is_used: bool) -> Teacher:
     encoder = load_clip_vision(weights_path(config.ip_image_encoder))
     return IpAdapterTeacher(backbone, Path(config.ip_adapter), encoder, config.scale, config.blocks)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..base.backbones import Backbone
+from ..base.denoiser import NO_EXTRA
 from ..base.lora import LoraSwitch
 from ..errors import TrainingConfigError
 from ..files.plain_file import is_folder, visible
@@ -18,7 +19,7 @@ from .config import TeacherConfig
 from .draws import BatchRow
 from .prepared import Prepared
 from .student import TeacherTarget
-from .teacher import Teacher, TeacherKind
+from .teacher import Teacher, TeacherKind, TeacherText, told_of_rows
 
 
 class LoraTeacher(Teacher):
@@ -28,28 +29,30 @@ class LoraTeacher(Teacher):
         backbone: the base.
         paths: one LoRA, or one for each group of references by the group's name; their order numbers them.
         scale: strength.
+        text_is_used: what LoRAs do to text encoders has its effect in the texts that `target_on` is given.
     """
 
-    def __init__(self, backbone: Backbone, paths: Mapping[str, Path], scale: float):
+    def __init__(self, backbone: Backbone, paths: Mapping[str, Path], scale: float, text_is_used: bool = False):
         self._backbone, self.groups = backbone.twin(), tuple(paths)
-        self._loras = LoraSwitch(self._backbone.unet, list(paths.values()), scale)
+        self._loras = LoraSwitch(self._backbone.unet, list(paths.values()), scale, text_is_used)
         self.to(backbone.device, backbone.dtype)
 
     @torch.no_grad()
-    def predict(self, noised_B4hw, timestep_B, context_BKW, reference=None) -> torch.Tensor:
+    def predict(self, noised_B4hw, timestep_B, context_BKW, reference=None, beside=NO_EXTRA) -> torch.Tensor:
         """As `Teacher.predict`; with several LoRAs ``reference`` holds ``lora_B``, the number of each row's."""
         if len(self.groups) == 1:
-            return self._backbone.predict_noise(noised_B4hw, timestep_B, context_BKW)
+            return self._backbone.predict_noise(noised_B4hw, timestep_B, context_BKW, beside)
         lora_B = reference["lora_B"].to(noised_B4hw.device)
         target_B4hw = torch.empty_like(noised_B4hw, dtype=torch.float32)
         for number in lora_B.unique().tolist():
             rows_G = (lora_B == number).nonzero()[:, 0]
             self._loras.use(number)
             target_B4hw[rows_G] = self._backbone.predict_noise(
-                noised_B4hw[rows_G], timestep_B.to(rows_G.device)[rows_G], context_BKW[rows_G])
+                noised_B4hw[rows_G], timestep_B.to(rows_G.device)[rows_G], context_BKW[rows_G],
+                {name: value[rows_G] for name, value in beside.items()})
         return target_B4hw
 
-    def target_on(self, data: Prepared) -> TeacherTarget:
+    def target_on(self, data: Prepared, texts: Sequence[TeacherText] = ()) -> TeacherTarget:
         """As `Teacher.target_on`; of several LoRAs that of the reference's group teaches a row.
 
         Raises:
@@ -58,8 +61,10 @@ class LoraTeacher(Teacher):
         lora_of = self._loras_of_references(data)
 
         def predict(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
-            shown = {"lora_B": torch.tensor([lora_of[row.reference] for row in rows])} if lora_of else None
-            return self.predict(noised_B4hw, timestep_B, context_BKW, shown)
+            numbers = [lora_of.get(row.reference, 0) for row in rows]
+            own = [texts[number] for number in numbers] if texts else ()
+            context_BKW, beside = told_of_rows(own, rows, context_BKW)
+            return self.predict(noised_B4hw, timestep_B, context_BKW, {"lora_B": torch.tensor(numbers)}, beside)
 
         return TeacherTarget("LoRA", predict)
 
@@ -104,8 +109,8 @@ def _check(config: TeacherConfig) -> None:
             raise TrainingConfigError(f"teacher.lora = {str(path)!r} does not exist. Check the path.")
 
 
-def _load(config: TeacherConfig, backbone: Backbone) -> Teacher:
-    return LoraTeacher(backbone, lora_files(Path(config.lora)), config.scale)
+def _load(config: TeacherConfig, backbone: Backbone, text_is_used: bool) -> Teacher:
+    return LoraTeacher(backbone, lora_files(Path(config.lora)), config.scale, text_is_used)
 
 
 KIND = TeacherKind("lora", _check, _load)

@@ -19,7 +19,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..base.backbones import Backbone
+from ..base.own_text import beside_text
 from ..model.assembly import Assembly, Reference, token_terms
+from ..model.own_tokens import OwnTokens
+from ..text.clip_layout import LENGTH
 from .averaging import AveragedWeights
 from .config import TrainConfig
 from .trainer import Trainer, make_optimizer
@@ -146,13 +149,16 @@ def _update(unet, connector, module, config: TrainConfig, backbone: Backbone, si
     spec = backbone.spec
     latent = (rows, spec.latent_channels, height // spec.pixels_per_latent, width // spec.pixels_per_latent)
     timestep_B = torch.zeros(rows, device="meta", dtype=torch.long)
-    text_BND = torch.zeros(rows, _TEXT_TOKENS, connector.config.text_dim, device="meta")
+    text = (LENGTH, connector.width) if isinstance(connector, OwnTokens) else (_TEXT_TOKENS, connector.config.text_dim)
+    text_BND = torch.zeros(rows, *text, device="meta")
     features = {name: torch.zeros(rows, _VECTORS.get(name, 1), about.dim, device="meta")
                 for name, about in module.config.features.items()}
     assembly = Assembly([Reference(module, features)])
     context_BKW = token_terms(connector, text_BND, timestep_B, assembly).stacked
     noised = torch.zeros(latent, device="meta", dtype=dtype)
-    predicted = unet(noised, timestep_B, context_BKW.to(dtype), return_dict=False)[0].float()
+    beside = beside_text(torch.zeros(rows, spec.pooled_width, device="meta", dtype=dtype), torch.zeros(rows, 6, device="meta"))
+    predicted = unet(noised, timestep_B, context_BKW.to(dtype), added_cond_kwargs=beside if spec.pooled_width else None,
+                     return_dict=False)[0].float()
     (predicted - torch.zeros(latent, device="meta")).square().mean().backward()
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from ..base.backbones import Backbone
+from ..base.denoiser import NO_EXTRA
+from ..base.own_text import beside_text, sizes_of
 from ..errors import FileError, TrainingConfigError
 from ..files.plain_file import read_text
 from ..model.assembly import Assembly
 from ..model.connector import Connector
+from ..model.own_tokens import OwnTokens
 from .config import TeacherConfig, TrainConfig
 from .prepared import Prepared, key_of
 from .shards import Processes, fill
@@ -33,14 +37,16 @@ class OwnLatents:
         prompts: one for each target.
         texts: prompt -> (1, N, D), "" among them.
         latents: (4, h, w) of each target.
+        pooled: prompt -> (1, P), of a base that reads such a vector.
         reference_set: the prepared pictures that references come from.
         size_px: width and height of the targets.
     """
 
     def __init__(
         self, prompts: Sequence[str], texts: Mapping[str, torch.Tensor], latents: Sequence[torch.Tensor],
-        reference_set: Prepared, size_px: tuple[int, int],
+        reference_set: Prepared, size_px: tuple[int, int], pooled: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ):
+        self._pooled = pooled
         self._prompts, self._texts, self._latents, self._size_px = list(prompts), texts, latents, size_px
         self.reference_set = reference_set
         self._references = tuple(sorted(reference_set.variant_keys))
@@ -68,6 +74,12 @@ class OwnLatents:
 
     def text(self, caption: str) -> torch.Tensor:
         return self._texts[caption]
+
+    def pooled(self, caption: str) -> torch.Tensor:
+        return self._pooled[caption]
+
+    def size_before(self, index: int) -> tuple[int, int]:
+        return self._size_px
 
     def features(self, reference: int, variant: int) -> dict[str, torch.Tensor]:
         return self.reference_set.features(reference, variant)
@@ -122,9 +134,10 @@ def check_own_latents(config: TrainConfig) -> None:
 
 @torch.no_grad()
 def own_latents(
-    config: TrainConfig, backbone: Backbone, connector: Connector, encode: Callable[[list[str]], list[torch.Tensor]],
-    prepared: Prepared, cache: Path, progress: Callable[[str, int, int], None] | None = None,
-    processes: Processes | None = None,
+    config: TrainConfig, backbone: Backbone, connector: Connector | OwnTokens,
+    encode: Callable[[list[str]], list[torch.Tensor]], prepared: Prepared, cache: Path,
+    progress: Callable[[str, int, int], None] | None = None, processes: Processes | None = None,
+    encode_pooled: Callable[[list[str]], list[torch.Tensor]] = lambda prompts: [],
 ) -> OwnLatents:
     """Samples for every prompt, `teacher.samples` each, drawn once and kept in the cache; each process draws its part.
 
@@ -136,45 +149,58 @@ def own_latents(
     prompts = prompts_of(config.teacher)
     processes = processes or Processes()
     texts = processes.each(lambda: dict(zip(["", *prompts], encode(["", *prompts]), strict=True)))
+    # empty where the base reads none
+    pooled = processes.each(lambda: dict(zip(["", *prompts], encode_pooled(["", *prompts]), strict=False)))
     side_px = config.data.resolution_px
     store = processes.first_alone(lambda: FeatureStore(cache / "own_latents", {
-        "backbone": backbone.sha256, "base": backbone.name, "ella": connector.sha256, "steps": config.report.sample_steps,
+        "backbone": backbone.sha256, "base": backbone.name, "ella": ella_mark(connector), "steps": config.report.sample_steps,
         "guidance": config.report.guidance, "side_px": side_px, "seed": config.train.seed,
         "prediction": backbone.spec.prediction, "schedule": _digest(backbone.alphas_cumprod_T)}))
     jobs = [(prompt, number) for number in range(config.teacher.samples) for prompt in prompts]
-    shown = {prompt: _digest(text_1ND) for prompt, text_1ND in texts.items()}
+    shown = {prompt: _digest(text_1ND) + (_digest(pooled[prompt]) if pooled else "") for prompt, text_1ND in texts.items()}
     keys = [key_of(number, prompt, shown[prompt], shown[""]) for prompt, number in jobs]
     job_of = dict(zip(keys, jobs, strict=True))
-    connector = connector.to(backbone.device)
+    connector = connector if isinstance(connector, OwnTokens) else connector.to(backbone.device)
 
     def draw(todo: Sequence[str], filling: Filling) -> None:
         for key in todo:
-            filling.add(key, {"latent": _sample(config, backbone, connector, texts, *job_of[key])})
+            filling.add(key, {"latent": _sample(config, backbone, connector, texts, pooled, *job_of[key])})
 
     fill("own latents", store, keys, draw, progress or (lambda what, done, total: None), processes)
     latents = processes.each(lambda: [store.get(key)["latent"] for key in keys])
-    return OwnLatents([prompt for prompt, _ in jobs], texts, latents, prepared, (side_px, side_px))
+    return OwnLatents([prompt for prompt, _ in jobs], texts, latents, prepared, (side_px, side_px), pooled)
+
+
+def ella_mark(connector: Connector | OwnTokens) -> str:
+    """What made the tokens, for caches."""
+    return f"own tokens of {connector.source.family}" if isinstance(connector, OwnTokens) else connector.sha256
 
 
 def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def _sample(config: TrainConfig, backbone: Backbone, connector: Connector, texts, prompt: str, number: int) -> torch.Tensor:
+def _sample(
+    config: TrainConfig, backbone: Backbone, connector: Connector | OwnTokens, texts, pooled, prompt: str, number: int
+) -> torch.Tensor:
     """One guided sample (4, h, w) from the text alone, the same for the same prompt and number."""
     guidance, spec = config.report.guidance, backbone.spec
     with_text_1ND, without_1ND = (texts[text].to(backbone.device) for text in (prompt, ""))
+    side_px = config.data.resolution_px
+    size_16 = sizes_of([((side_px, side_px), (side_px, side_px))]).to(backbone.device)
+    beside = [beside_text(pooled[text].to(backbone.device), size_16) if pooled else NO_EXTRA for text in (prompt, "")]
 
     def context(timestep_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return connector.tokens(with_text_1ND, timestep_B, Assembly()), connector.tokens(without_1ND, timestep_B, Assembly())
 
     def predict(noised_B4hw: torch.Tensor, timestep_B: torch.Tensor, tokens: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        shown, plain = (backbone.predict_noise(noised_B4hw, timestep_B, tokens_BKW) for tokens_BKW in tokens)
+        shown, plain = (backbone.predict_noise(noised_B4hw, timestep_B, tokens_BKW, told)
+                        for tokens_BKW, told in zip(tokens, beside, strict=True))
         return plain + guidance * (shown - plain)
 
     seed = int.from_bytes(hashlib.sha256(f"{config.train.seed} {number} {prompt}".encode()).digest()[:8], "big") >> 1
     generator = torch.Generator().manual_seed(seed)
-    cells = config.data.resolution_px // spec.pixels_per_latent
+    cells = side_px // spec.pixels_per_latent
     size = (1, spec.latent_channels, cells, cells)
     return sample_latents(predict, backbone.alphas_cumprod_T, context, generator, config.report.sample_steps, size,
                           spec.prediction)[0].float().cpu()

@@ -15,7 +15,6 @@ from ..base.precision import precision_on
 from ..encoders.base import ReferenceEncoder, encode_pictures
 from ..encoders.loading import load_encoder
 from ..encoders.options import EncodeOptions, Framing
-from ..playground import PLAYGROUND
 from .checks import encoder_file
 from .config import TrainConfig
 from .prepare import Encoders
@@ -39,13 +38,14 @@ def load_parts(config: TrainConfig, dtype: torch.dtype, device: torch.device) ->
 
 def encoders_of(parts: Parts, config: TrainConfig) -> Encoders:
     """What the training data are encoded with, and what the caches depend on."""
-    text = config.ella.text_encoder or PLAYGROUND
+    text = config.ella.text_encoder or config.base.checkpoint
     return Encoders(
         encode_latents=lambda pixels_B3HW: parts.backbone.encode(pixels_B3HW).float().cpu(),
         encode_texts=lambda captions: [features.float().cpu() for features in parts.text_encoder.encode(captions)],
+        encode_pooled=lambda captions: [vector.float().cpu() for vector in parts.pooled(captions)],
         reference_encoder=parts.reference_encoder,
         latents_settings=f"{config.base.vae or config.base.checkpoint} {parts.backbone.sha256}",
-        texts_settings=f"{text} {weights_mark(parts.text_encoder.model)} {parts.text_encoder.tokenizer.fingerprint}",
+        texts_settings=f"{text} {weights_mark(parts.text_encoder.model)} {parts.text_encoder.tokenizer_fingerprint}",
         place=parts.place,
     )
 

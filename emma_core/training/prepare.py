@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ class Encoders:
         latents_settings, texts_settings, reference_settings: fingerprints, precision, lengths; of the reference encoder
             what its description does not tell.
         place: called with the name of the model (AUTOENCODER, TEXT_ENCODER, REFERENCE_ENCODER) that is used next.
+        encode_pooled: captions -> for each its pooled vector (1, P), or nothing where the base reads none.
     """
 
     encode_latents: Callable[[torch.Tensor], torch.Tensor]
@@ -56,6 +58,7 @@ class Encoders:
     texts_settings: str = ""
     reference_settings: str = ""
     place: Callable[[str], None] = lambda name: None
+    encode_pooled: Callable[[list[str]], list[torch.Tensor]] = lambda captions: []
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +189,10 @@ class _Preparing:
                 self.encoders.place(TEXT_ENCODER)
             for start in range(0, len(keys), BATCH):
                 batch = keys[start:start + BATCH]
-                for key, text_1ND in zip(batch, self.encoders.encode_texts([captions[key] for key in batch]), strict=True):
-                    filling.add(key, {"text": text_1ND})
+                texts = [captions[key] for key in batch]
+                found = zip_longest(batch, self.encoders.encode_texts(texts), self.encoders.encode_pooled(texts))
+                for key, text_1ND, pooled_1P in found:
+                    filling.add(key, {"text": text_1ND} | ({} if pooled_1P is None else {"pooled": pooled_1P}))
 
         fill("texts", self.texts, captions, encode, self.progress, self.processes)
 

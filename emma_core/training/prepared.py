@@ -71,6 +71,14 @@ class Prepared:
         """(1, N, D) of a caption of the set, or of ""."""
         return self._entry(self.stores[1], text_key(caption))["text"]
 
+    def pooled(self, caption: str) -> torch.Tensor:
+        """(1, P) of a caption of the set, or of "", where the base reads such a vector."""
+        return self._entry(self.stores[1], text_key(caption))["pooled"]
+
+    def size_before(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels of a target before it was scaled."""
+        return self.examples[index].size_px
+
     def references(self, index: int) -> tuple[int, ...]:
         """Indices of the pictures that may be a target's reference."""
         return self.pictures.references(index)

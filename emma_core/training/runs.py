@@ -24,7 +24,9 @@ from .config import TrainConfig
 from .examples import Example, describe, read_examples, require
 from .identity import check_folder, file_marks
 from .lock import alone_in
+from .lora_teacher import lora_files
 from .own_latents import OwnLatents, own_latents
+from .own_text import own_text, teacher_texts
 from .parts import encode_references, encoders_of, load_parts, options_of, prepare_precision
 from .places import place_weights
 from .prepare import prepare
@@ -35,6 +37,7 @@ from .sample_prompts import sample_prompts
 from .samples import Sampler
 from .shards import Processes
 from .student import TeacherTarget
+from .teacher import TeacherText
 from .teachers import load_teacher
 from .trainer import Trainer, gain_of_reference
 from .words import gain_in_words
@@ -101,7 +104,8 @@ def _run(
         write_text(folder / "config.toml", config.to_toml())
         if resumed:
             say(f"going on after update {trainer.step}")
-    sampler = Sampler(parts.backbone, config.report, texts, references.features, data.bucket(0), references.pictures)
+    sampler = Sampler(parts.backbone, config.report, texts.tokens, texts.pooled, references.features, data.bucket(0),
+                      references.pictures)
     drawing = sampler if config.report.sample_every and accelerator.is_main_process else None
     if drawing:
         drawing.begin(trainer)
@@ -152,35 +156,62 @@ def begin_run(
         TrainingConfigError, FileError: see `begin` and `load_teacher`.
     """
     encoder = parts.reference_encoder.description if parts.reference_encoder else {}
+    taught = _teacher_texts(config, parts, data, folder) if teacher is None else []
     parts.reference_encoder = parts.text_encoder = None
     parts.place(UNET, AUTOENCODER)
-    if teacher is None and (named := load_teacher(config.teacher, parts.backbone)):
-        teacher = named.target_on(data.reference_set)
+    if teacher is None and (named := load_teacher(config.teacher, parts.backbone, parts.on_own_tokens)):
+        teacher = named.target_on(data.reference_set, taught)
     base = {"name": parts.backbone.name, "sha256": parts.backbone.sha256}
     places = place_weights(data).get if config.objective.place_weight else None
-    frozen = Frozen(parts.backbone, parts.connector, base, encoder, teacher, places, files=file_marks(config))
+    own = own_text(parts.backbone.spec, data) if parts.on_own_tokens else None
+    frozen = Frozen(parts.backbone, parts.connector, base, encoder, teacher, places, own, files=file_marks(config))
     return begin(config, frozen, data, accelerator, folder)
+
+
+def _teacher_texts(config: TrainConfig, parts: Parts, data: Prepared | OwnLatents, folder: Path) -> list[TeacherText]:
+    """How teachers read captions on a checkpoint's own tokens; nothing with an ELLA, whose tokens they share."""
+    if not parts.on_own_tokens:
+        return []
+    if not config.teacher.lora:
+        return [TeacherText(own_text(parts.backbone.spec, data))]
+    parts.place(TEXT_ENCODER)
+    mark = encoders_of(parts, config).texts_settings
+    return teacher_texts(lora_files(Path(config.teacher.lora)).values(), config.teacher.scale, parts.text_encoder,
+                         parts.backbone.spec, data, _cache_of(config, folder), mark, processes=Processes.of_run())
+
+
+def _cache_of(config: TrainConfig, folder: Path) -> Path:
+    return Path(config.data.cache) if config.data.cache else folder / "cache"
+
+
+@dataclass(frozen=True)
+class SampleTexts:
+    """Prompts of the sample pictures, encoded, "" among them; ``pooled`` is empty where the base reads no such vectors."""
+
+    tokens: Mapping[str, torch.Tensor]
+    pooled: Mapping[str, torch.Tensor]
 
 
 def encoded(
     config: TrainConfig, parts: Parts, examples: Sequence[Example], folder: Path, processes: Processes,
     progress: Callable[[str, int, int], None],
-) -> tuple[Prepared | OwnLatents, Mapping[str, torch.Tensor], SampleReferences]:
+) -> tuple[Prepared | OwnLatents, SampleTexts, SampleReferences]:
     """The data, encoded by all processes; texts and references of the sample pictures."""
     options = options_of(config) if config.what == "module" else None
-    cache = Path(config.data.cache) if config.data.cache else folder / "cache"
+    cache = _cache_of(config, folder)
     encoders = encoders_of(parts, config)
     prepared = prepare(examples, config.data, config.encoder, encoders, options, cache, progress, processes)
     data: Prepared | OwnLatents = prepared
     if config.teacher.own_latents:
         parts.place(UNET, TEXT_ENCODER)
         data = own_latents(config, parts.backbone, parts.connector, encoders.encode_texts, prepared, cache, progress,
-                           processes)
+                           processes, encoders.encode_pooled)
     parts.place(TEXT_ENCODER)
     named = config.report.sample_prompts or sample_prompts(
         config.module.condition, config.base.checkpoint == PLAYGROUND, _captions_of(data)) or data.captions(0)[:1]
-    prompts = tuple(dict.fromkeys(("", *named)))
-    texts = {prompt: features.cpu() for prompt, features in zip(prompts, parts.text_encoder.encode(prompts), strict=True)}
+    prompts = list(dict.fromkeys(("", *named)))
+    texts = SampleTexts(dict(zip(prompts, encoders.encode_texts(prompts), strict=True)),
+                        dict(zip(prompts, encoders.encode_pooled(prompts), strict=False)))
     if options is None:
         return data, texts, SampleReferences([], [])
     if not config.report.sample_references:

@@ -17,6 +17,7 @@ from ..drawing.contact_sheet import SheetRow, draw_contact_sheet, draw_tiles
 from ..model.assembly import Assembly, Reference
 from ..model.connector import Connector
 from ..model.gated_resampler import GatedResampler
+from ..model.own_tokens import OwnTokens
 from .config import ReportConfig
 from .trainer import Trainer
 
@@ -61,7 +62,8 @@ class Sampler:
     Args:
         backbone: diffusion model and autoencoder.
         settings: sampling steps, guidance.
-        texts: prompt -> T5 features (1, N, D), "" among them; all others are drawn.
+        texts: prompt -> text features (1, N, D), "" among them; all others are drawn.
+        pooled: prompt -> (1, P), of a base that reads such a vector.
         references: features of each reference picture, name -> (V, D).
         size_px: width and height.
         shown: the reference pictures themselves, (H, W, 3) each.
@@ -71,6 +73,7 @@ class Sampler:
     backbone: Backbone
     settings: ReportConfig
     texts: Mapping[str, torch.Tensor]
+    pooled: Mapping[str, torch.Tensor]
     references: Sequence[Mapping[str, torch.Tensor]]
     size_px: tuple[int, int]
     shown: Sequence[torch.Tensor] = ()
@@ -115,7 +118,7 @@ class Sampler:
 
     def _drawn(self, trainer: Trainer, requests: list[Request], connector: Connector | None = None) -> torch.Tensor:
         device = trainer.accelerator.device
-        pipeline = self._pipeline((connector or trainer.student.connector).to(device), device)
+        pipeline = self._pipeline(connector.to(device) if connector else trainer.student.connector, device)
         with trainer.accelerator.autocast():
             # what fits with gradients fits without
             return generate(pipeline, requests, self._sampling(), trainer.config.train.batch)
@@ -123,11 +126,14 @@ class Sampler:
     def _sampling(self) -> Sampling:
         return Sampling(self.settings.sample_steps, self.settings.guidance, *self.size_px)
 
-    def _pipeline(self, connector: Connector, device: torch.device) -> Pipeline:
+    def _pipeline(self, connector: Connector | OwnTokens, device: torch.device) -> Pipeline:
         def texts(prompts: Sequence[str]) -> list[torch.Tensor]:
             return [self.texts[prompt].float().to(device) for prompt in prompts]
 
-        return pipeline_for(self.backbone, connector, texts)
+        def pooled(prompts: Sequence[str]) -> list[torch.Tensor]:
+            return [self.pooled[prompt].float().to(device) for prompt in prompts]
+
+        return pipeline_for(self.backbone, connector, texts, pooled)
 
 
 def _assembly(module: GatedResampler, features: Mapping[str, torch.Tensor]) -> Assembly:

@@ -8,19 +8,24 @@ from pathlib import Path
 
 import torch
 
+from ..base.config import spec_of, uses_ella
+from ..base.spec import SD15
 from ..encoders.clip_vision import clip_tower_of
 from ..encoders.families import CLIP_TOWERS
 from ..encoders.weights import weights_path
 from ..errors import EmmaError, TrainingError
 from ..files.connector_file import read_connector_config
 from ..model.connector import Connector, ConnectorConfig
+from ..model.module_config import FeatureSpec, ModuleConfig
+from ..model.token_resampler import resampler_for
 from ..playground import PLAYGROUND_DIR
+from ..text.clip_layout import LENGTH as CLIP_LENGTH
 from .buckets import bucket_of
 from .checks import encoder_file
 from .config import TrainConfig
 from .examples import Example, PictureSet
 from .own_latents import prompts_of
-from .starts import wanted_features
+from .starts import sizes_of_blocks, wanted_features
 
 _NUMBER = 4  # bytes of one, in float32
 _TEXT_TOKENS, _TEXT_DIM = 32, 2048  # of a usual caption, and of flan-t5-xl
@@ -42,12 +47,23 @@ def cache_bytes(config: TrainConfig, examples: Sequence[Example]) -> int:
         sizes += [(side_px, side_px)] * (len(prompts) * config.teacher.samples)
         texts |= set(prompts)
     latents = sum(width * height // _PIXELS_PER_LATENT ** 2 for width, height in sizes) * _LATENT_CHANNELS
-    numbers = latents + len(texts) * _TEXT_TOKENS * _TEXT_DIM
+    numbers = latents + len(texts) * _text_numbers(config)
     if config.what == "module":
         variants = 1 + config.data.reference_crops + config.data.reference_flip
         references = len(PictureSet.of(examples, config.data.own_reference).used())
         numbers += references * variants * sum(_feature_numbers(config))
     return numbers * _NUMBER
+
+
+def _text_numbers(config: TrainConfig) -> int:
+    """Of one caption: T5's, or the rows of the checkpoint's own text encoders."""
+    if config.what == "ella" or uses_ella(config.base, config.ella):
+        return _TEXT_TOKENS * _TEXT_DIM
+    try:
+        spec = spec_of(config.base)
+    except EmmaError:  # told by the checks
+        spec = SD15
+    return CLIP_LENGTH * spec.context_width + spec.pooled_width
 
 
 def checkpoint_bytes(config: TrainConfig, numbers: int) -> int:
@@ -74,6 +90,8 @@ def check_room(folder: Path, needed: int) -> None:
 
 def learning_numbers(config: TrainConfig) -> int:
     """How many numbers learn, about: a module on an ELLA has as many blocks of the same size as that."""
+    if config.what == "module" and not uses_ella(config.base, config.ella):
+        return _numbers_on_own_tokens(config)
     path = config.ella.file or PLAYGROUND_DIR / "ella.safetensors"
     try:
         sizes = read_connector_config(path)
@@ -83,6 +101,17 @@ def learning_numbers(config: TrainConfig) -> int:
         connector = Connector(sizes)
     learning = connector if config.what == "ella" else connector.connector.perceiver_blocks
     return sum(value.numel() for value in learning.parameters())
+
+
+def _numbers_on_own_tokens(config: TrainConfig) -> int:
+    try:
+        spec = spec_of(config.base)
+    except EmmaError:  # told by the checks
+        spec = SD15
+    made_of = ModuleConfig(condition=config.module.condition, features={"global": FeatureSpec(_USUAL_TOWER.projected)},
+                           **sizes_of_blocks(config, spec.own_tokens))
+    with torch.device("meta"):
+        return sum(value.numel() for value in resampler_for(made_of).parameters())
 
 
 def _feature_numbers(config: TrainConfig) -> list[int]:

@@ -67,7 +67,7 @@ def begin_module(
     described = ModuleConfig(
         condition=settings.condition, features={name: FeatureSpec(dims[name], count) for name, count in tokens.items()},
         gate_scale=settings.gate_scale, separable_gates=settings.separable_gates, encoder=encoder,
-        **_sizes(config, connector),
+        **sizes_of_blocks(config, connector),
     )
     module = resampler_for(described)
     if settings.start:
@@ -87,7 +87,7 @@ def size_of_tokens(text_1ND: torch.Tensor) -> float:
     return float(size_N[size_N > 0].median()) if bool((size_N > 0).any()) else 1.0
 
 
-def _sizes(config: TrainConfig, connector: Connector | OwnTokens) -> dict[str, Any]:
+def sizes_of_blocks(config: TrainConfig, connector: Connector | OwnTokens) -> dict[str, Any]:
     """Of the blocks: ELLA's, or as configured."""
     if isinstance(connector, OwnTokens):
         width = config.module.inner
@@ -135,7 +135,7 @@ def check_start(start: ModuleConfig, name: str, config: TrainConfig, connector: 
         TrainingConfigError: what it has, and what the run has.
     """
     tokens = {feature: spec.tokens_per_vector for feature, spec in start.features.items()}
-    wanted, sizes = wanted_features(config), _sizes(config, connector)
+    wanted, sizes = wanted_features(config), sizes_of_blocks(config, connector)
     if (start.width, start.layers, tokens) != (sizes["width"], sizes["layers"], wanted) or (
             start.source != sizes.get("source") or start.time != sizes.get("time")):
         raise _other_start(start, name, sizes["width"], sizes["layers"], wanted)

@@ -31,15 +31,16 @@ def named_kinds(config: TeacherConfig) -> list[TeacherKind]:
     return [kind for kind in KINDS if getattr(config, kind.key)]
 
 
-def load_teacher(config: TeacherConfig, backbone: Backbone) -> Teacher | None:
+def load_teacher(config: TeacherConfig, backbone: Backbone, text_is_used: bool = False) -> Teacher | None:
     """The teacher that ``config`` names, or None if it names none.
 
     Args:
         config: its `scale` is the strength of the LoRA or the IP-Adapter.
         backbone: the frozen base, whose weights the teacher shares.
+        text_is_used: the base's own text encoders are, so that a LoRA's part for them has its effect there.
     Raises:
         TrainingConfigError: see `teacher_kind`.
         FileError: files of another kind or for another model, pickles, non-finite weights.
     """
     kind = teacher_kind(config)
-    return None if kind is None else kind.load(config, backbone).to(backbone.device, backbone.dtype)
+    return None if kind is None else kind.load(config, backbone, text_is_used).to(backbone.device, backbone.dtype)

@@ -93,6 +93,10 @@ def _number_of(row: BatchRow) -> int:
     return zlib.crc32(f"{row.target} {row.reference} {row.caption}".encode())
 
 
+def _untold(what: str, done: int, total: int) -> None:
+    """Encoding is not shown."""
+
+
 def strengths_of(rows: Sequence[BatchRow]) -> dict[str, list[float]]:
     """Strength of each reference of each row: one, both or none are shown."""
     return {"style": [row.strength * (_number_of(row) % ALONE_SHARE != 0) for row in rows],
@@ -150,7 +154,7 @@ def joint_beginning(
         face_config = replace(config, data=replace(config.data, jsonl=str(face_list)),
                               module=replace(config.module, condition="face", start=str(face_start or "")))
         examples, _ = read_examples(face_config.data)
-        face_data, *_ = encoded(face_config, parts, examples, folder, Processes.of_run(), bars=False)
+        face_data, *_ = encoded(face_config, parts, examples, folder, Processes.of_run(), _untold)
         features = face_data.features(face_data.references(0)[0], 0)
         described = encoder_metadata(face_config, parts.reference_encoder.description, tuple(features))
         generator = torch.Generator().manual_seed(config.train.seed)

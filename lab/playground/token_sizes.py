@@ -139,7 +139,7 @@ class Bench:
         for file in (f"{condition}.jsonl", f"{condition}-heldout.jsonl"):
             here = _config(condition, pictures / file, out)
             examples, _ = read_examples(here.data)
-            sets.append(encoded(here, parts, examples, out, Processes(), bars=False)[0])
+            sets.append(encoded(here, parts, examples, out, Processes(), _untold)[0])
         parts.place(UNET)
         spec = SourceSpec("playground", parts.connector.width)
         stream = BehindConnector(source=spec, time=TimeSpec("ddpm"), connector=parts.connector.requires_grad_(False))
@@ -172,6 +172,10 @@ class Bench:
 
     def student(self, module: GatedResampler, data: Prepared) -> Student:
         return Student(self.parts.backbone, self.stream, module, self.config.objective, places=place_weights(data).get)
+
+
+def _untold(what: str, done: int, total: int) -> None:
+    """Encoding is not shown."""
 
 
 def _config(condition: str, jsonl: Path, out: Path) -> TrainConfig:

@@ -112,7 +112,8 @@ def test_pictures_go_into_a_folder_that_no_guide_trains_on(tmp_path, capsys, mon
     (["(" * 100 + "man" + ")" * 100], "brackets in brackets, more than 64 deep"),
     (["--count", "0"], "--count 0; wanted 1 or more"),
     (["--encoder.files", "no-such-file", "--module", STYLE, str(NOTO)], "no-such-file"),
-    (["--base.checkpoint", "no-such-file.safetensors"], "ella.file is not set"),
+    (["--base.checkpoint", "no-such-file.safetensors"], "base.checkpoint = 'no-such-file.safetensors' does not exist"),
+    (["--base.checkpoint", "no-such-file.safetensors", "--ella.text_encoder", STYLE], "ella.file is not: T5 is read through"),
     (["--base.vae", "no-such-file.safetensors"], "base.vae = 'no-such-file.safetensors' does not exist"),
     (["--ella.text_encoder", "no-such-folder"], "ella.text_encoder = 'no-such-folder' does not exist"),
 ])

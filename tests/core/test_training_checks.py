@@ -14,7 +14,7 @@ from emma_core.playground import PLAYGROUND_DIR
 from emma_core.training import runs
 
 OWN = ["--ella.file", "{ella}", "--ella.text_encoder", "{t5}"]
-OTHER_BASE = ["--base.checkpoint", "{unet}", *OWN]
+OTHER_BASE = ["--base.checkpoint", "{tmp}/base.safetensors", *OWN]
 
 
 @pytest.fixture
@@ -24,6 +24,10 @@ def refusal(tmp_path, monkeypatch, capsys):
     files = {name: PLAYGROUND_DIR / f"{file}.safetensors" for name, file in names.items()}
     save_file(ENCODERS["adaface"][0](), tmp_path / "adaface.safetensors")
     save_module(small_module("style"), tmp_path / "style.safetensors")
+    # as much of a checkpoint as tells its family
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 4, 3, 3),
+               "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(32, 128)},
+              tmp_path / "base.safetensors")
     for name in ("read_examples", "load_parts"):
         monkeypatch.setattr(runs, name, lambda *parts: pytest.fail("data or models were read"))
 
@@ -51,8 +55,10 @@ def refusal(tmp_path, monkeypatch, capsys):
     (["--encoder.file", "{tmp}/adaface.safetensors"],
      "adaface.safetensors is AdaFace (IR-18, 50, 101), which gives face, face_map, face_norm; wanted an encoder that gives"),
     (["--encoder.file", "{encoder}", "--base.checkpoint", "none.safetensors", *OWN], "'none.safetensors' does not exist"),
-    (["--base.checkpoint", "{unet}"], "ella.file is not set"),
-    (["--base.checkpoint", "{unet}", "--ella.file", "{ella}"], "ella.text_encoder is not set"),
+    (["--base.checkpoint", "{unet}"], "holds no model.diffusion_model.* weights"),
+    ([*OTHER_BASE[:2], "--ella.text_encoder", "{t5}"], "ella.text_encoder is set, but ella.file is not"),
+    ([*OTHER_BASE[:2], "--ella.file", "{ella}"], "ella.text_encoder is not set"),
+    (OTHER_BASE[:2], "holds no CLIP text encoder (cond_stage_model.transformer.*), and ella.file is not set"),
     ([*OTHER_BASE, "--module.condition", "face"], "encoder.file is not set; wanted the reference encoder of a face module"),
     ([*OTHER_BASE], "encoder of a style module: CLIP ViT (CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors, in models/clip_vision)"),
     (["--base.vae", "none.safetensors"], "base.vae = 'none.safetensors' does not exist"),

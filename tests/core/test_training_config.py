@@ -77,7 +77,8 @@ def test_what_is_not_known_is_refused(given, found):
 
 
 def test_unknown_presets_and_broken_files_are_refused(tmp_path):
-    with pytest.raises(TrainingConfigError, match="no preset 'large'; choose one of paper, small-card"):
+    message = "no preset 'large'; choose one of paper, small-card, distil, sd15-8gb, sdxl-12gb"
+    with pytest.raises(TrainingConfigError, match=message):
         resolve({}, "large")
     (tmp_path / "broken.toml").write_text("[train\n")
     with pytest.raises(SettingsError, match="broken.toml is not TOML"):

@@ -142,7 +142,7 @@ def draw_own(tmp_path, monkeypatch):
     """Own latents of three prompts, two each, drawn by a fake; with the list of what was drawn."""
     drawn = []
 
-    def sample(config, backbone, connector, texts, prompt, number):
+    def sample(config, backbone, connector, texts, pooled, prompt, number):
         drawn.append((prompt, number))
         if (prompt, number) == ("broken", 1):
             raise RuntimeError("out of memory")

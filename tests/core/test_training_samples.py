@@ -47,7 +47,7 @@ def sampler(backbone, trainer) -> Sampler:
     generator = torch.Generator().manual_seed(7)
     features = {name: torch.randn(1, spec.dim, generator=generator) for name, spec in trainer.result().config.features.items()}
     shown = torch.rand(40, 64, 3, generator=generator)
-    return Sampler(backbone, ReportConfig(sample_steps=STEPS, guidance=GUIDANCE), texts, [features], (128, 128), [shown])
+    return Sampler(backbone, ReportConfig(sample_steps=STEPS, guidance=GUIDANCE), texts, {}, [features], (128, 128), [shown])
 
 
 @torch.no_grad()

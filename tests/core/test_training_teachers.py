@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+from checkpoints_with_text import POOLED, WIDTHS, save_checkpoint
 from clip_towers import TINY, random_tower, transformers_model
 from safetensors.torch import load_file, save_file
 from test_training_backbones import diffusers_lora, inputs, kohya_lora, lora_layers, spoil
 
 from emma_core.base.backbones import load_backbone
 from emma_core.base.config import BaseConfig
+from emma_core.base.own_text import sizes_of
 from emma_core.base.schedule import alphas_cumprod
 from emma_core.encoders.families import CLIP_TOWERS
 from emma_core.errors import EmmaWarning, FileError, ReferenceMismatchError, TrainingConfigError
@@ -47,20 +49,20 @@ def attention_shapes(unet) -> dict[str, tuple[int, ...]]:
             for index, layer in enumerate(layers) for part in "kv"}
 
 
-def plain_adapter(unet) -> dict[str, torch.Tensor]:
+def plain_adapter(unet, width: int = WIDTH) -> dict[str, torch.Tensor]:
     """Random weights in the layout of ip-adapter_sd15.safetensors."""
     shapes = attention_shapes(unet) | {
-        "image_proj.proj.weight": (4 * WIDTH, TINY.projected), "image_proj.proj.bias": (4 * WIDTH,),
-        "image_proj.norm.weight": (WIDTH,), "image_proj.norm.bias": (WIDTH,)}
+        "image_proj.proj.weight": (4 * width, TINY.projected), "image_proj.proj.bias": (4 * width,),
+        "image_proj.norm.weight": (width,), "image_proj.norm.bias": (width,)}
     return filled(shapes)
 
 
-def plus_adapter(unet) -> dict[str, torch.Tensor]:
+def plus_adapter(unet, width: int = WIDTH) -> dict[str, torch.Tensor]:
     """Random weights in the layout of ip-adapter-plus_sd15.safetensors."""
     inner, dim, mlp = 64, TINY.hidden, 256
     shapes = {"latents": (1, 5, inner), "proj_in.weight": (inner, dim), "proj_in.bias": (inner,),
-              "proj_out.weight": (WIDTH, inner), "proj_out.bias": (WIDTH,), "norm_out.weight": (WIDTH,),
-              "norm_out.bias": (WIDTH,)}
+              "proj_out.weight": (width, inner), "proj_out.bias": (width,), "norm_out.weight": (width,),
+              "norm_out.bias": (width,)}
     for layer in range(4):
         for name in ("0.norm1", "0.norm2", "1.0"):
             shapes |= {f"layers.{layer}.{name}.weight": (inner,), f"layers.{layer}.{name}.bias": (inner,)}
@@ -267,6 +269,22 @@ def test_the_reference_is_what_tells_an_ip_adapter(tmp_path, image_encoder, back
     assert torch.equal(teacher.predict(*inputs(WIDTH)), base)
     off = load_teacher(adapter_config(tmp_path, image_encoder, adapter(backbone.unet), scale=0.0), backbone)
     torch.testing.assert_close(off.predict(*inputs(WIDTH), off.encode_reference(picture(1))), base, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [plain_adapter, plus_adapter])
+def test_an_ip_adapter_teaches_on_sdxl_with_its_pooled_vector_and_sizes(tmp_path, image_encoder, adapter):
+    xl = load_backbone(BaseConfig(str(save_checkpoint(tmp_path / "sdxl"))))
+    teacher = load_teacher(adapter_config(tmp_path, image_encoder, adapter(xl.unet, sum(WIDTHS))), xl, text_is_used=True)
+    beside = {"text_embeds": torch.randn(2, POOLED, generator=torch.Generator().manual_seed(1)),
+              "time_ids": sizes_of([((800, 600), (64, 64)), ((64, 64), (64, 64))])}
+    base = xl.predict_noise(*inputs(sum(WIDTHS)), beside)
+    reference = teacher.encode_reference(picture(1))
+    shown = reference | {"present_B": torch.tensor([True, False])}
+    found = teacher.predict(*inputs(sum(WIDTHS)), shown, beside)
+    torch.testing.assert_close(found[1], base[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[:1], teacher.predict(*inputs(sum(WIDTHS)), reference, beside)[:1], rtol=1e-4, atol=1e-4)
+    other = teacher.predict(*inputs(sum(WIDTHS)), reference, beside | {"text_embeds": beside["text_embeds"].flip(0)})
+    assert (found[0] - base[0]).abs().max() > 1e-2 and (other[0] - found[0]).abs().max() > 1e-4
 
 
 def test_rows_without_reference_get_the_bases_prediction(tmp_path, image_encoder, backbone):
