@@ -68,7 +68,9 @@ def bomb(count: int) -> torch.Tensor:
 @pytest.mark.parametrize("damage", [
     lambda node: node.pop("shape"), lambda node: node.update(shape=[2049]), lambda node: node.update(coded=[True] * 4),
     lambda node: node["planes"].pop(), lambda node: node.update(planes=3),
-    lambda node: node.update(planes=[bomb(1 << 24)] * 4, coded=[True] * 4)])
+    lambda node: node.update(planes=[bomb(1 << 24)] * 4, coded=[True] * 4),
+    lambda node: node.update(planes=[bomb(1 << 24)] * 4, coded=[True] * 4, shape=[1 << 24]),
+    lambda node: node.update(planes=[bomb(1 << 24)] * 4, coded=[True] * 4, shape=[1 << 70])])
 def test_packed_numbers_that_are_damaged_are_refused(damage):
     node = {**packed({"a": any_bits(9)})["a"]}
     node["planes"] = node.pop("byte planes of float32")
