@@ -32,6 +32,7 @@ ON_SDXL = ("23-train-a-module-sdxl", "38-own-style-sdxl")
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 TITLE_PX, LETTER_PX = 30, 7
 FEWER_FRAMES = 3
+MOST_PROMPTS = 3
 PICTURES = ("SaveImage", "SaveAnimatedWEBP", "PreviewImage")
 FACE = "face: choose a photo"  # to an AdaFace of small random weights all faces are alike
 # node -> its input, and pictures of which one is not chosen
@@ -112,10 +113,12 @@ def prompt(workflow, infos, pack_import):
         if node["class_type"] == "KSampler":
             inputs["steps"] = 4 if playground else 2
         elif node["class_type"] == "EMMATrainModule":
-            inputs["steps"] = 3
+            inputs |= {"steps": 3, "accumulate": 1}
+        elif node["class_type"] == "EMMAPromptList" and not playground:
+            inputs["prompts"] = "\n".join(inputs["prompts"].splitlines()[:MOST_PROMPTS])
         elif node["class_type"] in ("EmptyLatentImage", "ImageScale") and not playground:
             inputs |= {"width": inputs["width"] // 8, "height": inputs["height"] // 8}
-            if "batch_size" in inputs:
+            if isinstance(inputs.get("batch_size"), int):  # and not the number of prompts
                 inputs["batch_size"] = -(-inputs["batch_size"] // FEWER_FRAMES)
         elif node["class_type"] == "EMMABlendReferences" and not playground:
             inputs["frames"] = -(-inputs["frames"] // FEWER_FRAMES)

@@ -84,9 +84,12 @@ def controlnet(seed: int = 6) -> comfy.controlnet.ControlNet:
     return comfy.controlnet.ControlNet(fill_(model, seed), load_device=comfy.model_management.get_torch_device())
 
 
-def save_ipadapter(path: Path, token_width: int = WIDTH, widths: Sequence[int] = ATTENTION_WIDTHS) -> None:
+def save_ipadapter(
+    path: Path, token_width: int = WIDTH, widths: Sequence[int] = ATTENTION_WIDTHS,
+    pictures_dim: int = CLIP_VISION["projection_dim"],
+) -> None:
     """An IPAdapter of the basic kind: four tokens of the picture's embedding, for every cross-attention."""
-    state = {"image_proj.proj.weight": noise((4 * token_width, CLIP_VISION["projection_dim"]), 92),
+    state = {"image_proj.proj.weight": noise((4 * token_width, pictures_dim), 92),
              "image_proj.proj.bias": noise((4 * token_width,), 93),
              "image_proj.norm.weight": torch.ones(token_width), "image_proj.norm.bias": torch.zeros(token_width)}
     state |= {f"ip_adapter.{2 * number + 1}.to_{kind}_ip.weight": noise((width, token_width), 94 + number) * token_width ** -0.5

@@ -17,7 +17,7 @@ import torch
 from model_families import FAMILIES
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sd15_layout import SD15_UNET
+from sd15_layout import SD15_UNET, save_ipadapter
 from sdxl_text import CHECKPOINT as SDXL_CHECKPOINT
 from sdxl_text import FAMILY as SDXL
 from tiny_models import UNET, TinyWorld, fill_, noise, save_t5
@@ -62,6 +62,8 @@ def save_workflow_files(tiny: TinyWorld, pack_import, base: Path) -> None:
         module = tiny.token_module(family, "style", {"global": (256, 4)}, encoder=playground)
         save_module(module.module, models / "emma" / f"{name}.safetensors")
     (models / "checkpoints" / SDXL_CHECKPOINT).touch()  # a test double stands for it
+    # for the cross-attentions of the narrowest UNet and the playground's pictures
+    save_ipadapter(models / "ipadapter" / "ip-adapter_sd15.safetensors", WIDTH, (320,) * 4, pictures_dim=256)
     network = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init,
                                          **{name: NARROWEST_UNET[name] for name in _CONTROLNET_SIZES})
     save_file(_half(fill_(network, 6).state_dict()), models / "controlnet" / "control_v11p_sd15_canny_fp16.safetensors")
