@@ -12,8 +12,9 @@ from .losses import BUCKETS
 
 WIDTH = 72  # letters of a line: a node's text fits it
 _DECIDING = 600  # timesteps from here on decide what a picture shows
-# gains on the playground: trained modules take more than the first away, 400 updates of a rate too low less than the second
-_MUCH, _LITTLE = 0.03, 0.005
+# on the playground its style module takes 37% of the error on held-out pictures; one that takes 5% hardly changes what is drawn
+_MUCH, _LITTLE = 0.15, 0.02
+_SAME, _FELL = 0.005, 0.01
 _WORSE = 0.02
 _BY_HEART = 3.0
 
@@ -43,7 +44,8 @@ def gain_in_words(
             change = shown / plain - 1
             lines.append(f"  {bucket_name(index)}: {shown:.5f} / {plain:.5f} ({100 * change:+.1f}%, {_better(change)})")
     learnt = _share(pairs)
-    said = " ".join([_verdict(learnt), *_on_held_out(learnt, growth, config, ended)])
+    told = growth.gains[-1][1] if growth is not None and growth.gains else learnt
+    said = " ".join([_verdict(learnt, told), *_on_held_out(learnt, growth, config, ended)])
     return "\n".join([*lines, *textwrap.wrap(said, WIDTH)])
 
 
@@ -56,17 +58,18 @@ def _share(pairs: Sequence[tuple[float | None, float | None]]) -> float:
 
 
 def _better(change: float) -> str:
-    if abs(change) < _LITTLE:
+    if abs(change) < _SAME:
         return "the same"
     return "better" if change < 0 else "worse" if change > _WORSE else "a little worse"
 
 
-def _verdict(learnt: float) -> str:
+def _verdict(learnt: float, told: float) -> str:
+    """Of what was measured on held-out pictures where there are any, which ``told`` is then."""
     said = (f"At timesteps {_DECIDING} to {TIMESTEPS - 1}, where it is decided what a picture shows, the reference takes "
             f"{100 * learnt:.1f}% of the error:")
-    if learnt >= _MUCH:
+    if told >= _MUCH:
         return f"{said} the module has learnt. Look at the samples, and try strengths of 0.7 to 1.5."
-    if learnt >= _LITTLE:
+    if told >= _LITTLE:
         return f"{said} the module has learnt a little. Go on with more updates (train.steps), or a higher train.rate."
     return (f"{said} the module has learnt nothing yet. Try more updates (train.steps), a higher train.rate or "
             "train.gate_rate; and look whether the captions leave out what the reference shall bring.")
@@ -85,9 +88,9 @@ def _on_held_out(learnt: float, growth: Growth | None, config: TrainConfig | Non
                     "on to the last update.")
     elif best_step == last_step and last > 0:
         said.append("That was still growing at the end: more updates (train.steps) may help.")
-    if learnt >= _MUCH and last * _BY_HEART < learnt:
+    if learnt >= _MUCH / 2 and last * _BY_HEART < learnt:
         said.append("That is much less than on the training pictures, which it has learnt by heart: more pictures help, or "
                     "fewer updates.")
-    elif best > last + 2 * _LITTLE:
+    elif best > last + _FELL:
         said.append(f"It took {100 * best:.1f}% after update {best_step}: fewer updates would do.")
     return said

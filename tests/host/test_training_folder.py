@@ -103,6 +103,9 @@ def test_latents_are_those_of_vae_encode_as_the_unet_reads_them(folder, load, tr
     with torch.inference_mode():
         wanted = 0.18215 * vae.encode(pixels)[0]
     assert (seen[0].latent(0) - wanted).abs().max() <= 1e-5
+    images = list(seen[0].reference_images())
+    assert [tuple(image.shape) for image in images] == [(1, 64, 64, 3)] * 3 + [(1, 64, 96, 3)]
+    assert torch.equal(images[0], pixels), "a teacher sees the references by their indices"
 
 
 def test_the_cache_is_used_again_and_only_what_changed_is_encoded(folder, load, train, tiny, vae, monkeypatch):
