@@ -151,9 +151,11 @@ def _update(unet, connector, module, config: TrainConfig, backbone: Backbone, si
     timestep_B = torch.zeros(rows, device="meta", dtype=torch.long)
     text = (LENGTH, connector.width) if isinstance(connector, OwnTokens) else (_TEXT_TOKENS, connector.config.text_dim)
     text_BND = torch.zeros(rows, *text, device="meta")
-    features = {name: torch.zeros(rows, _VECTORS.get(name, 1), about.dim, device="meta")
-                for name, about in module.config.features.items()}
-    assembly = Assembly([Reference(module, features)])
+    assembly = Assembly()
+    if module is not connector:  # else ELLA itself learns
+        features = {name: torch.zeros(rows, _VECTORS.get(name, 1), about.dim, device="meta")
+                    for name, about in module.config.features.items()}
+        assembly = Assembly([Reference(module, features)])
     context_BKW = token_terms(connector, text_BND, timestep_B, assembly).stacked
     noised = torch.zeros(latent, device="meta", dtype=dtype)
     beside = beside_text(torch.zeros(rows, spec.pooled_width, device="meta", dtype=dtype), torch.zeros(rows, 6, device="meta"))
