@@ -147,7 +147,7 @@ def test_a_dry_run_lists_and_writes_nothing(pictures, tmp_path, capsys):
     ([*OUT, "--module.condition", "object"], None),
     ([*OUT, "--encoder.file", "none.safetensors"], "none.safetensors' does not exist"),
     ([*OUT, "--base.checkpoint", "no.safetensors", "--ella.file", "{ella}", "--ella.text_encoder", "{t5}"], "no.safetensors"),
-    ([*OUT, "--base.checkpoint", "none.safetensors"], "ella.file is not set"),
+    ([*OUT, "--base.checkpoint", "none.safetensors"], "base.checkpoint = 'none.safetensors' does not exist"),
     ([*OUT, "--teacher.lora", "a", "--teacher.ip_adapter", "b"], "Remove one"),
 ])
 def test_mistakes_are_told_in_one_line(pictures, tmp_path, capsys, arguments, found):
