@@ -18,12 +18,13 @@ import torch
 
 from emma_core.base.pipeline import Sampling, initial_noise
 from emma_core.base.schedule import scheduler_for
-from emma_core.model.addition import TOKENS, Addition
+from emma_core.model.addition import BLOCKS, TOKENS, Addition
 from emma_core.model.assembly import Assembly, tokens_over_schedule
 from emma_core.playground import PLAYGROUND_DIR
 
 from ..emoji.dataset import SPLITS, load
 from .adding_ways import (
+    BALANCED,
     TEXT,
     Shown,
     Way,
@@ -38,6 +39,7 @@ from .adding_ways import (
     taking_turns,
     together,
 )
+from .assembling import strongest_balanced
 from .evaluate import ALL, SEED, TRIPLES, Generation, Trial, bootstrapped, choose_trials, file_stem, hits_of, table
 from .judge import load_judge
 from .train_encoder import LABELS, labels_of
@@ -96,12 +98,14 @@ class Sampler:
 
     def tokens_of(self, trial: Trial, shown: Shown) -> torch.Tensor:
         """(T, K, W)."""
-        assembly = self.generation.assembly(trial, dict(shown.strengths), Addition(shown.way))
-        return self._tokens(self.generation.prompt(trial, self._told), assembly)
+        addition = Addition(BLOCKS if shown.way == BALANCED else shown.way)
+        assembly = self.generation.assembly(trial, dict(shown.strengths), addition)
+        tokens_of = strongest_balanced if shown.way == BALANCED else tokens_over_schedule
+        return self._tokens(self.generation.prompt(trial, self._told), assembly, tokens_of)
 
-    def _tokens(self, prompt: str, assembly: Assembly) -> torch.Tensor:
+    def _tokens(self, prompt: str, assembly: Assembly, tokens_of=tokens_over_schedule) -> torch.Tensor:
         text_1ND = self._pipeline.encode_text([prompt])[0]
-        return tokens_over_schedule(self._pipeline.connector, text_1ND, self._scheduler.timesteps, assembly)[:, 0]
+        return tokens_of(self._pipeline.connector, text_1ND, self._scheduler.timesteps, assembly)[:, 0]
 
     def _predict(self, latent_B4hw: torch.Tensor, timestep: torch.Tensor, context_BKW: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):

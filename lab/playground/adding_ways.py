@@ -15,6 +15,8 @@ import torch
 
 from emma_core.model.addition import BLOCKS
 
+BALANCED = "strongest gate, balanced"
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -22,7 +24,7 @@ class Shown:
 
     Args:
         strengths: (condition, strength) of each reference.
-        way: where these are added up, BLOCKS or TOKENS.
+        way: where these are added up, BLOCKS or TOKENS; or BALANCED: only the module with the largest gate acts on a token.
     """
 
     strengths: tuple[tuple[str, float], ...] = ()

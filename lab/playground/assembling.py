@@ -3,7 +3,7 @@
 Each takes a connector, a prompt's T5 features, timesteps and an assembly, as `tokens_over_schedule` does.
 
 Shapes: B rows, N text tokens of width D, T timesteps, K latent tokens of width W, C reference tokens, E channels of the time
-embedding.
+embedding, M modules.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import replace
 import torch
 
 from emma_core.model.assembly import Assembly, Reference, TokenSource, tokens_over_schedule
+
+_NOT_ZERO = 1e-12
 
 
 def averaged(source: TokenSource, text_1ND: torch.Tensor, timestep_T: torch.Tensor, assembly: Assembly) -> torch.Tensor:
@@ -35,6 +37,15 @@ def strongest(source: TokenSource, text_1ND: torch.Tensor, timestep_T: torch.Ten
     if not assembly.references:
         return tokens_over_schedule(source, text_1ND, timestep_T, assembly)
     return tokens_over_schedule(_Strongest(source, assembly.references), text_1ND, timestep_T, Assembly())
+
+
+def strongest_balanced(
+    source: TokenSource, text_1ND: torch.Tensor, timestep_T: torch.Tensor, assembly: Assembly
+) -> torch.Tensor:
+    """As `strongest`, each gate divided by its module's mean over the tokens of the block first."""
+    if not assembly.references:
+        return tokens_over_schedule(source, text_1ND, timestep_T, assembly)
+    return tokens_over_schedule(_Strongest(source, assembly.references, balanced=True), text_1ND, timestep_T, Assembly())
 
 
 class _WithModules:
@@ -77,22 +88,28 @@ class _Sequential(_WithModules):
 class _Strongest(_WithModules):
     """The module with the largest gate takes the token."""
 
+    def __init__(self, source: TokenSource, references: Sequence[Reference], balanced: bool = False):
+        super().__init__(source, references)
+        self._balanced = balanced
+
     def _inject(self, index, entry_BKW, contexts, activated_temb_BE):
         modules = [reference.module for reference in self._references]
         gates = [reference.strength * module.gate(index, entry_BKW)
                  for reference, module in zip(self._references, modules, strict=True)]
-        takes = _largest([gate * module.blocks[index].attn_gate for gate, module in zip(gates, modules, strict=True)])
+        takes = self._largest([gate * module.blocks[index].attn_gate for gate, module in zip(gates, modules, strict=True)])
         attended_BKW = entry_BKW
         for module, context_BCW, gate, takes_BK1 in zip(modules, contexts, gates, takes, strict=True):
             attended_BKW = attended_BKW + takes_BK1 * gate * module.attention(index, entry_BKW, context_BCW, activated_temb_BE)
-        takes = _largest([gate * module.blocks[index].ffn_gate for gate, module in zip(gates, modules, strict=True)])
+        takes = self._largest([gate * module.blocks[index].ffn_gate for gate, module in zip(gates, modules, strict=True)])
         out_BKW = attended_BKW
         for module, gate, takes_BK1 in zip(modules, gates, takes, strict=True):
             out_BKW = out_BKW + takes_BK1 * gate * module.feed_forward(index, attended_BKW, activated_temb_BE)
         return out_BKW
 
-
-def _largest(gates: list[torch.Tensor]) -> list[torch.Tensor]:
-    """1 where this one of the gates is the largest in size, else 0."""
-    first_BK1 = torch.stack([gate.abs() for gate in gates]).argmax(0)
-    return [(first_BK1 == number).to(gates[0].dtype) for number in range(len(gates))]
+    def _largest(self, gates: list[torch.Tensor]) -> list[torch.Tensor]:
+        """1 where this one of the gates is the largest in size, else 0."""
+        size_MBK1 = torch.stack([gate.abs() for gate in gates])
+        if self._balanced:
+            size_MBK1 = size_MBK1 / size_MBK1.mean(dim=2, keepdim=True).clamp_min(_NOT_ZERO)
+        first_BK1 = size_MBK1.argmax(0)
+        return [(first_BK1 == number).to(gates[0].dtype) for number in range(len(gates))]

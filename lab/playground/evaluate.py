@@ -37,7 +37,7 @@ from emma_core.playground import PLAYGROUND_DIR, load_autoencoder
 from emma_core.playground.autoencoder import Autoencoder
 
 from ..emoji.dataset import UNSEEN_SPLIT, EmojiPeople, load
-from .assembling import averaged, sequential, strongest
+from .assembling import averaged, sequential, strongest, strongest_balanced
 from .judge import Judge, load_judge, verdicts
 from .pairs import GROUPS, ReferencePicker
 from .text import CATEGORY
@@ -52,7 +52,8 @@ SEED = 5
 REPORT, TRIPLES = "scores.json", "heldout-triple"
 ASSEMBLING = {"sum": terms_over_schedule, **{
     name: lambda *arguments, tokens_of=tokens_of: [TokenTerms(tokens_BKW) for tokens_BKW in tokens_of(*arguments)]
-    for name, tokens_of in {"average": averaged, "one after the other": sequential, "strongest gate": strongest}.items()}}
+    for name, tokens_of in {"average": averaged, "one after the other": sequential, "strongest gate": strongest,
+                            "strongest gate, balanced": strongest_balanced}.items()}}
 SUM = Addition()
 SHEET_COLUMNS, SHEET_PICTURES = 16, 32
 

@@ -1,6 +1,7 @@
 """The playground's evaluation: what is compared with what, and how intervals are made."""
 
 import argparse
+import copy
 import json
 
 import numpy as np
@@ -15,7 +16,7 @@ from emma_core.files.module_file import save_module
 from emma_core.model.assembly import Assembly, Reference, tokens_over_schedule
 from emma_core.playground import PLAYGROUND_DIR
 from lab.playground import evaluate
-from lab.playground.assembling import averaged, sequential, strongest
+from lab.playground.assembling import averaged, sequential, strongest, strongest_balanced
 from lab.playground.evaluate import (
     ALL,
     BOTH,
@@ -96,7 +97,8 @@ def test_every_condition_alone_and_together_controls_and_variants_have_a_line(tm
     assert lines["text only"].strengths == {} and lines["+ style"].strengths == {"style": 1.0}
     assert lines["assembled, strength 1.5"].strengths == {"style": 1.5, "face": 1.5}
     assert lines["assembled, shuffled references"].shuffled and lines["assembled, gates zero"].gates == 0
-    assert {line.assemble for line in lines.values()} == {"sum", "average", "one after the other", "strongest gate"}
+    assert {line.assemble for line in lines.values()} == {
+        "sum", "average", "one after the other", "strongest gate", "strongest gate, balanced"}
     assert not lines["category only + object"].told and lines["+ face"].told
     assert lines["ours: + style"].folder == tmp_path and "ours: assembled" not in lines
 
@@ -123,7 +125,7 @@ def test_no_module_and_one_are_assembled_alike_in_every_way(world, prompt, count
     text, references = prompt
     assembly = Assembly(references[:count])
     wanted = tokens_over_schedule(world.pipeline.connector, text, TIMESTEPS, assembly)
-    for way in (averaged, sequential, strongest):
+    for way in (averaged, sequential, strongest, strongest_balanced):
         found = way(world.pipeline.connector, text, TIMESTEPS, assembly)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -136,14 +138,35 @@ def test_two_modules_are_assembled_as_each_way_says(world, prompt):
     halves = Assembly([Reference(one.module, one.features, 0.5) for one in (style, face)])
     assert torch.equal(averaged(connector, text, TIMESTEPS, both), tokens_over_schedule(connector, text, TIMESTEPS, halves))
     ways = [summed, averaged(connector, text, TIMESTEPS, both), sequential(connector, text, TIMESTEPS, both),
-            sequential(connector, text, TIMESTEPS, Assembly([face, style])), strongest(connector, text, TIMESTEPS, both)]
+            sequential(connector, text, TIMESTEPS, Assembly([face, style])), strongest(connector, text, TIMESTEPS, both),
+            strongest_balanced(connector, text, TIMESTEPS, both)]
     for number, one in enumerate(ways):
         assert all(not torch.allclose(one, other, rtol=1e-3) for other in ways[number + 1:])
     nothing = evaluate.with_gates(face.module, 0.0)
     alone = tokens_over_schedule(connector, text, TIMESTEPS, Assembly([style]))
-    for way in (sequential, strongest):
+    for way in (sequential, strongest, strongest_balanced):
         found = way(connector, text, TIMESTEPS, Assembly([style, Reference(nothing, face.features)]))
         torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_balanced_strongest_gate_does_not_mind_how_large_a_module_s_gates_are(world, prompt):
+    text, (style, face) = prompt
+    louder = Reference(evaluate.with_gates(face.module, 3.0), face.features)
+
+    def tokens_of_style(way, other):
+        """Where the other module acts on none of the style's tokens: its attention and feed-forward give nothing."""
+        silent = Reference(silenced(other.module), other.features)
+        return way(world.pipeline.connector, text, TIMESTEPS, Assembly([style, silent]))
+
+    torch.testing.assert_close(tokens_of_style(strongest_balanced, louder), tokens_of_style(strongest_balanced, face))
+    assert not torch.allclose(tokens_of_style(strongest, louder), tokens_of_style(strongest, face), rtol=1e-3)
+
+
+def silenced(module):
+    """A copy that takes tokens by its gates and does nothing with them."""
+    module = copy.deepcopy(module)
+    module.attention = module.feed_forward = lambda *arguments: torch.zeros(())
+    return module
 
 
 def test_without_gates_the_picture_is_that_of_the_text(world):
