@@ -34,6 +34,8 @@ class OutputConfig:
     author: str = key("", "author in the metadata")
     license: str = key("", "licence in the metadata")
     thumbnail: bool = key(True, "a picture drawn with the module, in its metadata")
+    calibrate: bool = key(False, "draw at several strengths at the end; strength 1 then stands for the one whose pictures are "
+                                 "most like their references")
 
 
 @dataclass(frozen=True)

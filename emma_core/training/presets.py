@@ -10,6 +10,7 @@ _FEW_PICTURES: Sections = {
               "schedule": "cosine", "gradient_checkpointing": True, "average": 0.99, "held_out": 0.1, "patience": 600},
     "objective": {"timestep_power": 0.4, "inverse_snr": 60.0, "place_weight": True},
     "report": {"save_every": 200, "log_every": 20},
+    "output": {"calibrate": True},
 }
 
 
@@ -32,6 +33,7 @@ PRESETS: dict[str, Sections] = {
         "objective": {"timestep_power": 0.4, "inverse_snr": 60.0},
         "teacher": {"own_latents": True, "samples": 2},
         "report": {"save_every": 200, "log_every": 20},
+        "output": {"calibrate": True},
     },
     "sd15-8gb": _on_card(),
     "sdxl-12gb": _on_card(batch=1, accumulate=8),

@@ -19,6 +19,7 @@ from ..model.gated_resampler import GatedResampler
 from ..playground import PLAYGROUND
 from .acceleration import new_accelerator, new_device
 from .beginning import Frozen, begin
+from .calibration import calibrate_result
 from .checks import check
 from .config import TrainConfig
 from .examples import Example, describe, read_examples, require
@@ -113,12 +114,12 @@ def _run(
         reporter = Reporter(config, trainer, drawing, progress)
         trainer.run(reporter)
     if accelerator.is_main_process:
-        _finish(trainer, reporter, sampler, say)
+        _finish(trainer, reporter, sampler, parts, say)
     return folder / f"{config.output.name}.safetensors"
 
 
-def _finish(trainer: Trainer, reporter: Reporter, sampler: Sampler, say: Callable[[str], None]) -> None:
-    """The last sheet, the thumbnail, and what was gained, in words."""
+def _finish(trainer: Trainer, reporter: Reporter, sampler: Sampler, parts: Parts, say: Callable[[str], None]) -> None:
+    """The last sheet, the thumbnail, what strength 1 stands for, and what was gained, in words."""
     config, module = trainer.config, trainer.student.module
     sheet = reporter.sample()
     if sheet is not None:
@@ -128,6 +129,10 @@ def _finish(trainer: Trainer, reporter: Reporter, sampler: Sampler, say: Callabl
         return
     if config.output.thumbnail:
         _add_thumbnail(trainer, module, sheet.thumbnail() if sheet is not None else sampler.picture(trainer))
+    if config.output.calibrate:
+        found = calibrate_result(trainer, sampler, parts)
+        reporter.log.write(step=trainer.step, likeness=dict(found.likeness), strength=found.strength)
+        say(f"strength 1 stands for {found.strength:g} of what was trained; likeness to references by strength: {found.table}")
     gain = gain_of_reference(trainer)
     reporter.log.write(step=trainer.step, **gain)
     say(gain_in_words(gain, trainer.growth, config, trainer.ended_growing))

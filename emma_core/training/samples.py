@@ -105,6 +105,14 @@ class Sampler:
         assembly = _on(trainer, _assembly(trainer.result(), self.references[0]))
         return self._drawn(trainer, [Request(self._prompts[0], assembly)])[0]
 
+    @torch.no_grad()
+    def at_strength(self, trainer: Trainer, references: Sequence[Mapping[str, torch.Tensor]], strength: float) -> torch.Tensor:
+        """(B, H, W, 3): a picture of each of these references, the prompts in turn; each has a noise of its own."""
+        module, prompts = trainer.result().to(trainer.accelerator.device), self._prompts
+        requests = [Request(prompts[row % len(prompts)], _assembly(module, features, strength), seed=row)
+                    for row, features in enumerate(references)]
+        return self._drawn(trainer, requests)
+
     @property
     def _prompts(self) -> list[str]:
         return [prompt for prompt in self.texts if prompt] or [""]
@@ -136,8 +144,8 @@ class Sampler:
         return pipeline_for(self.backbone, connector, texts, pooled)
 
 
-def _assembly(module: GatedResampler, features: Mapping[str, torch.Tensor]) -> Assembly:
-    return Assembly([Reference(module, {name: tensor[None].float() for name, tensor in features.items()})])
+def _assembly(module: GatedResampler, features: Mapping[str, torch.Tensor], strength: float = 1.0) -> Assembly:
+    return Assembly([Reference(module, {name: tensor[None].float() for name, tensor in features.items()}, strength)])
 
 
 def _on(trainer: Trainer, assembly: Assembly) -> Assembly:

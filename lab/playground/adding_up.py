@@ -113,9 +113,10 @@ class Sampler:
 
 
 STYLE_1, STYLE, STYLE_15, STYLE_2 = (Shown((("style", strength),)) for strength in (1.0, 1.25, 1.5, 2.0))
-FACE, FACE_2 = (Shown((("face", strength),)) for strength in (1.0, 2.0))
-OBJECT_1, OBJECT = (Shown((("object", strength),)) for strength in (1.0, 1.25))
+FACE, FACE_125, FACE_2 = (Shown((("face", strength),)) for strength in (1.0, 1.25, 2.0))
+OBJECT_1, OBJECT, OBJECT_15 = (Shown((("object", strength),)) for strength in (1.0, 1.25, 1.5))
 BOTH, EACH, EACH_AT_1 = STYLE + FACE, (STYLE, FACE), (STYLE_1, FACE)
+EARLY_STYLE, LATE_FACE = (STYLE_15, FACE), STYLE_1 + FACE_125
 BOTH_TOKENS = replace(BOTH, way=TOKENS)
 EACH_OF_THREE = (OBJECT_1, STYLE, FACE)
 
@@ -149,6 +150,8 @@ LINES: dict[str, Line] = {
     "predictions, style at 1": Line(lambda: in_predictions(EACH_AT_1)),
     "predictions": Line(lambda: in_predictions(EACH)),
     **{f"predictions above {limit}": _early(limit, lambda: in_predictions(EACH)) for limit in (950, 900, 850, 800, 700)},
+    "predictions above 800, both at 1": _early(800, lambda: in_predictions(EACH_AT_1), STYLE_1 + FACE),
+    "predictions above 800, early style, late face": _early(800, lambda: in_predictions(EARLY_STYLE), LATE_FACE),
     "predictions above 800, then tokens": _early(800, lambda: in_predictions(EACH), BOTH_TOKENS),
     "predictions in steps 1, 3, 5": Line(lambda: at_steps({0, 2, 4}, in_predictions(EACH), together(BOTH))),
     "taking turns above 700": _early(700, lambda: taking_turns(EACH)),
@@ -159,6 +162,9 @@ LINES: dict[str, Line] = {
     "one in turn, at 2": Line(lambda: alternating((STYLE_2, FACE_2))),
     "tokens side by side": _one((STYLE, FACE)),
     "face early": _early(700, lambda: together(BOTH), STYLE),
+    "balanced strongest gate": _one(replace(STYLE_1 + FACE, way=BALANCED)),
+    "style alone above 800, then blocks": _early(800, lambda: together(STYLE), STYLE + FACE_125),
+    "predictions above 800, projected": _early(800, lambda: projected(EACH, 1.0)),
     "predictions, projected": Line(lambda: projected(EACH, 1.0)),
     "predictions, shared once": Line(lambda: projected(EACH, 0.5)),
     "person: text only": _one(TEXT, told=False),
@@ -170,6 +176,8 @@ LINES: dict[str, Line] = {
     "person: against the object, all at 1": Line(lambda: in_predictions(EACH_AT_1, OBJECT_1), told=False),
     "person: against the object": Line(lambda: in_predictions(EACH, OBJECT_1), told=False),
     "person: against the object above 800": _early(800, lambda: in_predictions(EACH, OBJECT_1), OBJECT_1 + BOTH, told=False),
+    "person: early style and object, late face": _early(
+        800, lambda: in_predictions(EARLY_STYLE, OBJECT_15), OBJECT + LATE_FACE, told=False),
     "person: so, object at 1.25": _early(800, lambda: in_predictions(EACH, OBJECT), OBJECT + BOTH, told=False),
 }
 

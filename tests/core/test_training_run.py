@@ -19,6 +19,7 @@ from emma_core.__main__ import main
 from emma_core.base.backbones import load_backbone
 from emma_core.base.config import BaseConfig
 from emma_core.playground import PLAYGROUND_DIR
+from emma_core.training.calibration import STRENGTHS
 from emma_core.training.checkpoints import checkpoints
 from emma_core.training.config import resolve
 from emma_core.training.reports import draw_loss_curve
@@ -27,7 +28,7 @@ from emma_core.training.saved import Sitting
 SMALL = ["--preset", "small-card", "--data.resolution_px", "128", "--data.reference_crops", "0", "--data.workers", "0",
          "--train.precision", "fp32", "--train.batch", "2", "--train.accumulate", "1", "--train.warmup", "1",
          "--train.gradient_checkpointing", "false", "--report.log_every", "1", "--report.sample_every", "0", "--device",
-         "cpu"]
+         "cpu", "--output.calibrate", "false"]
 
 OUT = ["--data.folder", "{data}", "--output.folder", "{out}"]
 
@@ -69,6 +70,22 @@ def test_the_module_says_what_it_is_and_names_no_path(run, pictures):
     kind, _, picture = config.file_metadata["modelspec.thumbnail"].partition(",")
     assert kind == "data:image/jpeg;base64" and Image.open(io.BytesIO(base64.b64decode(picture))).size == (255, 255)
     assert str(pictures) not in json.dumps(dict(config.training)) and str(run) not in config.to_json()
+
+
+def test_a_run_finds_what_strength_1_stands_for_and_draws_nothing_else_anew(run, pictures, tmp_path, capsys):
+    settings = ["--output.name", "mine", "--output.title", "My style", "--train.steps", "3", "--report.sample_every", "2",
+                "--report.sample_steps", "2", "--report.save_every", "2", "--output.calibrate", "true"]
+    assert main(["train", *SMALL, *settings, "--data.folder", str(pictures), "--output.folder", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    found, plain = (load_module(folder / "mine.safetensors") for folder in (tmp_path, run))
+    assert f"strength 1 stands for {found.config.calibrated_strength:g} of what was trained" in said
+    assert found.config.calibrated_strength in STRENGTHS
+    assert "likeness to references of 2 pictures" in found.config.calibration["by"]
+    assert all(torch.equal(one, other) for one, other in zip(found.parameters(), plain.parameters(), strict=True))
+    assert plain.config.calibration == {} and found.config.training["recipe"] == plain.config.training["recipe"]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    measured = next(line["likeness"] for line in lines if "likeness" in line)
+    assert list(measured) == [str(strength) for strength in STRENGTHS] and len(set(measured.values())) == len(STRENGTHS)
 
 
 def test_sheets_in_bf16_show_what_they_show_in_float32(run, pictures, tmp_path):
