@@ -221,7 +221,7 @@ class Split:
         self._time(trainer.optimizer, "step", "optimizer")
         if trainer.average:
             self._time(trainer.average, "update", "averaged weights")
-        object.__setattr__(student, "context", self._timed(student.context, "connector and module, forward"))
+        object.__setattr__(student, "terms", self._timed(student.terms, "connector and module, forward"))
 
     def _time(self, owner, name: str, label: str) -> None:
         setattr(owner, name, self._timed(getattr(owner, name), label))

@@ -18,7 +18,7 @@ from .config import EllaConfig
 Config = TypeVar("Config")
 
 
-def with_found_files(config: Config, comfyui: ModelFolders | None) -> Config:
+def with_found_files(config: Config, comfyui: ModelFolders | None, strict: bool = True) -> Config:
     """A configuration whose files are paths: what is no path is looked up in the folders that its key declares.
 
     A T5 without a tokenizer of its own gets ComfyUI's standard one.
@@ -26,15 +26,25 @@ def with_found_files(config: Config, comfyui: ModelFolders | None) -> Config:
     Args:
         config: of any command; keys declare `folders`.
         comfyui: where names are looked up; None: only paths are known.
+        strict: refuse a name that is in none of the folders; else it stays as it is, for checks that tell all faults at once.
     Raises:
         SettingsError: a name that is in none of the folders; they are all named.
     """
     if comfyui is None:
         return config
+
+    def found_or_given(setting: str, value: Any, keys: Sequence[str]) -> Any:
+        try:
+            return _found(setting, value, keys, comfyui)
+        except SettingsError:
+            if strict:
+                raise
+            return value
+
     changed = {}
     for name, kind in sections(type(config)).items():
         section = getattr(config, name)
-        found = {entry.name: _found(f"{name}.{entry.name}", getattr(section, entry.name), entry.metadata["folders"], comfyui)
+        found = {entry.name: found_or_given(f"{name}.{entry.name}", getattr(section, entry.name), entry.metadata["folders"])
                  for entry in dataclasses.fields(kind) if "folders" in entry.metadata}
         changed[name] = _with_tokenizer(dataclasses.replace(section, **found), comfyui)
     return dataclasses.replace(config, **changed)

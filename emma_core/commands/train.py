@@ -54,10 +54,10 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
     what = words.pop(0) if words[:1] == ["ella"] else None
     given: dict[str, Any] = read_toml(words[0]) if words else {}
     preset, changes = options.preset or given.get("preset", "paper"), changes_of(options)
-    comfyui = find_comfyui(options.comfyui)
-    named = with_found_files(resolve(given, preset, changes), comfyui)
+    comfyui, strict = find_comfyui(options.comfyui), not options.dry_run
+    named = with_found_files(resolve(given, preset, changes), comfyui, strict)
     # once more, as the checkpoint that was found decides the side of pictures
-    config = with_found_files(resolve(given, preset, {**changes, "base.checkpoint": named.base.checkpoint}), comfyui)
+    config = with_found_files(resolve(given, preset, {**changes, "base.checkpoint": named.base.checkpoint}), comfyui, strict)
     return dataclasses.replace(config, what=what) if what else config
 
 

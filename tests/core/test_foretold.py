@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_t5 import random_t5_encoder
 
+from emma_core.__main__ import main
 from emma_core.encoders.families import CLIP_TOWERS
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.training import sizes
@@ -194,3 +195,15 @@ def test_without_an_output_folder_the_rest_is_still_checked(world, monkeypatch):
     _, settings = world
     assert told({**settings, "output.folder": ""}, monkeypatch) == ""
     assert "output.name = 'a/b'" in told({**settings, "output.folder": "", "output.name": "a/b"}, monkeypatch)
+
+
+def test_names_that_no_comfyui_folder_has_are_all_told_at_once(world, tmp_path, capsys):
+    _, settings = world
+    (tmp_path / "ComfyUI" / "models").mkdir(parents=True)
+    (tmp_path / "ComfyUI" / "main.py").touch()
+    names = {"base.checkpoint": "no-base.safetensors", "ella.file": "no-ella.safetensors",
+             "encoder.file": "no-encoder.safetensors"}
+    words = [word for key, value in {**settings, **names}.items() for word in (f"--{key}", str(value))]
+    assert main(["train", "--dry-run", "--comfyui", str(tmp_path / "ComfyUI"), *words]) == 1
+    said = capsys.readouterr().out
+    assert all(name in said for name in names.values()) and "this run cannot start" in said
