@@ -177,6 +177,9 @@ class Held:
     def features(self, reference: int, variant: int = 0) -> dict[str, torch.Tensor]:
         return {"global": self.vectors[reference][None]}
 
+    def mark(self) -> str:
+        return ""
+
 
 class Anew(Held):
     """The same set, encoded anew for every batch: latents, texts and references of its rows only."""
