@@ -33,7 +33,7 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 TITLE_PX, LETTER_PX = 30, 7
 FEWER_FRAMES = 3
 MOST_PROMPTS = 3
-PICTURES = ("SaveImage", "SaveAnimatedWEBP", "PreviewImage")
+PICTURES = ("SaveImage", "SaveAnimatedWEBP", "PreviewImage", "LossGraphNode")
 FACE = "face: choose a photo"  # to an AdaFace of small random weights all faces are alike
 # node -> its input, and pictures of which one is not chosen
 OTHER_PICTURES = {"LoadImage": ("image", ("example.png", "other.png")),
@@ -120,6 +120,8 @@ def prompt(workflow, infos, pack_import):
             inputs |= {"width": inputs["width"] // 8, "height": inputs["height"] // 8}
             if isinstance(inputs.get("batch_size"), int):  # and not the number of prompts
                 inputs["batch_size"] = -(-inputs["batch_size"] // FEWER_FRAMES)
+        elif node["class_type"] == "EMMALoadTrainingFolder" and not playground:
+            inputs["resolution"] //= 8
         elif node["class_type"] == "EMMABlendReferences" and not playground:
             inputs["frames"] = -(-inputs["frames"] // FEWER_FRAMES)
         elif node["class_type"] == "ADE_StandardUniformContextOptions":
