@@ -195,7 +195,8 @@ def main() -> None:
         beginning = joint_beginning(options.face_list, options.teacher, options.face_start, options.teacher_guidance,
                                     ADDITIONS[options.adding])
     config = config_of(options)
-    config = replace(config, output=replace(config.output, thumbnail=False), report=replace(config.report, sample_every=0))
+    config = replace(config, output=replace(config.output, thumbnail=False, calibrate=False),
+                     report=replace(config.report, sample_every=0))
     run(config, print, bars=sys.stderr.isatty(), begin_with=beginning)
 
 
