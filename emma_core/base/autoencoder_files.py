@@ -21,7 +21,7 @@ from .checkpoint_files import read, read_config, shapes_of, side, weights_in
 from .spec import BaseSpec
 
 VAE_PREFIX = "first_stage_model."
-_VAE = "a Stable Diffusion autoencoder"
+VAE = "a Stable Diffusion autoencoder"
 _VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # names of attention layers in autoencoder folders of before 2023
 _OLD_ATTENTION = re.compile(r"(.*mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.(weight|bias)")
@@ -57,17 +57,17 @@ def load_autoencoder(path: Path, spec: BaseSpec) -> KlAutoencoder:
     if path.is_dir():
         folder = path if (path / "config.json").exists() else path / "vae"
         config = read_config(folder / "config.json")
-        tensors = read(weights_in(folder), _VAE)
+        tensors = read(weights_in(folder), VAE)
         return _autoencoder(config, tensors, f"{folder.parent.name}/{folder.name}", spec)
-    shapes, _ = shapes_of(path, _VAE)
+    shapes, _ = shapes_of(path, VAE)
     prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in shapes) else ""
     parts = tuple(f"{prefix}{part}" for part in _VAE_PARTS)
-    tensors = {key.removeprefix(prefix): value for key, value in read(path, _VAE, parts).items()}
+    tensors = {key.removeprefix(prefix): value for key, value in read(path, VAE, parts).items()}
     config = vae_config_of({key: tuple(value.shape) for key, value in tensors.items()}, path.name, spec)
     if "encoder.down.0.block.0.conv1.weight" in tensors:
         from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-        tensors = converted(convert_ldm_vae_checkpoint, tensors, config, path.name, _VAE)
+        tensors = converted(convert_ldm_vae_checkpoint, tensors, config, path.name, VAE)
     return _autoencoder(config, tensors, path.name, spec)
 
 
@@ -84,7 +84,7 @@ def vae_config_of(shapes: Mapping[str, tuple[int, ...]], name: str, spec: BaseSp
             widths.append(side(shapes, layer.format(len(widths), 0), 0))
         layers = layers or sum(layer.format(0, index) in shapes for index in range(8))
     if not last or not widths:
-        raise FileError(f"{name} holds no autoencoder (encoder.*, decoder.*); wanted {_VAE}. Choose another file.")
+        raise FileError(f"{name} holds no autoencoder (encoder.*, decoder.*); wanted {VAE}. Choose another file.")
     _check_channels(last // 2, name, spec)
     return {"block_out_channels": widths, "layers_per_block": layers, "latent_channels": spec.latent_channels,
             "down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths),
@@ -104,10 +104,10 @@ def _autoencoder(
     scale = entry_of(config, "scaling_factor", float, f"{name}: its configuration", FileError, spec.latent_scale)
     if not (math.isfinite(scale) and scale > 0):
         raise FileError(f"{name}: its configuration has scaling_factor = {scale}; wanted a number above 0. Download it again.")
-    return KlAutoencoder(load_model(AutoencoderKL, config, renamed, name, _VAE), float(scale))
+    return KlAutoencoder(load_model(AutoencoderKL, config, renamed, name, VAE), float(scale))
 
 
 def _check_channels(found: Any, name: str, spec: BaseSpec) -> None:
     if found != spec.latent_channels:
-        raise FileError(f"{name} has latents of {short(found)} channels; wanted {spec.latent_channels}, as {_VAE} has. Choose "
+        raise FileError(f"{name} has latents of {short(found)} channels; wanted {spec.latent_channels}, as {VAE} has. Choose "
                         "an autoencoder made for this kind of checkpoint.")

@@ -19,7 +19,7 @@ from ..files.tensor_file import sha256_of_file
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from .autoencoder_files import load_autoencoder
 from .checkpoint_files import LoadedBase
-from .config import PLAYGROUND_UNET, BaseConfig
+from .config import PLAYGROUND_UNET, BaseConfig, is_playground
 from .denoiser import NO_EXTRA
 from .lora import merge_lora
 from .spec import PLAYGROUND_SPEC, BaseSpec
@@ -156,7 +156,7 @@ def load_playground(folder: Path = PLAYGROUND_DIR, with_autoencoder: bool = True
 
 
 def _load(path: Path, with_autoencoder: bool, dtype: torch.dtype) -> LoadedBase:
-    if (path / PLAYGROUND_UNET).is_file():  # a diffusers folder has a folder `unet` in its place
+    if is_playground(path):
         return load_playground(path, with_autoencoder)
     return (load_folder if path.is_dir() else load_single_file)(path, with_autoencoder, dtype)
 

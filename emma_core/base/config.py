@@ -76,9 +76,14 @@ def spec_of(base: BaseConfig) -> BaseSpec:
         FileError: another model.
     """
     path = Path(base.checkpoint)
-    if base.checkpoint == PLAYGROUND or (path / PLAYGROUND_UNET).is_file():
+    if is_playground(base.checkpoint):
         return PLAYGROUND_SPEC
     return recognised(path) if path.exists() else SD15
+
+
+def is_playground(checkpoint: str | Path) -> bool:
+    """The shipped playground or a folder like it; a diffusers folder has a folder `unet` in the file's place."""
+    return checkpoint == PLAYGROUND or (Path(checkpoint) / PLAYGROUND_UNET).is_file()
 
 
 def uses_ella(base: BaseConfig, ella: EllaConfig) -> bool:

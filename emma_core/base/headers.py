@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FileError
-from ..playground import PLAYGROUND
-from .autoencoder_files import VAE_PREFIX, vae_config_of
+from .autoencoder_files import VAE, VAE_PREFIX, vae_config_of
 from .checkpoint_files import read_config, shapes_of, weights_in
-from .config import PLAYGROUND_UNET, BaseConfig
+from .config import BaseConfig, is_playground
 from .recognition import CHECKPOINT, recognised
 from .spec import PLAYGROUND_SPEC, SD15
-
-_VAE = "a Stable Diffusion autoencoder"
 
 
 def check_checkpoint(base: BaseConfig) -> int:
@@ -22,13 +19,13 @@ def check_checkpoint(base: BaseConfig) -> int:
         FileError: see `backbones.load_backbone`, of everything but numbers.
     """
     path = Path(base.checkpoint)
-    if base.checkpoint == PLAYGROUND or (path / PLAYGROUND_UNET).is_file():
+    if is_playground(base.checkpoint):
         return PLAYGROUND_SPEC.context_width
     spec = recognised(path)
     if path.is_dir():
         shapes_of(weights_in(path / "unet"), CHECKPOINT)
         if not base.vae:
-            shapes_of(weights_in(path / "vae"), _VAE)
+            shapes_of(weights_in(path / "vae"), VAE)
     elif not base.vae and not any(key.startswith(VAE_PREFIX) for key in shapes_of(path, CHECKPOINT)[0]):
         raise FileError(f"{path.name} holds no autoencoder; wanted first_stage_model.* beside the UNet. Name one as base.vae.")
     return spec.context_width
@@ -43,7 +40,7 @@ def check_autoencoder(path: Path) -> None:
     if path.is_dir():
         folder = path if (path / "config.json").exists() else path / "vae"
         read_config(folder / "config.json")
-        shapes_of(weights_in(folder), _VAE)
+        shapes_of(weights_in(folder), VAE)
         return
-    shapes, _ = shapes_of(path, _VAE)
+    shapes, _ = shapes_of(path, VAE)
     vae_config_of({key.removeprefix(VAE_PREFIX): shape for key, shape in shapes.items()}, path.name, SD15)

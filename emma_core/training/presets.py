@@ -26,14 +26,11 @@ PRESETS: dict[str, Sections] = {
     # what an IP-Adapter makes of any reference picture, on latents that the model draws of prompts itself; the teacher sees
     # references whole, so they are neither cropped nor mirrored
     "distil": {
+        **_FEW_PICTURES,
         "data": {"reference_crops": 0, "reference_flip": False},
-        "train": {"steps": 3000, "batch": 2, "accumulate": 4, "rate": 5e-4, "gate_rate": 5.0, "warmup": 50,
-                  "schedule": "cosine", "gradient_checkpointing": True, "average": 0.99, "held_out": 0.1,
-                  "patience": 600},
-        "objective": {"timestep_power": 0.4, "inverse_snr": 60.0},
+        "train": {**_FEW_PICTURES["train"], "steps": 3000},
+        "objective": {**_FEW_PICTURES["objective"], "place_weight": False},
         "teacher": {"own_latents": True, "samples": 2},
-        "report": {"save_every": 200, "log_every": 20},
-        "output": {"calibrate": True},
     },
     "sd15-8gb": _on_card(),
     "sdxl-12gb": _on_card(batch=1, accumulate=8),

@@ -5,7 +5,7 @@ import zlib
 import pytest
 import torch
 from small_models import random_tensor
-from training_world import same, tiny_config, tiny_trainer, weights
+from training_world import interrupted_at, same, tiny_config, tiny_trainer, weights
 
 from emma_core.training.checkpoints import checkpoints, load_checkpoint
 from emma_core.training.config import resolve
@@ -84,13 +84,7 @@ def test_a_run_is_kept_in_fewer_bytes_and_goes_on_bit_for_bit(tmp_path):
     config = tiny_config(train__average=0.9)
     whole, first = (tiny_trainer(tmp_path / name, config) for name in ("whole", "parts"))
     whole.run()
-
-    def stop(progress):
-        if progress.step == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        first.run(stop)
+    interrupted_at(first, 5)
     path = checkpoints(tmp_path / "parts")[-1]
     assert path.stat().st_size < 0.88 * nbytes(first.state())
     second = tiny_trainer(tmp_path / "parts", config)
@@ -103,13 +97,7 @@ def test_a_checkpoint_of_before_they_were_packed_is_gone_on_from_bit_for_bit(tmp
     config = tiny_config(train__average=0.9)
     whole, first = (tiny_trainer(tmp_path / name, config) for name in ("whole", "parts"))
     whole.run()
-
-    def stop(progress):
-        if progress.step == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        first.run(stop)
+    interrupted_at(first, 5)
     torch.save({**first.state(), "format_version": 1}, checkpoints(tmp_path / "parts")[-1])
     second = tiny_trainer(tmp_path / "parts", config)
     assert second.resume() and second.step == 5

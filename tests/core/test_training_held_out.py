@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from training_world import TinySet, same, tiny_config, tiny_trainer, weights
+from training_world import TinySet, interrupted_at, same, tiny_config, tiny_trainer, weights
 
 from emma_core.training.checkpoints import checkpoints, load_checkpoint
 from emma_core.training.config import resolve
@@ -109,13 +109,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
     config = stopping_config()
     whole, first = (tiny_trainer(tmp_path / name, config, Grouped()) for name in ("whole", "parts"))
     whole.run()
-
-    def stop(progress):
-        if progress.step == 7:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        first.run(stop)
+    interrupted_at(first, 7)
     second = tiny_trainer(tmp_path / "parts", config, Grouped())
     second.resume()
     second.run()

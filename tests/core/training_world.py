@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -156,3 +157,13 @@ def in_processes(count: int, work: Callable[[Processes], Any]) -> list[Any]:
     for thread in threads:
         thread.join()
     return found
+
+
+def interrupted_at(trainer, step: int) -> None:
+    """Run it until after this update, as Ctrl-C would end it."""
+    def stop(progress):
+        if progress.step == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(stop)
