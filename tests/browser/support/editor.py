@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from frontends import ERROR_MARKS
-from playwright.sync_api import Page
+from playwright.sync_api import Page, TimeoutError
 
 # what each host prints without us: no settings or saved graphs yet, no help page for English alone, no network, its default
 # graph and its own first steps
@@ -17,6 +17,7 @@ HOST_NOISE = re.compile(
     r"/user\.css|/userdata|/favicon\.ico|/docs/\w+/en\.md|Content Security Policy|ERR_NAME_NOT_RESOLVED"
     r"|graph accessed before initialization|^Cannot read properties of undefined \(reading 'id'\)$"
 )
+TRIES, TRY_MS = 12, 5_000  # of an act that the editor may lose while it is busy, and how long each is given
 LARGE_WINDOW = {"width": 3840, "height": 2160}
 # links, as the editor drew them, on a point inside of a node that is neither of their ends
 LINKS_BEHIND_NODES = """() => {
@@ -264,10 +265,28 @@ class Editor:
 
     def select(self, node_id: int) -> None:
         """Click a node's title."""
-        self.show_node(node_id)
-        self.page.mouse.click(*self.place_of(node_id, 60, -15))
-        self.page.mouse.move(10, 990)  # off the node: its tooltip would cover the buttons above it
-        self.page.wait_for_function("id => window.app.canvas.selected_nodes[id]", arg=node_id)
+
+        def click() -> None:
+            self.show_node(node_id)
+            self.page.mouse.click(*self.place_of(node_id, 60, -15))
+            self.page.mouse.move(10, 990)  # off the node: its tooltip would cover the buttons above it
+
+        self.until(click, "id => window.app.canvas.selected_nodes[id]", node_id)
+
+    def until(self, act: Callable[[], None], wanted: str, arg: object = None) -> None:
+        """Act until ``wanted``, a JavaScript function of ``arg``, holds: a busy editor loses clicks, and a user clicks again.
+
+        Raises:
+            AssertionError: it never is.
+        """
+        for _ in range(TRIES):
+            act()
+            try:
+                self.page.wait_for_function(wanted, arg=arg, timeout=TRY_MS)
+                return
+            except TimeoutError:
+                continue
+        raise AssertionError(f"{TRIES} tries did not do it: {wanted}")
 
     def screenshot(self, name: str, fit: bool = False) -> None:
         """Save what the window shows, if that is wanted; `fit`: the whole graph, in a window large enough to read it."""

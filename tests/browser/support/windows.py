@@ -9,8 +9,8 @@ from editor import Editor
 from frontends import SEARCH_OPTION
 from playwright.sync_api import Locator, TimeoutError
 
-TRIES = 5
 NONSENSE = "qqqqqqqq"  # finds nothing: what is found after it is found for the words alone
+MOST_PAGES = 5  # of cards
 PATIENCE = 100  # looks, a tenth of a second apart
 
 
@@ -19,16 +19,13 @@ def open_search(editor: Editor) -> None:
     page = editor.page
     page.evaluate("() => { window.app.canvas.ds.scale = 1; window.app.canvas.ds.offset = [-50000, 0]; }")
     editor.draw()
-    for _ in range(TRIES):
+
+    def double_click() -> None:
         page.keyboard.press("Escape")  # one that is open already
         page.locator("[role=dialog]").first.wait_for(state="hidden")
         page.mouse.dblclick(800, 600)
-        try:
-            page.wait_for_function("() => document.activeElement?.matches('input[role=combobox]')", timeout=5000)
-            return
-        except TimeoutError:
-            continue
-    raise AssertionError("a double-click on the canvas opens no search")
+
+    editor.until(double_click, "() => document.activeElement?.matches('input[role=combobox]')")
 
 
 def search(editor: Editor, words: str, wanted: str) -> list[str]:
@@ -123,7 +120,7 @@ def template_cards(editor: Editor) -> dict[str, int]:
     """
     cards = editor.page.locator("[role=dialog] [data-testid^=template-workflow-]")
     widths: dict[str, int] = {}
-    for _ in range(TRIES):
+    for _ in range(MOST_PAGES):
         found = cards.all()
         for card in found[len(widths):]:
             widths[(card.get_attribute("data-testid") or "").removeprefix("template-workflow-")] = _width_of_picture(card)
@@ -164,8 +161,7 @@ def write_prompt(editor: Editor, text: str) -> None:
 
 def save_as(editor: Editor, name: str) -> None:
     """Ctrl+S, a name, Enter."""
-    editor.page.keyboard.press("Control+s")
-    editor.page.wait_for_function("() => document.activeElement?.closest('[role=dialog]')")
+    editor.until(lambda: editor.page.keyboard.press("Control+s"), "() => document.activeElement?.closest('[role=dialog]')")
     editor.page.keyboard.press("Control+a")
     editor.page.keyboard.type(name)
     with editor.page.expect_response(lambda answer: "/userdata/" in answer.url and answer.request.method == "POST"):
