@@ -19,7 +19,7 @@ from ..emma_core.playground import PLAYGROUND_DIR, REFERENCES_DIR, load_autoenco
 from ..emma_core.playground.autoencoder import Autoencoder
 from .encoders import load_playground_reference_encoder
 from .loaded import LoadedConnector, LoadedEncoder, LoadedModule, load_ella, load_emma_module, patcher_for
-from .playground_notices import with_notices
+from .playground_notices import with_notices, with_word_notices
 from .text_encoder import load_text_encoder_clip
 
 
@@ -41,7 +41,7 @@ def load_playground() -> Playground:
     """All parts, from the pack's own folder."""
     return Playground(
         model=with_notices(load_unet()),
-        clip=load_text_encoder_clip(PLAYGROUND_DIR / "t5.safetensors", dtype="fp32"),
+        clip=with_word_notices(load_text_encoder_clip(PLAYGROUND_DIR / "t5.safetensors", dtype="fp32")),
         vae=load_vae(),
         ella=load_ella(str(PLAYGROUND_DIR / "ella.safetensors")),
         style=load_emma_module(str(PLAYGROUND_DIR / "emma-style.safetensors")),

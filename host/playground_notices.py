@@ -1,11 +1,13 @@
-"""What the playground's MODEL says in the log, once each: text that went past EMMA Connector, sizes it never learnt."""
+"""What the playground says in the log, once each: text past EMMA Connector, sizes and words that it never learnt."""
 
 import logging
 
 import comfy.model_patcher
 import comfy.patcher_extension
+import comfy.sd
 
 from ..emma_core.base.spec import PLAYGROUND_SPEC
+from ..emma_core.playground.words import known_words
 from .payload import KEY
 
 WRAPPER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
@@ -30,6 +32,21 @@ def with_notices(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher
 
     model.add_wrapper_with_key(WRAPPER, _NAME, look)
     return model
+
+
+def with_word_notices(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    """The CLIP, which looks at every text that it is given; its clones share what was told."""
+    words, told, tokenize = known_words(), set(), clip.tokenizer.tokenize_with_weights
+
+    def look(text: str, *arguments, **options):
+        notice = words.notice(text)
+        if notice and notice not in told:
+            told.add(notice)
+            logging.warning(notice)
+        return tokenize(text, *arguments, **options)
+
+    clip.tokenizer.tokenize_with_weights = look
+    return clip
 
 
 def notices(shape, conds: dict[str, list[dict]]) -> list[str]:

@@ -37,6 +37,7 @@ from ..files.writing import check_new_folder, make_folder
 from ..model.addition import ADDITIONS, RECOMMENDED
 from ..model.assembly import Assembly, Reference
 from ..playground import PLAYGROUND
+from ..playground.words import known_words
 from ..settings import resolve_sections
 from ..text.prompt_weights import weighted_parts
 from .flags import add_comfyui, add_keys, changes_of
@@ -124,6 +125,8 @@ def draw(options: argparse.Namespace) -> list[Path]:
     check_files(config.base, config.ella, [("encoder.files", file) for file in encoders])
     for prompt in (*options.prompts, config.sampling.negative):
         weighted_parts(prompt)
+        if notice := config.base.checkpoint == PLAYGROUND and known_words().notice(prompt):
+            print(notice, file=sys.stderr)
     check_pairing(config.base, config.ella, [one.module for one in shown])
     for one in shown:
         reference_of(one.picture).picture()

@@ -150,6 +150,15 @@ def test_what_the_playground_is_made_for_is_not_told(pack_import, host_nodes, ca
     assert not [record for record in caplog.records if record.getMessage().startswith("EMMA playground")]
 
 
+def test_words_that_it_never_read_are_told_once_with_the_nearest(pack_import, host_nodes, caplog):
+    """Through a clone too: other nodes clone the CLIP that they are given."""
+    clip = pack_import("host.playground").load_playground().clip
+    for each in (clip, clip, clip.clone()):
+        host_nodes.CLIPTextEncode().encode(each, "woman doctor")
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("EMMA playground")]
+    assert len(told) == 1 and "'doctor' (nearest: 'health worker')" in told[0]
+
+
 def test_a_long_reference_is_cropped_with_a_note(pack_import, tiny, caplog):
     """In the log and for the node; the playground's own encoder pads, so it says nothing."""
     encoders, told = pack_import("host.encoders"), []
