@@ -1,7 +1,9 @@
 """The shipped small world in the host's own classes: its UNet, T5 and samplers run our weights."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -51,11 +53,41 @@ def load_playground() -> Playground:
     )
 
 
+class PlaygroundLatents(comfy.latent_formats.SD15):
+    """SD1.5's layout and scale, but previews while sampling show what the playground's own autoencoder makes of them.
+
+    Hosts that let a format change its latents before their linear map to colours show the picture itself; others the nearest
+    linear map, which is pale.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.taesd_decoder_name = None  # SD1.5's would show nonsense
+        if hasattr(comfy.latent_formats.LatentFormat, "latent_rgb_factors_reshape"):
+            self.latent_rgb_factors_reshape = self._decoded
+            self.latent_rgb_factors = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+        else:
+            # least squares over 4,000 emoji: latents of deviation 1 -> mean colour of their 8 x 8 pixels, -1 to 1
+            self.latent_rgb_factors = [[0.0323, 0.1656, 0.3173], [-0.0527, -0.1016, -0.1670], [0.2844, 0.1390, -0.0700],
+                                       [-0.2373, -0.1833, -0.2050]]
+            self.latent_rgb_factors_bias = [0.5944, 0.5295, 0.4747]
+
+    @cached_property
+    def _autoencoder(self) -> Autoencoder:
+        return load_autoencoder(latent_scale=1.0)
+
+    @torch.no_grad()
+    def _decoded(self, unit_B4hw: torch.Tensor) -> torch.Tensor:
+        """(B, 4, h, w) of deviation 1 -> (1, 3, H, W) in [-1, 1]: the first alone is shown."""
+        return self._autoencoder.decode(unit_B4hw[:1].float().cpu())
+
+
 def load_unet() -> comfy.model_patcher.ModelPatcher:
     """The UNet as a model of the SD1.5 family, in float32."""
     tensors, config = unet_tensors_and_config()
     unet_config = host_unet_config(config)
     model_config = comfy.supported_models.SD15(unet_config)
+    model_config.latent_format = PlaygroundLatents()
     model_config.set_inference_dtype(torch.float32, None)
     names = comfy.utils.unet_to_diffusers(unet_config)
     missing = sorted(set(tensors) - set(names))

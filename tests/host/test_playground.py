@@ -150,6 +150,32 @@ def test_what_the_playground_is_made_for_is_not_told(pack_import, host_nodes, ca
     assert not [record for record in caplog.records if record.getMessage().startswith("EMMA playground")]
 
 
+def preview(host_previews, latent_format, latent_14hw: torch.Tensor) -> np.ndarray:
+    """(h, w, 3) in [0, 1], as the host shows it while sampling."""
+    arguments = [getattr(latent_format, f"latent_rgb_factors{part}") for part in ("", "_bias", "_reshape")
+                 if hasattr(latent_format, f"latent_rgb_factors{part}")]
+    shown = host_previews.Latent2RGBPreviewer(*arguments).decode_latent_to_preview(latent_format.process_in(latent_14hw))
+    return np.asarray(shown, dtype=np.float32) / 255
+
+
+@pytest.mark.parametrize("name", ["style-noto", "style-twemoji", "face-dark", "object-farmer"])
+def test_previews_while_sampling_show_the_pictures_own_colours(pack_import, playground, name):
+    import comfy.latent_formats
+    import latent_preview
+
+    wanted_HW3 = pack_import("host.playground").reference_picture(name)[0].numpy()
+    latent_14hw = playground.vae.encode(torch.from_numpy(wanted_HW3)[None])
+
+    def error(latent_format) -> float:
+        shown_hw3 = preview(latent_preview, latent_format, latent_14hw)
+        side = 128 // len(shown_hw3)
+        return float(np.abs(shown_hw3 - wanted_HW3.reshape(128 // side, side, 128 // side, side, 3).mean((1, 3))).mean())
+
+    shows_pictures = hasattr(comfy.latent_formats.LatentFormat, "latent_rgb_factors_reshape")
+    allowed = 0.05 if shows_pictures else 0.75 * error(comfy.latent_formats.SD15())
+    assert error(playground.model.model.latent_format) < allowed
+
+
 def test_words_that_it_never_read_are_told_once_with_the_nearest(pack_import, host_nodes, caplog):
     """Through a clone too: other nodes clone the CLIP that they are given."""
     clip = pack_import("host.playground").load_playground().clip
