@@ -102,8 +102,10 @@ def main() -> None:
                                             "train.accumulate": 1, "base.checkpoint": "random"})
         trainer = begin(config, Frozen(base, connector, {}, {}), RandomSet(options.side), Accelerator(cpu=True), Path(folder))
         started = time.monotonic()
-        computed = needed(trainer, base, (options.side, options.side), torch.float32)
-        in_bf16 = needed(trainer, base, (512, 512), torch.bfloat16)
+        computed = needed(trainer, torch.float32)
+        trainer.data = RandomSet(512)
+        in_bf16 = needed(trainer, torch.bfloat16)
+        trainer.data = RandomSet(options.side)
         print(f"computed in {time.monotonic() - started:.1f} s", flush=True)
         for number in range(2):
             started = time.monotonic()

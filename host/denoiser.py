@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..emma_core.base.denoiser import NO_EXTRA
 from ..emma_core.base.schedule import TIMESTEPS
+from ..emma_core.base.without_numbers import without_numbers
 from ..emma_core.errors import TrainingConfigError, TrainingError
 from .families import time_of
 
@@ -51,8 +52,8 @@ class HostDenoiser:
         self._dtype, self._process_timestep = dtype, getattr(model.model, "process_timestep", lambda time_B, **told: time_B)
         self._options = {"optimized_attention_override": _attention_with_gradients,
                          **model.model_options.get("transformer_options", {})}
-        for layer in _blocks(self.network) if checkpointing else ():
-            layer.forward = _checkpointed(layer.forward, self.network)
+        self._checkpointing = checkpointing
+        self._checkpoint()
 
     def predict_noise(
         self, noised_B4hw: torch.Tensor, timestep_B: torch.Tensor, context_BKW: torch.Tensor,
@@ -83,6 +84,23 @@ class HostDenoiser:
                                 "from it. Wire the MODEL without its attention patches into Train EMMA Module.")
         return predicted_B4hw.float()
 
+    def without_numbers(self, dtype: torch.dtype) -> "HostDenoiser":
+        """As `Denoiser.without_numbers`."""
+        made = copy.copy(self)
+        made.network, made._dtype = without_numbers(self.network, dtype), dtype
+        made._checkpoint()
+        return made
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return self._dtype
+
+    @property
+    def numbers(self) -> int:
+        """How many its network has."""
+        return sum(value.numel() for value in (*self.network.parameters(), *self.network.buffers()))
+
     def with_attention(self, added: Mapping[tuple[str, int, int], Callable]) -> "HostDenoiser":
         """The same network, with more in some cross-attentions; what other patches put in their place stays.
 
@@ -96,6 +114,11 @@ class HostDenoiser:
         patched = copy.copy(self)
         patched._options = {**self._options, "patches_replace": {**replaced, "attn2": {**before, **patches}}}
         return patched
+
+    def _checkpoint(self) -> None:
+        for layer in _blocks(self.network) if self._checkpointing else ():
+            vars(layer).pop("forward", None)  # of the network that this one is a copy of
+            layer.forward = _checkpointed(layer.forward, self.network)
 
     def _told(self, value: Any) -> Any:
         is_number = isinstance(value, torch.Tensor) and value.is_floating_point()

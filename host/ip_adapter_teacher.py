@@ -109,7 +109,10 @@ class LoadedTeacher:
             beside = () if own is None else (own.stacked(rows, device),)
             return denoiser.with_attention(patches).predict_noise(noised_B4hw, timestep_B, plain_BKW, *beside)
 
-        return TeacherTarget("IP-Adapter", predict)
+        def bytes_beside(dtype: torch.dtype) -> int:
+            return sum(value.numel() for kv in weights.values() for value in kv or ()) * dtype.itemsize
+
+        return TeacherTarget("IP-Adapter", predict, bytes_beside)
 
     def mark(self, tokens: Sequence[torch.Tensor]) -> str:
         """What its predictions depend on."""

@@ -28,19 +28,29 @@ from ..emma_core.training.lock import alone_in
 from ..emma_core.training.log import Log
 from ..emma_core.training.losses import TIMESTEPS
 from ..emma_core.training.places import place_weights
+from ..emma_core.training.progress import Lines
 from ..emma_core.training.reports import Reporter
-from ..emma_core.training.sizes import check_room, checkpoint_bytes
+from ..emma_core.training.sizes import cache_bytes, check_room, checkpoint_bytes, numbers_of_blocks
 from ..emma_core.training.student import OwnText, TeacherTarget
 from ..emma_core.training.trainer import Trainer, gain_of_reference
 from ..emma_core.training.words import gain_in_words
 from .denoiser import HostDenoiser
 from .encoders import as_encoder
 from .families import own_tokens_of
+from .foretelling import NodeText, foretell
 from .latents import normal
 from .loaded import LoadedModule, load_emma_module
 from .naming import below, numbered
 from .training_folder import FolderSet, TrainingFolder
-from .training_set import GraphSet, TrainingInputs, teacher_contexts, teacher_texts, training_set
+from .training_set import (
+    GraphSet,
+    TrainingInputs,
+    check_inputs,
+    source_of,
+    teacher_contexts,
+    teacher_texts,
+    training_set,
+)
 
 _FOLDER = "emma_training"
 _IDENTITY = "identity.txt"
@@ -48,9 +58,11 @@ _SUFFIX = ".safetensors"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def train(inputs: TrainingInputs, config: TrainConfig) -> tuple[LoadedModule, list[float], str]:
+def train(inputs: TrainingInputs, config: TrainConfig, node: str | None = None) -> tuple[LoadedModule, list[float], str]:
     """Train a module in `output/emma_training/<name>`; the same run, interrupted or with more steps, goes on.
 
+    Args:
+        node: id of the node that shows what the run needs and how far it is.
     Returns:
         The module, the loss of every update, and a report.
     Raises:
@@ -59,6 +71,8 @@ def train(inputs: TrainingInputs, config: TrainConfig) -> tuple[LoadedModule, li
     """
     wanted = below(Path(folder_paths.get_output_directory()) / _FOLDER, config.output.folder)
     encoder, accelerator = as_encoder(inputs.encoder), _accelerator(config.train.precision)
+    check_inputs(inputs)
+    _check_room(wanted, inputs, config)
     data = training_set(inputs, config, encoder)
     if inputs.folder is not None:
         config = _with_folder(config, inputs.folder)
@@ -81,13 +95,23 @@ def train(inputs: TrainingInputs, config: TrainConfig) -> tuple[LoadedModule, li
         frozen = Frozen(denoiser, source, base, encoder.encoder.description, teacher, places, own)
         with alone_in(folder):
             trainer = begin(config, frozen, data, accelerator, folder)
-            learning = sum(value.numel() for _, value in trainer.student.parameters())
-            check_room(folder, checkpoint_bytes(config, learning))
+            told = NodeText(node)
+            foretell(trainer, told)
             trainer.resume()
-            losses = _run(trainer)
+            losses = _run(trainer, told)
         report = _report(trainer, losses)
+        told.end(report)
     comfy.model_management.soft_empty_cache()
     return load_emma_module(str(folder / f"{config.output.name}{_SUFFIX}")), losses, report
+
+
+def _check_room(wanted: Path, inputs: TrainingInputs, config: TrainConfig) -> None:
+    """Refuse a disk that cannot hold what the run writes, before anything is encoded."""
+    cache = 0
+    if inputs.folder is not None:
+        config = _with_folder(config, inputs.folder)
+        cache = cache_bytes(config, inputs.folder.examples)
+    check_room(wanted, cache + checkpoint_bytes(config, numbers_of_blocks(config, source_of(inputs))))
 
 
 def _with_folder(config: TrainConfig, folder: TrainingFolder) -> TrainConfig:
@@ -159,7 +183,7 @@ def _teacher(
 
     conditioning = fingerprint_of_weights({str(index): value for index, value in enumerate(contexts)})
     mark = f"{fingerprint_of_weights(teacher.network.state_dict())} {conditioning}"
-    return TeacherTarget(f"MODEL ({teacher.name})", predict), mark
+    return TeacherTarget(f"MODEL ({teacher.name})", predict, lambda dtype: teacher.numbers * dtype.itemsize), mark
 
 
 def _run_folder(
@@ -183,10 +207,11 @@ def _run_folder(
     return folder, replace(config, output=replace(config.output, folder=str(folder), name=wanted.name))
 
 
-def _run(trainer: Trainer) -> list[float]:
+def _run(trainer: Trainer, told: NodeText) -> list[float]:
     """The loss of every update, those of earlier sittings too."""
-    progress = comfy.utils.ProgressBar(trainer.config.train.steps)
-    log, tell = Log(trainer.folder / "losses.jsonl"), Reporter(trainer.config, trainer)
+    steps = trainer.config.train.steps
+    progress, lines = comfy.utils.ProgressBar(steps), Lines("update", steps, trainer.step, told.now)
+    log, tell = Log(trainer.folder / "losses.jsonl"), Reporter(trainer.config, trainer, progress=lines)
 
     def after_step(done) -> None:
         log.write(step=done.step, loss=done.loss)

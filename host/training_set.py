@@ -133,17 +133,14 @@ class TrainingInputs:
 
 
 def training_set(inputs: TrainingInputs, config: TrainConfig, encoder: LoadedEncoder) -> GraphSet | FolderSet:
-    """The node's inputs as a training set; everything is checked before a reference is encoded.
+    """The node's inputs, see `check_inputs`, as a training set; everything is checked before a reference is encoded.
 
     Raises:
-        TrainingDataError: no latents, other channels, other numbers of texts or references; latents beside a folder.
-        TrainingConfigError: a MODEL of another kind, half a teacher, a teacher that does not fit the MODEL or its text, a
-            module to start from that is of another size.
-        ConnectorMismatchError: the MODEL or the text has another width than the ELLA.
+        TrainingDataError: no latents, other channels, other numbers of texts or references.
+        TrainingConfigError: a teacher that does not fit its text, a module to start from that is of another size.
+        ConnectorMismatchError: the text has another width than the ELLA.
         ImageInputError, ReferenceMismatchError: see the encoders.
     """
-    _check_models(inputs)
-    _check_data(inputs)
     if inputs.folder is not None:
         inputs = replace(inputs, positive=[text_of(inputs.folder.clip, "")])
     if inputs.start is not None:
@@ -195,6 +192,18 @@ def teacher_contexts(inputs: TrainingInputs, latents: int) -> list[torch.Tensor]
             raise TrainingConfigError(f"the teacher's conditioning has width {context_1KW.shape[-1]}, its MODEL reads {width}. "
                                       "Encode it with the CLIP of the teacher's checkpoint.")
     return contexts
+
+
+def check_inputs(inputs: TrainingInputs) -> None:
+    """What can be refused before anything is read.
+
+    Raises:
+        TrainingDataError: nothing to learn from; latents beside a folder.
+        TrainingConfigError: a MODEL of another kind, half a teacher, a teacher that does not fit the MODEL.
+        ConnectorMismatchError: the MODEL has another width than the ELLA.
+    """
+    _check_models(inputs)
+    _check_data(inputs)
 
 
 def _check_data(inputs: TrainingInputs) -> None:

@@ -34,6 +34,7 @@ class EMMATrainModule(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What was trained, and what the reference gains."),
             ],
             is_input_list=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -54,7 +55,7 @@ class EMMATrainModule(io.ComfyNode):
         })
         inputs = host.training.TrainingInputs(model[0], ella[0], latents, positive, reference_image, encoder[0], start[0],
                                               teacher_model[0], teacher_positive, teacher[0], training_set[0])
-        module, losses, report = host.training.train(inputs, config)
+        module, losses, report = host.training.train(inputs, config, cls.hidden and cls.hidden.unique_id)
         return io.NodeOutput(module, {"loss": losses}, report)
 
 

@@ -24,6 +24,7 @@ from .denoiser import NO_EXTRA
 from .lora import merge_lora
 from .spec import PLAYGROUND_SPEC, BaseSpec
 from .unet_files import load_folder, load_single_file
+from .without_numbers import without_numbers
 
 _PIXELS_AT_ONCE = 1 << 20  # that are encoded together: four pictures of 512 x 512
 
@@ -103,6 +104,12 @@ class Backbone:
         """All weights; none wants a gradient."""
         yield from self.unet.parameters()
         yield from self.autoencoder.parameters()
+
+    def without_numbers(self, dtype: torch.dtype) -> Backbone:
+        """As `Denoiser.without_numbers`; the autoencoder stays in float32."""
+        made = copy.copy(self)
+        made.unet, made.autoencoder = without_numbers(self.unet, dtype), without_numbers(self.autoencoder, torch.float32)
+        return made
 
     def twin(self) -> Backbone:
         """Another UNet on the very same weights (no copy): adapters put on it never touch this one."""

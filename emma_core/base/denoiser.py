@@ -34,3 +34,7 @@ class Denoiser(Protocol):
                 ``time_ids`` (B, 6), the sizes; an IP-Adapter's ``image_embeds``. Empty for SD1.5.
         """
         ...
+
+    def without_numbers(self, dtype: torch.dtype) -> Denoiser:
+        """A copy whose weights have sizes alone, of this type: what it takes is told without having it."""
+        ...

@@ -24,7 +24,7 @@ from .config import TeacherConfig
 from .draws import BatchRow
 from .prepared import Prepared
 from .student import TeacherTarget
-from .teacher import Teacher, TeacherKind, TeacherText, told_of_rows
+from .teacher import Teacher, TeacherKind, TeacherText, numbers_beside, told_of_rows
 
 
 class IpAdapterTeacher(Teacher):
@@ -108,7 +108,13 @@ class IpAdapterTeacher(Teacher):
             context_BKW, beside = told_of_rows(list(texts) * len(rows), rows, context_BKW)
             return self.predict(noised_B4hw, timestep_B, context_BKW, shown, beside)
 
-        return TeacherTarget("IP-Adapter", predict)
+        return TeacherTarget("IP-Adapter", predict, self.bytes_beside)
+
+    def bytes_beside(self, dtype: torch.dtype) -> int:
+        """Its projection and attention, and the image encoder, which keeps its own type."""
+        encoder = self._encoder.model
+        return (numbers_beside(self._backbone, self._base) * dtype.itemsize
+                + sum(value.nbytes for value in (*encoder.parameters(), *encoder.buffers())))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Teacher:
         self._backbone.to(device, dtype)

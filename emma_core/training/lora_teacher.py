@@ -19,7 +19,7 @@ from .config import TeacherConfig
 from .draws import BatchRow
 from .prepared import Prepared
 from .student import TeacherTarget
-from .teacher import Teacher, TeacherKind, TeacherText, told_of_rows
+from .teacher import Teacher, TeacherKind, TeacherText, numbers_beside, told_of_rows
 
 
 class LoraTeacher(Teacher):
@@ -33,7 +33,7 @@ class LoraTeacher(Teacher):
     """
 
     def __init__(self, backbone: Backbone, paths: Mapping[str, Path], scale: float, text_is_used: bool = False):
-        self._backbone, self.groups = backbone.twin(), tuple(paths)
+        self._base, self._backbone, self.groups = backbone, backbone.twin(), tuple(paths)
         self._loras = LoraSwitch(self._backbone.unet, list(paths.values()), scale, text_is_used)
         self.to(backbone.device, backbone.dtype)
 
@@ -66,7 +66,11 @@ class LoraTeacher(Teacher):
             context_BKW, beside = told_of_rows(own, rows, context_BKW)
             return self.predict(noised_B4hw, timestep_B, context_BKW, {"lora_B": torch.tensor(numbers)}, beside)
 
-        return TeacherTarget("LoRA", predict)
+        return TeacherTarget("LoRA", predict, self.bytes_beside)
+
+    def bytes_beside(self, dtype: torch.dtype) -> int:
+        """The matrices of all its LoRAs."""
+        return numbers_beside(self._backbone, self._base) * dtype.itemsize
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Teacher:
         self._backbone.to(device, dtype)

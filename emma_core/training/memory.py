@@ -1,12 +1,12 @@
 """The memory that a run needs, without having it: one update is done with tensors that have sizes and no numbers.
 
 Every tensor that is made is counted for as long as it lives: weights, activations, gradients, the optimizer's state.
-Shapes: B rows, K cross-attention tokens of width W, latents C x h x w.
+Shapes: B rows (or 1), K cross-attention tokens of width W, latents 4 x h x w.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,26 +18,33 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..base.backbones import Backbone
-from ..base.own_text import beside_text
+from ..base.denoiser import NO_EXTRA, Denoiser
+from ..base.without_numbers import without_numbers
 from ..model.assembly import Assembly, Reference, token_terms
-from ..model.own_tokens import OwnTokens
-from ..text.clip_layout import LENGTH
 from .averaging import AveragedWeights
-from .config import TrainConfig
+from .draws import BatchRow
 from .trainer import Trainer, make_optimizer
 
 CARDS_GB = (8, 12, 24)
-_TEXT_TOKENS = 32
+_META = torch.device("meta")
 _CUDA_BYTES = 500_000_000  # what CUDA and its libraries take on a card: not a tensor, so not counted
 
 
 @dataclass(frozen=True)
 class Needed:
-    """Bytes of a run: what is there between updates, and the most inside one."""
+    """Bytes of a run: what is there before the first update, and the most inside one."""
 
-    held: int
+    begun: int
     peak: int
+
+    @property
+    def on_card(self) -> int:
+        """The most on a card, with what is no tensor."""
+        return self.peak + _CUDA_BYTES
+
+    def in_process(self, before: int) -> int:
+        """The most of a process that took ``before`` when nothing of the run was there."""
+        return self.peak + before
 
 
 class LivingBytes(TorchDispatchMode):
@@ -76,7 +83,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        out = torch.empty_like(q)
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, out)
         return out
 
@@ -96,32 +103,28 @@ def _without_matrices() -> Iterator[None]:
         functional.scaled_dot_product_attention = real
 
 
-def needed(trainer: Trainer, backbone: Backbone, size_px: tuple[int, int], dtype: torch.dtype) -> Needed:
-    """What a run needs at this type of the frozen weights, teachers' own tensors left out.
+def needed(trainer: Trainer, dtype: torch.dtype) -> Needed:
+    """What a run needs at this type of the frozen weights, on the largest of its pictures.
 
     Args:
         trainer: at its beginning.
-        backbone: its base.
-        size_px: width and height of the pictures.
         dtype: of the diffusion model.
     """
     config, student = trainer.config, trainer.student
+    taught = student.teacher.bytes_beside(dtype) if student.teacher else 0
     with LivingBytes() as living, _without_matrices():
-        unet = _empty(backbone.unet, dtype)
-        autoencoder = _empty(backbone.autoencoder, torch.float32)
-        connector = _empty(student.connector, torch.float32)
-        module = connector if student.module is None else _empty(student.module, torch.float32)
+        denoiser, connector = student.denoiser.without_numbers(dtype), _empty(student.connector)
+        module = connector if student.module is None else _empty(student.module)
         average = AveragedWeights(module, config.train.average) if config.train.average else None
+        begun = living.now
         module.train()
         optimizer = make_optimizer(_Learning(module), config)
-        held = living.now
         for _ in range(2):  # the optimizer's state comes with the first one
-            _update(unet, connector, module, config, backbone, size_px, dtype)
+            _update(trainer, denoiser, connector, module)
             optimizer.step()
             optimizer.zero_grad()
-        held = max(held, living.now)
-        del autoencoder, average
-    return Needed(held, living.peak)
+        del average
+    return Needed(begun + taught, living.peak + taught)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,39 +135,34 @@ class _Learning:
         return ((name, value) for name, value in self.module.named_parameters() if value.requires_grad)
 
 
-def _empty(model: Any, dtype: torch.dtype) -> Any:
-    """A copy without numbers; what has no weights is itself."""
-    if not isinstance(model, nn.Module):
-        return model
-    memo: dict[int, Any] = {}
-    for value in (*model.parameters(), *model.buffers()):
-        kind = dtype if value.is_floating_point() else value.dtype
-        made = torch.empty(value.shape, dtype=kind, device="meta")
-        memo[id(value)] = nn.Parameter(made, value.requires_grad) if isinstance(value, nn.Parameter) else made
-    return copy.deepcopy(model, memo)
+def _empty(model: Any) -> Any:
+    """In float32; what has no weights is itself."""
+    return without_numbers(model, torch.float32) if isinstance(model, nn.Module) else model
 
 
-def _update(unet, connector, module, config: TrainConfig, backbone: Backbone, size_px, dtype: torch.dtype) -> None:
-    rows, (width, height) = config.train.batch, size_px
-    spec = backbone.spec
-    latent = (rows, spec.latent_channels, height // spec.pixels_per_latent, width // spec.pixels_per_latent)
-    timestep_B = torch.zeros(rows, device="meta", dtype=torch.long)
-    text = (LENGTH, connector.width) if isinstance(connector, OwnTokens) else (_TEXT_TOKENS, connector.config.text_dim)
-    text_BND = torch.zeros(rows, *text, device="meta")
+def _update(trainer: Trainer, denoiser: Denoiser, connector: Any, module: nn.Module) -> None:
+    """One batch through it, forward and back."""
+    data, student, count = trainer.data, trainer.student, trainer.config.train.batch
+    largest = max(range(len(data)), key=lambda index: math.prod(data.bucket(index)))
+    caption, reference = data.captions(largest)[0], data.references(largest)[0]
+    rows = [BatchRow(largest, False, caption, reference, 0, 1.0)] * count
+    timestep_B = torch.zeros(count, device=_META, dtype=torch.long)
     assembly = Assembly()
     if module is not connector:  # else ELLA itself learns
-        features = {name: torch.zeros(rows, _VECTORS.get(name, 1), about.dim, device="meta")
-                    for name, about in module.config.features.items()}
+        features = {name: _rows_like(value[None], count) for name, value in data.features(reference, 0).items()}
         assembly = Assembly([Reference(module, features)])
-    context_BKW = token_terms(connector, text_BND, timestep_B, assembly).stacked
-    noised = torch.zeros(latent, device="meta", dtype=dtype)
-    beside = beside_text(torch.zeros(rows, spec.pooled_width, device="meta", dtype=dtype), torch.zeros(rows, 6, device="meta"))
-    predicted = unet(noised, timestep_B, context_BKW.to(dtype), added_cond_kwargs=beside if spec.pooled_width else None,
-                     return_dict=False)[0].float()
-    (predicted - torch.zeros(latent, device="meta")).square().mean().backward()
+    context_BKW = token_terms(connector, _rows_like(data.text(caption), count), timestep_B, assembly).stacked
+    noised_B4hw = _rows_like(data.latent(largest)[None], count)
+    beside = student.own.stacked(rows, _META) if student.own else NO_EXTRA
+    predicted_B4hw = denoiser.predict_noise(noised_B4hw, timestep_B, context_BKW, beside)
+    if student.teacher:  # which is the same model, and a little more
+        with torch.no_grad():
+            noised_B4hw = denoiser.predict_noise(noised_B4hw, timestep_B, context_BKW.detach(), beside)
+    (predicted_B4hw - noised_B4hw).square().mean().backward()
 
 
-_VECTORS: Mapping[str, int] = {"local": 257}
+def _rows_like(value_1: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.empty(count, *value_1.shape[1:], device=_META)
 
 
 def in_words(of: Mapping[str, Needed], process_bytes: int) -> list[str]:
@@ -176,9 +174,22 @@ def in_words(of: Mapping[str, Needed], process_bytes: int) -> list[str]:
     """
     lines = []
     for name, found in of.items():
-        on_card = (found.peak + _CUDA_BYTES) / 1e9
+        on_card = found.on_card / 1e9
         small = [f"{size} GB" for size in CARDS_GB if on_card > size]
         fits = f"too much for {', '.join(small)}" if small else "fits 8, 12 and 24 GB"
         lines.append(f"memory, {name}: {on_card:.1f} GB on a card ({fits}), "
-                     f"{(found.peak + process_bytes) / 1e9:.1f} GB on a CPU; computed from sizes")
+                     f"{found.in_process(process_bytes) / 1e9:.1f} GB on a CPU; computed from sizes")
     return lines
+
+
+def on_machine(wanted: int, has: int, where: str) -> tuple[str, bool]:
+    """What a run needs on the machine it starts on, in words, and whether there is so much.
+
+    Args:
+        wanted, has: bytes.
+        where: "card" or "machine".
+    """
+    told = f"memory: {wanted / 1e9:.1f} GB, computed from sizes; this {where} has {has / 1e9:.1f} GB"
+    if wanted <= has:
+        return told, True
+    return f"{told}, which is not enough. Halve batch and double accumulate, or train on smaller pictures.", False

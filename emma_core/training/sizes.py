@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..base.config import spec_of, uses_ella
-from ..base.spec import SD15
+from ..base.spec import SD15, BaseSpec
 from ..encoders.clip_vision import clip_tower_of
 from ..encoders.families import CLIP_TOWERS
 from ..encoders.weights import weights_path
@@ -17,6 +17,7 @@ from ..errors import EmmaError, TrainingError
 from ..files.connector_file import read_connector_config
 from ..model.connector import Connector, ConnectorConfig
 from ..model.module_config import FeatureSpec, ModuleConfig
+from ..model.own_tokens import OwnTokens
 from ..model.token_resampler import resampler_for
 from ..playground import PLAYGROUND_DIR
 from ..text.clip_layout import LENGTH as CLIP_LENGTH
@@ -59,10 +60,7 @@ def _text_numbers(config: TrainConfig) -> int:
     """Of one caption: T5's, or the rows of the checkpoint's own text encoders."""
     if config.what == "ella" or uses_ella(config.base, config.ella):
         return _TEXT_TOKENS * _TEXT_DIM
-    try:
-        spec = spec_of(config.base)
-    except EmmaError:  # told by the checks
-        spec = SD15
+    spec = _spec_of(config)
     return CLIP_LENGTH * spec.context_width + spec.pooled_width
 
 
@@ -91,7 +89,7 @@ def check_room(folder: Path, needed: int) -> None:
 def learning_numbers(config: TrainConfig) -> int:
     """How many numbers learn, about: a module on an ELLA has as many blocks of the same size as that."""
     if config.what == "module" and not uses_ella(config.base, config.ella):
-        return _numbers_on_own_tokens(config)
+        return numbers_of_blocks(config, _spec_of(config).own_tokens)
     path = config.ella.file or PLAYGROUND_DIR / "ella.safetensors"
     try:
         sizes = read_connector_config(path)
@@ -99,19 +97,26 @@ def learning_numbers(config: TrainConfig) -> int:
         sizes = ConnectorConfig(width=768, text_dim=_TEXT_DIM)
     with torch.device("meta"):
         connector = Connector(sizes)
-    learning = connector if config.what == "ella" else connector.connector.perceiver_blocks
-    return sum(value.numel() for value in learning.parameters())
+    if config.what == "ella":
+        return sum(value.numel() for value in connector.parameters())
+    return numbers_of_blocks(config, connector)
 
 
-def _numbers_on_own_tokens(config: TrainConfig) -> int:
-    try:
-        spec = spec_of(config.base)
-    except EmmaError:  # told by the checks
-        spec = SD15
+def numbers_of_blocks(config: TrainConfig, source: Connector | OwnTokens) -> int:
+    """How many numbers a module on an ELLA or on a model's own tokens has, about."""
+    if isinstance(source, Connector):
+        return sum(value.numel() for value in source.connector.perceiver_blocks.parameters())
     made_of = ModuleConfig(condition=config.module.condition, features={"global": FeatureSpec(_USUAL_TOWER.projected)},
-                           **sizes_of_blocks(config, spec.own_tokens))
+                           **sizes_of_blocks(config, source))
     with torch.device("meta"):
         return sum(value.numel() for value in resampler_for(made_of).parameters())
+
+
+def _spec_of(config: TrainConfig) -> BaseSpec:
+    try:
+        return spec_of(config.base)
+    except EmmaError:  # told by the checks
+        return SD15
 
 
 def _feature_numbers(config: TrainConfig) -> list[int]:

@@ -32,10 +32,12 @@ class TeacherTarget:
         kind: what the teacher is, for the module's metadata.
         predict: noised latents (B, 4, h, w), timesteps (B,), the student's tokens without references (B, K, W) and the rows
             -> what the student is to predict (B, 4, h, w), in float32 and without a gradient.
+        bytes_beside: what it has on the device beside the base, whose weights it shares, where these are of this type.
     """
 
     kind: str
     predict: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[BatchRow]], torch.Tensor]
+    bytes_beside: Callable[[torch.dtype], int] = lambda dtype: 0
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,12 @@ def told_of_rows(
     return torch.cat([context_1KW for context_1KW, _ in told]), beside
 
 
+def numbers_beside(backbone: Backbone, base: Backbone) -> int:
+    """How many numbers a twin's UNet has that are not the base's own."""
+    shared = {id(value) for value in (*base.unet.parameters(), *base.unet.buffers())}
+    return sum(value.numel() for value in (*backbone.unet.parameters(), *backbone.unet.buffers()) if id(value) not in shared)
+
+
 class Teacher(ABC):
     """Predicts what the student is to predict: eps or v, whichever the base does."""
 
@@ -86,6 +92,10 @@ class Teacher(ABC):
         Raises:
             TrainingConfigError: references that this teacher has nothing to say of.
         """
+
+    @abstractmethod
+    def bytes_beside(self, dtype: torch.dtype) -> int:
+        """As `TeacherTarget.bytes_beside`."""
 
     @abstractmethod
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Teacher:

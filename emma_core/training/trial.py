@@ -58,7 +58,7 @@ def tried(config: TrainConfig, examples: Sequence[Example], device: str = "") ->
         encoding = (time.monotonic() - started) * len(examples) / len(some)
         trainer = begin_run(small, parts, data, accelerator, Path(folder))
         kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
-        memory = {name: needed(trainer, parts.backbone, data.bucket(0), kind) for name, kind in kinds.items()}
+        memory = {name: needed(trainer, kind) for name, kind in kinds.items()}
         seconds = 0.0
         for _ in range(_UPDATES):
             started = time.monotonic()

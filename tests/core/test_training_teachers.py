@@ -17,6 +17,7 @@ from emma_core.base.schedule import alphas_cumprod
 from emma_core.encoders.families import CLIP_TOWERS
 from emma_core.errors import EmmaWarning, FileError, ReferenceMismatchError, TrainingConfigError
 from emma_core.training.config import TeacherConfig
+from emma_core.training.lora_teacher import LoraTeacher
 from emma_core.training.own_latents import sample_latents
 from emma_core.training.teachers import load_teacher
 
@@ -285,6 +286,22 @@ def test_an_ip_adapter_teaches_on_sdxl_with_its_pooled_vector_and_sizes(tmp_path
     torch.testing.assert_close(found[:1], teacher.predict(*inputs(sum(WIDTHS)), reference, beside)[:1], rtol=1e-4, atol=1e-4)
     other = teacher.predict(*inputs(sum(WIDTHS)), reference, beside | {"text_embeds": beside["text_embeds"].flip(0)})
     assert (found[0] - base[0]).abs().max() > 1e-2 and (other[0] - found[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_ip_adapter_counts_its_own_weights_and_its_image_encoder(tmp_path, image_encoder, backbone, dtype):
+    tensors = plus_adapter(backbone.unet)
+    teacher = load_teacher(adapter_config(tmp_path, image_encoder, tensors), backbone)
+    own = sum(value.numel() for value in tensors.values()) * dtype.itemsize
+    encoder = sum(value.nbytes for value in teacher._encoder.model.state_dict().values())
+    assert teacher.bytes_beside(dtype) == pytest.approx(own + encoder, rel=0.01)
+
+
+def test_a_lora_counts_its_matrices_and_several_all_of_theirs(lora, backbone, tmp_path):
+    numbers = sum(value.numel() for key, value in load_file(lora).items() if "alpha" not in key)
+    one = LoraTeacher(backbone, {"": lora}, 1.0)
+    two = LoraTeacher(backbone, {"a": lora, "b": tmp_path / "diffusers.safetensors"}, 1.0)
+    assert one.bytes_beside(torch.bfloat16) == 2 * numbers and two.bytes_beside(torch.float32) == 2 * 4 * numbers
 
 
 def test_rows_without_reference_get_the_bases_prediction(tmp_path, image_encoder, backbone):
