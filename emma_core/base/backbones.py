@@ -19,7 +19,7 @@ from ..files.tensor_file import sha256_of_file
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from .autoencoder_files import load_autoencoder
 from .checkpoint_files import LoadedBase
-from .config import PLAYGROUND_UNET, BaseConfig, is_playground
+from .config import PLAYGROUND_UNET, BaseConfig, is_playground, playground_spec
 from .denoiser import NO_EXTRA
 from .lora import merge_lora
 from .spec import PLAYGROUND_SPEC, BaseSpec
@@ -159,7 +159,7 @@ def load_playground(folder: Path = PLAYGROUND_DIR, with_autoencoder: bool = True
     unet: Any = load_unet(folder / PLAYGROUND_UNET)
     unet.set_attn_processor(PlainAttention())
     own = load_own(PLAYGROUND_SPEC.latent_scale, folder / "autoencoder.safetensors") if with_autoencoder else None
-    return LoadedBase(unet, own, PLAYGROUND_SPEC, sha256_of_file(folder / PLAYGROUND_UNET))
+    return LoadedBase(unet, own, playground_spec(folder), sha256_of_file(folder / PLAYGROUND_UNET))
 
 
 def _load(path: Path, with_autoencoder: bool, dtype: torch.dtype) -> LoadedBase:

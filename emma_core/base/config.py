@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..encoders.kinds import KINDS
@@ -11,6 +11,7 @@ from ..errors import SettingsError
 from ..files.plain_file import is_there
 from ..playground import PLAYGROUND, PLAYGROUND_DIR
 from ..settings import key
+from ..text.clip_layout import CLIP_L
 from .precision import PRECISIONS
 from .recognition import recognised
 from .spec import PLAYGROUND_SPEC, SD15, SDXL, BaseSpec
@@ -77,13 +78,20 @@ def spec_of(base: BaseConfig) -> BaseSpec:
     """
     path = Path(base.checkpoint)
     if is_playground(base.checkpoint):
-        return PLAYGROUND_SPEC
+        return playground_spec(PLAYGROUND_DIR if base.checkpoint == PLAYGROUND else path)
     return recognised(path) if path.exists() else SD15
 
 
 def is_playground(checkpoint: str | Path) -> bool:
     """The shipped playground or a folder like it; a diffusers folder has a folder `unet` in the file's place."""
     return checkpoint == PLAYGROUND or (Path(checkpoint) / PLAYGROUND_UNET).is_file()
+
+
+def playground_spec(folder: Path) -> BaseSpec:
+    """Of a folder like the playground; with a CLIP beside, as in a diffusers folder, it is of SD1.5's family."""
+    if not (folder / CLIP_L.folder).is_dir():
+        return PLAYGROUND_SPEC
+    return replace(PLAYGROUND_SPEC, family=SD15.family, towers=(CLIP_L,))
 
 
 def uses_ella(base: BaseConfig, ella: EllaConfig) -> bool:

@@ -17,12 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.playground.train_base import CONNECTOR
+
 from .pack import split
 from .timed import save_slim
 
 RECIPES = Path(__file__).parent / "recipes"
-_KEPT = ("files/*", "runs/*/*.safetensors", "scores/*", "logs/*", "states/*.json*", "data/card.json")
-MODULES = ("style", "face", "object")
+_KEPT = ("files/**/*", "runs/*/*.safetensors", "scores/*", "logs/*", "states/*.json*", "data/card.json")
+MODULES, OWN_MODULES = ("style", "face", "object"), ("style", "face")
 BATCHES_ON_GPU = {"clip": 512, "autoencoder": 64, "t5": 512, "judge": 256, "base": 512, "ip": 256}
 SHARES = {"clip": 0.2, "autoencoder": 0.2, "t5": 0.1, "judge": 0.2, "base": 0.6, "ip": 0.2}  # of the minutes
 
@@ -61,7 +63,7 @@ class Chain:
             [base],
             [self._lab("export", "--states", self.states, "--out", self.files)],
             [adapter, self._ella(), self._words()],
-            [self._module(name) for name in MODULES] + [self._distilled()],
+            [*(self._module(name) for name in MODULES), *(self._own_module(name) for name in OWN_MODULES), self._distilled()],
             [self._lab("evaluate", "--data", self.data, "--files", self.files, "--runs", self.out / "runs", "--states",
                        self.states, "--out", self.out / "scores", "--device", self.options.device,
                        "--pictures", self.options.pictures)],
@@ -87,19 +89,29 @@ class Chain:
         device = ("--device", "cpu") if self.options.device == "cpu" else ()
         steps = ("--train.steps", str(self.options.steps)) if self.options.steps else ()
         return Stage(name, ("-m", "emma_core", "train", *words, "--data.jsonl", str(self.lists / data), "--base.checkpoint",
-                            str(self.files), "--ella.text_encoder", str(self.files / "t5.safetensors"), "--output.folder",
-                            str(folder), *device, *steps, *map(str, arguments)))
+                            str(self.files), "--output.folder", str(folder), *device, *steps, *map(str, arguments)))
 
     def _ella(self) -> Stage:
-        return self._trained("ella", ("ella", str(RECIPES / "ella.toml")), "ella.jsonl",
-                             "--ella.file", self.files / "ella-start.safetensors")
+        return self._trained("ella", ("ella", str(RECIPES / "ella.toml")), "ella.jsonl", *self._reading(
+            self.files / "ella-start.safetensors"))
+
+    def _reading(self, ella: Path) -> tuple:
+        return "--ella.file", ella, "--ella.text_encoder", self.files / "t5.safetensors"
 
     def _on_ella(self) -> tuple:
-        return ("--ella.file", self.out / "runs" / "ella" / "ella.safetensors",
-                "--encoder.file", self.files / "clip_vision.safetensors")
+        return (*self._reading(self.out / "runs" / "ella" / "ella.safetensors"), *self._seen())
+
+    def _seen(self) -> tuple:
+        return "--encoder.file", self.files / "clip_vision.safetensors"
 
     def _module(self, name: str) -> Stage:
         return self._trained(f"emma-{name}", (str(RECIPES / f"{name}.toml"),), f"{name}.jsonl", *self._on_ella())
+
+    def _own_module(self, name: str) -> Stage:
+        """The same recipe and size on the base's own tokens, without an ELLA."""
+        size = "--module.inner", CONNECTOR.width, "--module.layers", CONNECTOR.layers
+        return self._trained(f"emma-{name}-own", (str(RECIPES / f"{name}.toml"),), f"{name}.jsonl", *self._seen(), *size,
+                             "--output.name", f"emma-{name}-own")
 
     def _distilled(self) -> Stage:
         return self._trained(
@@ -121,7 +133,7 @@ def collect(out: Path, parts: Path) -> None:
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir()
     for pattern in _KEPT:
-        for path in out.glob(pattern):
+        for path in filter(Path.is_file, out.glob(pattern)):
             kept = results / path.relative_to(out)
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, kept)

@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from emma_core.encoders.families import MEAN, STD
+from emma_core.text.clip_layout import CLIP_L
+
+from ..weights import save_tensors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -100,12 +103,16 @@ class TinyCLIP(nn.Module):
 
 
 def save_clip(clip: TinyCLIP, tokenizer: Tokenizer, folder: Path) -> None:
-    """Three files: the tokenizer, and each tower under transformers' names with its configuration in the metadata."""
-    from safetensors.torch import save_file
+    """The text tower and its tokenizer as a diffusers folder has them; the vision tower in one file."""
+    text, tokenizer_folder = folder / CLIP_L.folder, folder / CLIP_L.tokenizer
+    for each in (text, tokenizer_folder):
+        each.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(tokenizer_folder / "tokenizer.json"))
+    (text / "config.json").write_text(clip.text.config.to_json_string(), encoding="utf-8")
+    save_tensors(_weights(clip.text), text / "model.safetensors")
+    save_tensors(_weights(clip.vision), folder / "clip_vision.safetensors",
+                 {"config": json.dumps(clip.vision.config.to_diff_dict())})
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "clip_tokenizer.json"))
-    for name, tower in (("clip_text", clip.text), ("clip_vision", clip.vision)):
-        tensors = {key: value.detach().half().contiguous() for key, value in tower.state_dict().items()
-                   if not key.endswith("position_ids")}
-        save_file(tensors, folder / f"{name}.safetensors", metadata={"config": json.dumps(tower.config.to_diff_dict())})
+
+def _weights(tower: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in tower.state_dict().items() if not key.endswith("position_ids")}

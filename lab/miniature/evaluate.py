@@ -48,6 +48,7 @@ class Line:
         gates: factor on the global gates A and F.
         assemble: name of a way to assemble inside the blocks, of ASSEMBLING.
         added: where the references are added up, of WAYS.
+        own: on the base's own tokens, not on ELLA's.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Line:
     gates: float = 1.0
     assemble: str = "sum"
     added: str = BLOCKS
+    own: bool = False
 
     @property
     def references(self) -> dict[str, tuple[str, float]]:
@@ -66,6 +68,7 @@ class Line:
 
 
 BOTH = {"style": "style", "face": "face"}
+OWN_BOTH = {"style": "style-own", "face": "face-own"}
 LINES = (
     Line("text only", {}),
     Line("words for all, through ELLA", {}, prompt="all"),
@@ -81,6 +84,12 @@ LINES = (
     Line("category only", {}, prompt="category"),
     Line("category only + object", {"object": "object"}, prompt="category"),
     Line("category only + object + style + face", {**BOTH, "object": "object"}, prompt="category"),
+    Line("own tokens: text only", {}, own=True),
+    Line("own tokens: words for all", {}, prompt="all", own=True),
+    Line("own tokens: + style", {"style": "style-own"}, own=True),
+    Line("own tokens: + face", {"face": "face-own"}, own=True),
+    *(Line(f"own tokens: assembled, added up in the {way}", OWN_BOTH, added=way, own=True) for way in WAYS),
+    Line("own tokens: assembled, shuffled references", OWN_BOTH, misled=True, own=True),
     Line("unseen style: text only", {}, unseen=True),
     Line("unseen style: + style", {"style": "style"}, unseen=True),
     Line("unseen style: + style, shuffled references", {"style": "style"}, unseen=True, misled=True),
@@ -127,8 +136,8 @@ class Evaluation:
             shown[condition] = (module if line.gates == 1.0 else with_gates(module, line.gates), strength)
         references = shuffled_trials(trials, rows, seed=1, tells=TELLS) if line.misled else trials
         prompts = [PROMPTS[line.prompt](rows[trial.target]) for trial in trials]
-        return self.world.draw(prompts, references, shown, replace(self.world.pipeline, assemble=ASSEMBLING[line.assemble]),
-                               Addition(line.added), self.sampling)
+        pipeline = self.world.own if line.own else replace(self.world.pipeline, assemble=ASSEMBLING[line.assemble])
+        return self.world.draw(prompts, references, shown, pipeline, Addition(line.added), self.sampling)
 
     def score(self, image_B3SS: torch.Tensor, trials: Sequence[Trial]) -> dict[str, Score]:
         """The judge's verdicts, and CLIP-I."""
@@ -150,7 +159,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder with ella/ and emma-<name>/, runs of the trainer")
     parser.add_argument("--states", type=Path, required=True, help="folder with clip.pt and judge.pt")
     parser.add_argument("--out", type=Path, required=True, help="folder for the scores and sheets")
-    parser.add_argument("--modules", nargs="*", default=["style", "face", "object", "distilled"])
+    parser.add_argument("--modules", nargs="*", default=["style", "face", "object", "distilled", "style-own", "face-own"])
     parser.add_argument("--split", choices=SPLITS, default=SPLITS[0])
     parser.add_argument("--pictures", type=int, default=96)
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from emma_core.base.backbones import Backbone, load_playground
+from emma_core.base.own_text import load_own_text
 from emma_core.base.pipeline import Pipeline, Request, Sampling, generate, pipeline_for
 from emma_core.encoders.base import encode_pictures
 from emma_core.encoders.clip_vision import ClipVisionEncoder, load_clip_vision
@@ -31,9 +32,10 @@ from .dataset import Pictures
 
 @dataclass(frozen=True)
 class World:
-    """The pipeline on ELLA, modules by name, the reference encoder; features of references are kept."""
+    """The pipelines on ELLA and on the base's own tokens, modules by name, the reference encoder; features are kept."""
 
     pipeline: Pipeline
+    own: Pipeline
     modules: Mapping[str, GatedResampler]
     encoder: ClipVisionEncoder
     data: Pictures
@@ -64,7 +66,7 @@ class World:
 
         Args:
             shown: condition -> the module that takes the trial's reference of it, and its strength.
-            pipeline: the world's own, or one that assembles in another way.
+            pipeline: one of the world's, or one that assembles in another way.
         """
         requests = []
         for prompt, trial in zip(prompts, trials, strict=True):
@@ -85,6 +87,9 @@ def load_world(files: Path, runs: Path, names: Sequence[str], data: Pictures, de
     backbone = Backbone(model.unet, model.autoencoder, model.spec, files.name, model.sha256).to(device)
     connector = load_connector(runs / "ella" / "ella.safetensors", device=device)
     encode = load_text_encoder(files / "t5.safetensors", torch.float32, device).encode
+    own_text = load_own_text(files, backbone.spec, torch.float32)
+    own_text.model.to(device)
     modules = {name: load_module(runs / f"emma-{name}" / f"emma-{name}.safetensors", device=device) for name in names}
-    return World(pipeline_for(backbone, connector, encode), modules, load_clip_vision(files / "clip_vision.safetensors"),
-                 data, device)
+    on_own = pipeline_for(backbone, backbone.spec.own_tokens, own_text.encode)
+    return World(pipeline_for(backbone, connector, encode), on_own, modules,
+                 load_clip_vision(files / "clip_vision.safetensors"), data, device)

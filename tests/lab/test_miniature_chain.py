@@ -12,13 +12,14 @@ import torch
 from tokenizers import Tokenizer
 
 from emma_core.base.backbones import load_backbone
-from emma_core.base.config import BaseConfig
+from emma_core.base.config import BaseConfig, EllaConfig
+from emma_core.base.parts import load_base_parts
 from emma_core.encoders.clip_vision import load_clip_vision
 from emma_core.files.connector_file import load_connector
 from emma_core.files.module_file import load_module
 from emma_core.text.encoder import load_text_encoder
 from emma_core.training.ip_adapter_teacher import IpAdapterTeacher
-from lab.miniature.clip import TinyCLIP
+from lab.miniature.clip import CONTEXT, TinyCLIP
 from lab.miniature.evaluate import LINES
 from lab.miniature.pack import join
 from lab.miniature.timed import load_averaged, read_state
@@ -159,6 +160,13 @@ def test_exported_files_are_what_the_loaders_of_the_pack_read(files):
     assert encoder.description["family"] == "clip-miniature"
 
 
+def test_exported_files_are_a_checkpoint_with_its_own_text(files):
+    """Modules on the base's own tokens, without an ELLA, belong to SD1.5's family there."""
+    parts = load_base_parts(BaseConfig(checkpoint=str(files)), EllaConfig(), torch.float32, torch.device("cpu"))
+    assert (parts.connector.source.family, parts.connector.source.width) == ("sd15", 128)
+    assert parts.text_encoder.encode(["a cat"])[0].shape == (1, CONTEXT, 128)
+
+
 def test_pictures_enter_clip_as_its_towers_were_taught(chain):
     clip = TinyCLIP(Tokenizer.from_file(str(chain / "clip.tokenizer.json")))
     assert clip.mean_311.flatten().tolist() == pytest.approx([0.48145466, 0.4578275, 0.40821073])
@@ -171,7 +179,7 @@ def test_the_whole_chain_ends_in_scores_and_in_parts_that_hold_them(miniature_pa
     join(tmp_path / "parts", tmp_path / "back")
     lines = json.loads((tmp_path / "back" / "scores" / "scores-heldout-triple.json").read_text())["lines"]
     assert {line.name for line in LINES} <= set(lines)
-    for name in ("style", "face", "object", "distilled"):
+    for name in ("style", "face", "object", "distilled", "style-own", "face-own"):
         load_module(tmp_path / "back" / "runs" / f"emma-{name}" / f"emma-{name}.safetensors")
     load_averaged(TinyCLIP(Tokenizer.from_file(str(tmp_path / "back" / "states" / "clip.tokenizer.json"))),
                   tmp_path / "back" / "states" / "clip.pt")

@@ -1,12 +1,15 @@
 """The tiny CLIP: tokens, padding, both towers in transformers' layout."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizerFast
+from transformers import CLIPTokenizerFast
 
-from emma_core.files.tensor_file import read_tensors
+from emma_core.base.own_text import load_own_text
+from emma_core.base.spec import PLAYGROUND_SPEC
+from emma_core.encoders.clip_vision import load_clip_vision
+from emma_core.text.clip_layout import CLIP_L
 from lab.miniature.clip import CONTEXT, END, START, TinyCLIP, save_clip, token_ids, train_tokenizer, trimmed
 from lab.miniature.train_clip import contrast
 
@@ -56,13 +59,22 @@ def test_padding_is_not_pooled(tokenizer, clip):
 
 
 @torch.no_grad()
-def test_saved_towers_are_the_same_in_transformers(tokenizer, clip, tmp_path):
+def test_the_saved_text_tower_is_what_a_checkpoints_loader_reads(tokenizer, clip, tmp_path):
+    """Of a short prompt, weights in half precision: the tokens that the UNet learns on."""
     save_clip(clip, tokenizer, tmp_path)
-    tensors, metadata = read_tensors(tmp_path / "clip_text.safetensors", "a text tower")
-    theirs = CLIPTextModelWithProjection(CLIPTextConfig(**json.loads(metadata["config"]))).eval()
-    theirs.load_state_dict(tensors)
-    ids_BN = token_ids(tokenizer, ["a cat"])
-    torch.testing.assert_close(theirs(input_ids=ids_BN).last_hidden_state, clip.hidden_states(ids_BN), atol=5e-3, rtol=5e-3)
+    encoder = load_own_text(tmp_path, replace(PLAYGROUND_SPEC, towers=(CLIP_L,)), torch.float32)
+    for prompt in ("a cat", "", "a woman cook, dark skin, flat style"):
+        wanted_1ND = clip.hidden_states(token_ids(tokenizer, [prompt]))
+        torch.testing.assert_close(encoder.encode([prompt])[0], wanted_1ND, atol=5e-3, rtol=5e-3)
+
+
+@torch.no_grad()
+def test_the_saved_vision_tower_is_the_same_in_the_packs_loader(tokenizer, clip, tmp_path):
+    save_clip(clip, tokenizer, tmp_path)
+    pixels_13SS = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    theirs = load_clip_vision(tmp_path / "clip_vision.safetensors").model(pixel_values=pixels_13SS)
+    wanted_1P = clip.vision(pixel_values=pixels_13SS).image_embeds
+    torch.testing.assert_close(theirs.image_embeds, wanted_1P, atol=5e-3, rtol=5e-3)
 
 
 def test_rows_of_the_same_words_are_right_answers_too():
