@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import comfy.clip_vision
 import folder_paths
+import peers
 import pytest
 import torch
 from safetensors.torch import save_file
 from sd15_layout import ATTENTION_WIDTHS, CLIP_VISION, SD15_UNET, save_ipadapter
 from sdxl_layout import ATTENTION_WIDTHS as XL_WIDTHS
 from sdxl_layout import SDXL, TOKENS
-from tiny_models import TEXT_DIM, WIDTH, fill_, noise
+from tiny_models import TEXT_DIM, WIDTH, call_node, fill_, noise
 
 CPU = (torch.device("cpu"), torch.float32)
 
@@ -288,3 +290,67 @@ def test_its_settings_make_another_run(train, tiny, teacher, tmp_path):
         train(model, teacher(**settings), steps=1, **text)
     train(model, teacher(), steps=1, **text)
     assert len(list((tmp_path / "emma_training").iterdir())) == 3
+
+
+@pytest.fixture(scope="module")
+def ipadapter_plus(host_nodes, pack, host_path):
+    """ComfyUI_IPAdapter_plus: what users draw with an IP-Adapter by."""
+    with peers.loaded(host_nodes, host_path, "ComfyUI_IPAdapter_plus"):
+        yield host_nodes
+
+
+# ours -> theirs; without layout is what they call strong style
+WEIGHT_TYPES = {"all": "linear", "style": "style transfer", "no layout": "strong style transfer"}
+
+
+def by_the_other_pack(nodes, pack_import, model, teacher, images, name: str) -> torch.Tensor:
+    """What IPAdapter Advanced makes of a picture on this MODEL, on the latent and the text of `predicted`."""
+    ipadapter = call_node(nodes, "IPAdapterModelLoader", ipadapter_file=teacher.adapter.layout.name)[0]
+    adapted = call_node(nodes, "IPAdapterAdvanced", model=model, ipadapter=ipadapter, clip_vision=teacher.encoder, image=images,
+                        weight=teacher.weight, weight_type=WEIGHT_TYPES[teacher.blocks], combine_embeds="concat", start_at=0.0,
+                        end_at=1.0, embeds_scaling="V only")[0]
+    denoiser, (context, beside) = pack_import("host.denoiser").HostDenoiser(adapted, *CPU), text_of(pack_import, model, name)
+    with torch.no_grad():
+        return denoiser.predict_noise(noise((1, 4, 8, 8), 6), torch.tensor([400]), context, *beside)
+
+
+def without_middle(teacher, name: str):
+    """The same teacher, whose image attention says nothing in the middle block."""
+    silent = [f"{2 * number + 1}.to_v_ip.weight" for number, layer in enumerate(LAYERS[name]) if layer[0] == "middle"]
+    weights = {key: torch.zeros_like(value) if key in silent else value for key, value in teacher.adapter.attention.items()}
+    return dataclasses.replace(teacher, adapter=dataclasses.replace(teacher.adapter, attention=weights))
+
+
+# plus-face files have the layout of plus
+@pytest.mark.parametrize(("file", "blocks"), [
+    *[(file, "all") for file in ("teacher-sd15", "teacher-plus-sd15", "teacher-sdxl", "teacher-plus-sdxl")],
+    *[(file, blocks) for file in ("teacher-plus-sd15", "teacher-sdxl") for blocks in ("style", "no layout")],
+])
+def test_beside_ipadapter_plus_it_differs_by_the_middle_block_alone(ipadapter_plus, pack_import, tiny, teacher, file, blocks):
+    """That pack wants the host's block ("middle", 1), and the host has ("middle", 0) alone: its middle block does nothing."""
+    name = file.rpartition("-")[2]
+    made, model = teacher(f"{file}.safetensors", blocks=blocks), model_of(tiny, name)
+    theirs = by_the_other_pack(ipadapter_plus, pack_import, model, made, pictures(1), name)
+    whole, plain, _ = predicted(pack_import, model, made, [Row(0)], name, pictures(1))
+    without, _, _ = predicted(pack_import, model, without_middle(made, name), [Row(0)], name, pictures(1))
+    assert (theirs - plain).abs().max() > 0.02
+    torch.testing.assert_close(without, theirs, rtol=0, atol=1e-5)
+    if blocks == "style":  # which has no middle block
+        torch.testing.assert_close(whole, theirs, rtol=0, atol=1e-5)
+    else:
+        assert (whole - theirs).abs().max() > 1e-3
+
+
+def test_pictures_of_other_sizes_differ_from_ipadapter_plus_by_their_resizing_alone(ipadapter_plus, pack_import, tiny, teacher):
+    """Ours are resized by Pillow and to whole pixels below, as where the adapters were trained; of the same square both say the
+    same.
+    """
+    pictures_of, framing = pack_import("emma_core.encoders.pictures"), pack_import("emma_core.encoders.options").Framing()
+    made, model = teacher("teacher-plus-sd15.safetensors", blocks="style"), model_of(tiny, "sd15")
+    image = noise((1, 512, 384, 3), 78).sigmoid()  # its long side becomes 298 or 299 pixels
+    ours, _, _ = predicted(pack_import, model, made, [Row(0)], "sd15", image)
+    preparation = pack_import("host.encoders").as_encoder(made.encoder).encoder.preparation
+    square = pictures_of.prepare_pictures(image, None, preparation, framing).movedim(1, -1)
+    same, resized = (by_the_other_pack(ipadapter_plus, pack_import, model, made, one, "sd15") for one in (square, image))
+    torch.testing.assert_close(ours, same, rtol=0, atol=1e-5)
+    assert (ours - resized).abs().max() > 1e-4

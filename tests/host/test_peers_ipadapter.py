@@ -97,7 +97,7 @@ def test_a_picture_for_each_of_a_batch(run_node, tiny, ksample, ipadapter, clip_
 @pytest.mark.parametrize("settings", [{}, {"weight_type": "style transfer"}, {"end_at": 0.4}],
                          ids=lambda settings: "+".join(settings) or "plain")
 def test_beside_references_on_sdxls_own_tokens(host_nodes, base_directory, tiny, pack_import, ksample, adapt, settings):
-    """All 70 of its layers, before EMMA Connector and after it."""
+    """In the 60 layers that it reaches, before EMMA Connector and after it."""
     path = base_directory / "models" / "ipadapter" / "tiny-xl.safetensors"
     save_ipadapter(path, TOKENS, ATTENTION_WIDTHS)
     settings = {**settings, "ipadapter": call_node(host_nodes, "IPAdapterModelLoader", ipadapter_file=path.name)[0]}
