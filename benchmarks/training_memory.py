@@ -66,6 +66,9 @@ class RandomSet:
     def features(self, reference, variant):
         return {"global": torch.randn(1, _CLIP_DIM)}
 
+    def mark(self):
+        return "random"
+
     def summary(self):
         return {}
 
