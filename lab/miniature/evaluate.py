@@ -1,8 +1,9 @@
 """`python -m lab.miniature.evaluate --data DIR --files DIR --runs DIR --states DIR --out DIR`: what do the modules do?
 
 On held-out (concept, style, tone) triples or whole (role, style) pairs, and on pictures of the sets that nothing has learnt
-from. A judge says style, tone and concept; CLIP-I is the likeness to the wanted style's pictures in the world's own CLIP, above
-what it is to all styles' on average. Every line has the same noise. A run can be stopped and called again.
+from. A judge says style, tone and concept. In the world's own CLIP, CLIP-I is the likeness to the wanted style's pictures above
+what it is to all styles' on average, CLIP-T that to the wanted name above what it is to all targets' names. Every line has the
+same noise. A run can be stopped and called again.
 
 Shapes: B pictures of H x W pixels, P width of CLIP's projection.
 """
@@ -24,6 +25,7 @@ from lab.playground.evaluate import ASSEMBLING, Score, Trial, bootstrapped, save
 from lab.playground.training import to_float
 
 from .captions import category_of, full_caption
+from .clip import TinyCLIP, token_ids
 from .dataset import UNSEEN_SPLIT, Pictures, load
 from .judge import load_judge
 from .scores import Scorer, Table
@@ -31,7 +33,7 @@ from .train_clip import load_clip
 from .trials import SPLITS, TELLS, choose_trials
 from .world import World, load_world
 
-CLIP_I = "clip-i"
+CLIP_I, CLIP_T = "clip-i", "clip-t"
 _CHUNK = 128
 
 
@@ -98,11 +100,11 @@ LINES = (
 PROMPTS = {"name": lambda row: row.names[0], "all": full_caption, "category": category_of}
 
 
-class StyleLikeness:
-    """CLIP-I of pictures to the set of a style."""
+class Likeness:
+    """CLIP-I of pictures to the set of a style, CLIP-T to words."""
 
-    def __init__(self, clip, data: Pictures, device: str):
-        self._clip, self._device = clip, device
+    def __init__(self, clip: TinyCLIP, tokenizer, data: Pictures, device: str):
+        self._clip, self._tokenizer, self._device = clip, tokenizer, device
         self._styles = sorted({row.style for row in data.rows})
         means = []
         for style in self._styles:
@@ -111,21 +113,33 @@ class StyleLikeness:
         self._mean_KP = torch.stack(means)
 
     @torch.no_grad()
+    def of(self, image_B3SS: torch.Tensor, styles: Sequence[str], words: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,) and (B,): to each picture's wanted style above the mean of all styles, to its words above that of all words."""
+        image_BP = self._features(image_B3SS)
+        wanted_B = torch.tensor([self._styles.index(style) for style in styles], device=self._device)
+        known = sorted(set(words))
+        text_KP = torch.cat([self._clip.text_features(chunk) for chunk in self._ids(known).split(_CHUNK)])
+        said_B = torch.tensor([known.index(text) for text in words], device=self._device)
+        return _above_mean(image_BP @ self._mean_KP.T, wanted_B), _above_mean(image_BP @ text_KP.T, said_B)
+
+    def _ids(self, texts: Sequence[str]) -> torch.Tensor:
+        return token_ids(self._tokenizer, texts).to(self._device)
+
+    @torch.no_grad()
     def _features(self, image_B3SS: torch.Tensor) -> torch.Tensor:
         small = (F.avg_pool2d(part.to(self._device), 2) for part in image_B3SS.split(_CHUNK))
         return torch.cat([self._clip.image_features(part) for part in small])
 
-    def of(self, image_B3SS: torch.Tensor, styles: Sequence[str]) -> torch.Tensor:
-        """(B,) likeness to each picture's wanted style, above the mean likeness to all."""
-        likeness_BK = self._features(image_B3SS) @ self._mean_KP.T
-        wanted_B1 = torch.tensor([[self._styles.index(style)] for style in styles], device=likeness_BK.device)
-        return (likeness_BK.gather(1, wanted_B1)[:, 0] - likeness_BK.mean(1)).cpu()
+
+def _above_mean(likeness_BK: torch.Tensor, wanted_B: torch.Tensor) -> torch.Tensor:
+    """(B,) of the wanted column."""
+    return (likeness_BK.gather(1, wanted_B[:, None])[:, 0] - likeness_BK.mean(1)).cpu()
 
 
 class Evaluation:
     """Draws and scores lines."""
 
-    def __init__(self, world: World, scorer: Scorer, likeness: StyleLikeness, sampling: Sampling):
+    def __init__(self, world: World, scorer: Scorer, likeness: Likeness, sampling: Sampling):
         self.world, self.scorer, self.likeness, self.sampling = world, scorer, likeness, sampling
 
     def pictures(self, line: Line, trials: Sequence[Trial]) -> torch.Tensor:
@@ -140,11 +154,13 @@ class Evaluation:
         return self.world.draw(prompts, references, shown, pipeline, Addition(line.added), self.sampling)
 
     def score(self, image_B3SS: torch.Tensor, trials: Sequence[Trial]) -> dict[str, Score]:
-        """The judge's verdicts, and CLIP-I."""
+        """The judge's verdicts, CLIP-I and CLIP-T."""
         targets = [trial.target for trial in trials]
         rows = [self.world.data.rows[target] for target in targets]
-        likeness_B = self.likeness.of(image_B3SS, [row.style for row in rows]).numpy()
-        return {**self.scorer.score(image_B3SS, targets), CLIP_I: bootstrapped(likeness_B, [row.concept for row in rows])}
+        likeness = self.likeness.of(image_B3SS, [row.style for row in rows], [row.names[0] for row in rows])
+        concepts = [row.concept for row in rows]
+        return {**self.scorer.score(image_B3SS, targets),
+                **{name: bootstrapped(one_B.numpy(), concepts) for name, one_B in zip((CLIP_I, CLIP_T), likeness, strict=True)}}
 
 
 def wanted_lines(modules: Sequence[str]) -> list[Line]:
@@ -169,12 +185,12 @@ def main() -> None:
     torch.set_num_threads(1)
     data, sampling = load(options.data), Sampling(guidance=options.guidance)
     world = load_world(options.files, options.runs, options.modules, data, options.device)
-    clip, _ = load_clip(options.states / "clip.pt", options.device)
+    clip, tokenizer = load_clip(options.states / "clip.pt", options.device)
     evaluation = Evaluation(world, Scorer(load_judge(options.states / "judge.pt", data, options.device), data),
-                            StyleLikeness(clip, data, options.device), sampling)
+                            Likeness(clip, tokenizer, data, options.device), sampling)
     settings = {"split": options.split, "pictures": options.pictures, "guidance": sampling.guidance, "steps": sampling.steps,
                 "seed": options.seed}
-    table = Table(options.out / f"scores-{options.split}.json", settings, extra=(CLIP_I,))
+    table = Table(options.out / f"scores-{options.split}.json", settings, extra=(CLIP_I, CLIP_T))
     trials = {unseen: choose_trials(data, options.pictures, options.seed, UNSEEN_SPLIT if unseen else options.split)
               for unseen in (False, True)}
     for unseen, aimed in trials.items():

@@ -1,10 +1,13 @@
 """What the modules of the second world are asked for, and what travels to another machine."""
 
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from lab.miniature import evaluate
 from lab.miniature.dataset import TRAIN, UNSEEN_SPLIT, Pictures, Row, build, load
 from lab.miniature.pack import PART_BYTES, join, slim_packages, split, write_tar
 from lab.miniature.styles import LEARNT, UNSEEN
@@ -71,3 +74,27 @@ def test_a_folder_comes_back_from_its_parts(tmp_path):
     assert len(parts) == 2 and all(path.stat().st_size <= PART_BYTES for path in parts)
     join(tmp_path / "parts", tmp_path / "back")
     assert (tmp_path / "back" / "inner" / "weights").read_bytes() == content
+
+
+class ColourClip:
+    """Pictures by their mean colour; words by the colour that they name."""
+
+    def image_features(self, image_B3SS):
+        return torch.nn.functional.normalize((image_B3SS.mean((2, 3)) + 1).float(), dim=-1)
+
+    def text_features(self, ids_B):
+        return torch.eye(3)[ids_B]
+
+
+def test_likeness_is_highest_to_the_pictures_own_style_and_words(monkeypatch):
+    names = ["red", "green", "blue"]
+    monkeypatch.setattr(evaluate.Likeness, "_ids", lambda self, texts: torch.tensor([names.index(text) for text in texts]))
+    colours = torch.eye(3)
+    rows = [SimpleNamespace(style=style) for style in "abc" for _ in range(4)]
+    images_NHWC = (colours.repeat_interleave(4, 0)[:, None, None] * 255).byte().expand(-1, 8, 8, -1).numpy()
+    likeness = evaluate.Likeness(ColourClip(), None, SimpleNamespace(rows=rows, images_NHWC=images_NHWC), "cpu")
+    image_B3SS = colours[:, :, None, None].expand(-1, -1, 8, 8) * 2 - 1
+    of_style, of_words = likeness.of(image_B3SS, list("abc"), names)
+    other_style, other_words = likeness.of(image_B3SS, list("bca"), ["green", "blue", "red"])
+    assert of_style.tolist() == of_words.tolist() == pytest.approx([2 / 3] * 3)
+    assert other_style.tolist() == other_words.tolist() == pytest.approx([-1 / 3] * 3)
