@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Only what the command needs is imported: drawing does without the trainer."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a prompt or a file's name may be more than the terminal or the pipe can show
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a run's log is read while it runs
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog=_called_as(), description="EMMA modules without ComfyUI.")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -34,8 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="[ella] [CONFIG.toml]",
                         help="`ella` to train the connector itself; a configuration file")
     parser.add_argument("--preset", choices=list(PRESETS),
-                        help="defaults to begin with: the paper's recipe, one for a small card and few pictures, and the same "
-                             "on a checkpoint's own tokens (no ELLA), for cards of 8 GB with SD1.5 and 12 GB with SDXL "
+                        help="defaults to begin with: the paper's recipe; one for a small card and few pictures; `distil`, to "
+                             "learn what an IP-Adapter or a LoRA does, without captioned pictures; and the second one on a "
+                             "checkpoint's own tokens (no ELLA), for cards of 8 GB with SD1.5 and 12 GB with SDXL "
                              "(default: paper, or the file's `preset`)")
     parser.add_argument("--dry-run", action="store_true", help="check everything: files, data, disk; tell memory and time by a "
                                                                "trial of two updates; exit with 1 if something stops it")
@@ -73,9 +74,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         config = config_of(options)
         if options.dry_run:
-            report, can_start = dry_run(config, options.device)
-            print(report)
-            return 0 if can_start else 1
+            return 0 if dry_run(config, print, sys.stderr.isatty(), options.device) else 1
         sitting = Sitting(config)
         print(f"saved {runs.run(config, print, bars=sys.stderr.isatty(), device=options.device)}")
         well = True

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..errors import EmmaError
 from .config import TrainConfig
-from .examples import Problem, describe
+from .examples import describe
 from .foretold import problems_of
 from .memory import in_words
 from .sizes import cache_bytes, checkpoint_bytes, learning_numbers
 from .trial import Tried, tried
 
 
-def dry_run(config: TrainConfig, device: str = "") -> tuple[str, bool]:
-    """A report, and whether the run can start.
+def dry_run(config: TrainConfig, say: Callable[[str], None], bars: bool = False, device: str = "") -> bool:
+    """Tell what is found as soon as it is; whether the run can start.
 
     Args:
         config: resolved.
-        device: as `runs.run` takes it.
+        say: told the report, in lines, and how far the trial is.
+        bars, device: as `runs.run` takes them.
     """
     process_bytes = _process_bytes()
     examples, problems = problems_of(config)
-    stops = any(problem.fatal for problem in problems)
+    say(describe(examples, problems, config.data))
     checkpoints = checkpoint_bytes(config, learning_numbers(config))
-    lines = [f"disk: about {cache_bytes(config, examples) / 1e9:.2f} GB of cache, {checkpoints / 1e9:.2f} GB of checkpoints"]
+    say(f"disk: about {cache_bytes(config, examples) / 1e9:.2f} GB of cache, {checkpoints / 1e9:.2f} GB of checkpoints")
+    stops = any(problem.fatal for problem in problems)
     if not stops:
         try:
-            found = tried(config, examples, device)
-            lines += [*_time(config, found), *in_words(found.memory, process_bytes)]
+            found = tried(config, examples, say, bars, device)
+            for line in (*_time(config, found), *in_words(found.memory, process_bytes)):
+                say(line)
             if found.peak_bytes:
-                lines.append(f"memory on this card, measured in the trial: {found.peak_bytes / 1e9:.1f} GB")
+                say(f"memory on this card, measured in the trial: {found.peak_bytes / 1e9:.1f} GB")
         except EmmaError as fault:
-            problems, stops = [*problems, Problem("trial", str(fault), True)], True
-    lines.append("this run cannot start: see `stop` above" if stops else "this run can start")
-    return "\n".join([describe(examples, problems, config.data), *lines]), not stops
+            say(f"  stop  trial: {fault}")
+            stops = True
+    say("this run cannot start: see `stop` above" if stops else "this run can start")
+    return not stops
 
 
 def _time(config: TrainConfig, found: Tried) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from .losses import TimestepBuckets
 from .memory import Needed, needed
 from .own_latents import prompts_of
 from .parts import load_parts, prepare_precision
+from .progress import encoding_progress, progress_of
 from .runs import begin_run, encoded
 from .shards import Processes
 
@@ -41,9 +42,14 @@ class Tried:
     peak_bytes: int
 
 
-def tried(config: TrainConfig, examples: Sequence[Example], device: str = "") -> Tried:
+def tried(
+    config: TrainConfig, examples: Sequence[Example], say: Callable[[str], None], bars: bool = False, device: str = "",
+) -> Tried:
     """The run's own code on its first pictures, nothing of it kept.
 
+    Args:
+        say: told what is done, in lines, as with models of true sizes it takes minutes on a CPU.
+        bars, device: as `runs.run` takes them.
     Raises:
         EmmaError: what would have stopped the run.
     """
@@ -52,24 +58,23 @@ def tried(config: TrainConfig, examples: Sequence[Example], device: str = "") ->
         small = _small(config, Path(folder))
         small, dtype = prepare_precision(small, new_device(device == "cpu"))
         accelerator = new_accelerator(small.train.precision, device == "cpu")
+        say(f"trial: {_UPDATES} updates on {len(some)} pictures; loading the models")
         parts = load_parts(small, dtype, accelerator.device)
         started = time.monotonic()
-        data, *_ = encoded(small, parts, some, Path(folder), Processes(), _untold)
+        data, *_ = encoded(small, parts, some, Path(folder), Processes(), encoding_progress(say, bars))
         encoding = (time.monotonic() - started) * len(examples) / len(some)
         trainer = begin_run(small, parts, data, accelerator, Path(folder))
         kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
         memory = {name: needed(trainer, kind) for name, kind in kinds.items()}
         seconds = 0.0
-        for _ in range(_UPDATES):
-            started = time.monotonic()
-            trainer.update(TimestepBuckets())
-            seconds = time.monotonic() - started
+        with progress_of("trial update", _UPDATES, 0, say, bars) as progress:
+            for _ in range(_UPDATES):
+                started = time.monotonic()
+                trainer.update(TimestepBuckets())
+                seconds = time.monotonic() - started
+                progress.update(1)
         peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else 0
     return Tried(seconds, encoding, memory, peak)
-
-
-def _untold(what: str, done: int, total: int) -> None:
-    """How far the encoding is."""
 
 
 def _small(config: TrainConfig, folder: Path) -> TrainConfig:

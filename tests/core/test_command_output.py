@@ -37,6 +37,18 @@ def test_names_that_the_output_cannot_show_are_escaped(tmp_path, monkeypatch, en
         assert words in stream.buffer.getvalue().decode(encoding)
 
 
+def test_a_log_in_a_file_holds_each_line_as_soon_as_it_is_said(tmp_path, monkeypatch):
+    """Python keeps back what goes into a file, up to 8 KB: hours of a run."""
+    log = tmp_path / "run.log"
+    found = []
+    monkeypatch.setattr(command, "draw", lambda options: (print("begun"), found.append(log.read_text()))[:0])
+    with log.open("w", encoding="utf-8") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        assert main(["generate", "man cook"]) == 0
+        monkeypatch.undo()
+    assert found == ["begun\n"]
+
+
 def test_a_strangers_metadata_moves_no_cursor_and_forges_no_line(tmp_path, capsys):
     path = tmp_path / "a.safetensors"
     module = small_module()
