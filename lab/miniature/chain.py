@@ -25,8 +25,8 @@ from .timed import save_slim
 RECIPES = Path(__file__).parent / "recipes"
 _KEPT = ("files/**/*", "runs/*/*.safetensors", "scores/*", "logs/*", "states/*.json*", "data/card.json")
 MODULES, OWN_MODULES = ("style", "face", "object"), ("style", "face")
-BATCHES_ON_GPU = {"clip": 512, "autoencoder": 64, "t5": 512, "judge": 256, "base": 512, "ip": 256}
-SHARES = {"clip": 0.2, "autoencoder": 0.2, "t5": 0.1, "judge": 0.2, "base": 0.6, "ip": 0.2}  # of the minutes
+BATCHES_ON_GPU = {"text": 256, "clip": 512, "autoencoder": 64, "t5": 512, "judge": 256, "base": 512, "ip": 256}
+SHARES = {"text": 0.2, "clip": 0.2, "autoencoder": 0.2, "t5": 0.1, "judge": 0.2, "base": 0.6, "ip": 0.2}  # of the minutes
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ class Chain:
         return [
             [self._lab("dataset", "--packages", self.options.packages, "--out", self.data, "--jobs", self.options.jobs * 4,
                        done=self.data / "card.json")],
-            [self._timed("clip", "train_clip"), self._timed("autoencoder", "train_autoencoder"), self._timed("t5", "train_t5"),
-             self._timed("judge", "judge"), self._lab("lists", "--data", self.data, "--out", self.lists,
-                                                      done=self.lists / "portrait-heldout.jsonl")],
-            [self._lab("latents", "--data", self.data, "--autoencoder", self.states / "autoencoder.pt", "--out", latents,
+            [self._timed("text", "train_clip", "--convolutions"), self._timed("autoencoder", "train_autoencoder"),
+             self._timed("t5", "train_t5"), self._timed("judge", "judge"),
+             self._lab("lists", "--data", self.data, "--out", self.lists, done=self.lists / "portrait-heldout.jsonl")],
+            [self._timed("clip", "train_clip", "--text", self.states / "text.pt"),
+             self._lab("latents", "--data", self.data, "--autoencoder", self.states / "autoencoder.pt", "--out", latents,
                        "--device", self.options.device, done=latents)],
             [base],
             [self._lab("export", "--states", self.states, "--out", self.files)],

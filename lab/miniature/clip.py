@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from emma_core.encoders.families import MEAN, STD
 from emma_core.text.clip_layout import CLIP_L
 
+from ..playground.judge import Judge
 from ..weights import save_tensors
 
 if TYPE_CHECKING:
@@ -68,10 +70,21 @@ def trimmed(ids_BN: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
     return ids_BN[:, :longest + 1]
 
 
+class Convolutions(nn.Module):
+    """The judge's body in the vision tower's place, while the text tower learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.judge = Judge({"embeds": PROJECTION})
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(image_embeds=self.judge(pixel_values)["embeds"])
+
+
 class TinyCLIP(nn.Module):
     """Both towers, and the temperature of the contrast."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, vision: nn.Module | None = None):
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
         super().__init__()
@@ -79,7 +92,7 @@ class TinyCLIP(nn.Module):
         self.text = CLIPTextModelWithProjection(CLIPTextConfig(
             **TEXT_CONFIG, vocab_size=tokenizer.get_vocab_size(), bos_token_id=tokenizer.token_to_id(START),
             eos_token_id=end, pad_token_id=end, attn_implementation="eager"))
-        self.vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION_CONFIG, attn_implementation="eager"))
+        self.vision = vision or CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION_CONFIG, attn_implementation="eager"))
         self.register_buffer("mean_311", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("std_311", torch.tensor(STD)[:, None, None], persistent=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # CLIP's: 1 / 0.07

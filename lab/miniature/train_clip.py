@@ -1,12 +1,15 @@
 """`python -m lab.miniature.train_clip --data DIR --state FILE`: the tiny CLIP, contrastive, from pictures and their captions.
 
-`--vision-only` keeps the text tower as it is (a base may have grown up with it) and lets the vision tower learn on.
+Plain convolutions learn from few pictures many times faster than the vision tower, a transformer: with `--convolutions` they
+take its place, for a text tower that tells things apart. `--text STATE` begins with that text tower, frozen; `--vision-only`
+keeps the state's own as it is (a base may have grown up with it). Then the vision tower learns to follow.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -16,12 +19,12 @@ from lab.playground.judge import blemished
 from lab.playground.train_encoder import augmented
 
 from .captions import captions_of, full_caption
-from .clip import TinyCLIP, token_ids, train_tokenizer, trimmed
+from .clip import Convolutions, TinyCLIP, token_ids, train_tokenizer, trimmed
 from .dataset import PAIR, TRAIN, TRIPLE, Pictures, load
 from .feed import Feed, caption_tokens, one_caption
-from .timed import TimedRun, add_run_arguments, begin, load_averaged
+from .timed import TimedRun, add_run_arguments, begin, load_averaged, read_state
 
-BATCH, RATE, TONED_LESS = 160, 1e-3, 4
+BATCH, TEXTS, RATE, TONED_LESS = 96, 288, 1e-3, 4
 MOST_SCALE = 4.6052  # CLIP's own bound on the temperature: 1 / 0.01
 _CAPTIONS_FOR_TOKENIZER = 12
 
@@ -37,6 +40,12 @@ def saved_or_new_tokenizer(path: Path, data: Pictures):
     return Tokenizer.from_file(str(path))
 
 
+def text_tower_of(state: Path) -> dict[str, torch.Tensor]:
+    """Averaged weights of a state's text tower, and the temperature, under the names of `TinyCLIP`."""
+    saved = read_state(state)
+    return {key: value for key, value in {**saved["model"], **saved["average"]}.items() if not key.startswith("vision.")}
+
+
 def load_clip(state: Path, device: str) -> tuple[TinyCLIP, object]:
     """A trained CLIP, frozen, and its tokenizer."""
     from tokenizers import Tokenizer
@@ -45,12 +54,20 @@ def load_clip(state: Path, device: str) -> tuple[TinyCLIP, object]:
     return load_averaged(TinyCLIP(tokenizer), state, "cpu").to(device), tokenizer
 
 
-def contrast(image_BP: torch.Tensor, text_BP: torch.Tensor, ids_BN: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss, both ways. Rows of the same words are each other's right answer as well."""
-    logit_BB = scale.exp() * image_BP @ text_BP.T
-    same_BB = (ids_BN[:, None] == ids_BN).all(-1).float()
-    wanted_BB = same_BB / same_BB.sum(1, keepdim=True)
-    return (F.cross_entropy(logit_BB, wanted_BB) + F.cross_entropy(logit_BB.T, wanted_BB)) / 2
+def contrast(image_BP: torch.Tensor, text_MP: torch.Tensor, ids_MN: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss, both ways. Rows of the same words are each other's right answer as well.
+
+    Args:
+        image_BP, text_MP: unit vectors; the first B texts are those of the pictures, the others are wrong answers for them: a
+            text costs less to encode than a picture.
+        ids_MN: of the texts.
+        scale: logarithm of the factor on their products.
+    """
+    pictures = len(image_BP)
+    logit_BM = scale.exp() * image_BP @ text_MP.T
+    same_BM = (ids_MN[:pictures, None] == ids_MN).all(-1).float()
+    wanted_BM, wanted_BB = (same / same.sum(1, keepdim=True) for same in (same_BM, same_BM[:, :pictures]))
+    return (F.cross_entropy(logit_BM, wanted_BM) + F.cross_entropy(logit_BM[:, :pictures].T, wanted_BB)) / 2
 
 
 @torch.no_grad()
@@ -68,29 +85,38 @@ def retrieval(clip: TinyCLIP, tokenizer, feed: Feed, data: Pictures, positions: 
 def train(options: argparse.Namespace) -> None:
     begin(options)
     data, device = load(options.data), options.device
-    tokenizer = saved_or_new_tokenizer(options.state.with_suffix(".tokenizer.json"), data)
+    kept = options.state.with_suffix(".tokenizer.json")
+    if options.text and not kept.exists():
+        shutil.copyfile(options.text.with_suffix(".tokenizer.json"), kept)
+    tokenizer = saved_or_new_tokenizer(kept, data)
     captions_NKL = caption_tokens(data, tokenizer, options.data / "captions.safetensors").to(device)
     seen = data.positions(TRAIN)
     feed = Feed(data, seen, [1 / (1 + TONED_LESS * bool(data.rows[position].tone)) for position in seen], device)
-    clip = TinyCLIP(tokenizer).to(device)
-    if options.vision_only:
+    clip = TinyCLIP(tokenizer, Convolutions() if options.convolutions else None).to(device)
+    if options.text:
+        clip.load_state_dict(text_tower_of(options.text), strict=False)
+    if options.vision_only or options.text:
         for part in (clip.text, clip.logit_scale):
             part.requires_grad_(False)
     run = TimedRun(clip, options, RATE)
 
     def loss_of_batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        position_B = feed.draw(options.batch, generator)
-        ids_BL = one_caption(captions_NKL, position_B, generator)
+        position_M = feed.draw(options.batch + options.texts, generator)
+        position_B = position_M[:options.batch]
+        ids_ML = one_caption(captions_NKL, position_M, generator)
         image_B3SS = blemished(augmented(feed.small(position_B), generator), generator)
         with torch.no_grad():
             clip.logit_scale.clamp_(max=MOST_SCALE)
         with torch.autocast(device, torch.bfloat16):
             image_BP = clip.image_features(image_B3SS)
-            text_BP = clip.text_features(trimmed(ids_BL, tokenizer))
-        return {"loss": contrast(image_BP, text_BP, ids_BL, clip.logit_scale)}
+            text_MP = clip.text_features(trimmed(ids_ML, tokenizer))
+        return {"loss": contrast(image_BP, text_MP, ids_ML, clip.logit_scale)}
 
     run.run(loss_of_batch)
-    run.use_average()
+    if options.convolutions:
+        clip.eval()  # their batch norms' statistics are of the weights themselves, not of their average
+    else:
+        run.use_average()
     for split in (PAIR, TRIPLE):
         positions = data.positions(split)[::3]
         found = retrieval(clip, tokenizer, feed, data, positions, device)
@@ -101,6 +127,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser, minutes=8)
     parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--texts", type=int, default=TEXTS, help="captions of other pictures, beside those of the batch")
+    parser.add_argument("--convolutions", action="store_true", help="in place of the vision tower, to teach the text tower")
+    parser.add_argument("--text", type=Path, help="state with the text tower to begin with; it stays as it is")
     parser.add_argument("--vision-only", action="store_true", help="the text tower stays as it is in the state")
     train(parser.parse_args())
 

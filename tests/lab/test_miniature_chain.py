@@ -53,7 +53,8 @@ def chain(miniature_data, tmp_path_factory):
     """States of every stage, each after a few updates."""
     states = tmp_path_factory.mktemp("states")
     short = ["--data", miniature_data, "--minutes", "0.02", "--batch", "4"]
-    command("train_clip", *short, "--state", states / "clip.pt")
+    command("train_clip", *short, "--state", states / "text.pt", "--convolutions")
+    command("train_clip", *short, "--state", states / "clip.pt", "--text", states / "text.pt")
     command("latents", "--data", miniature_data, "--out", states / "latents.safetensors", "--every", "50")
     noise = ["--latents", states / "latents.safetensors", "--clip", states / "clip.pt"]
     command("train_base", *short, *noise, "--state", states / "base.pt")
@@ -78,6 +79,13 @@ def test_a_run_that_is_lengthened_goes_on_from_its_state(chain, miniature_data):
     ended = read_state(chain / "t5.pt")["step"]
     command("train_t5", "--data", miniature_data, "--minutes", "0.04", "--batch", "4", "--state", chain / "t5.pt")
     assert read_state(chain / "t5.pt")["step"] == ended  # its time is up
+
+
+def test_clip_begins_with_the_text_tower_that_convolutions_taught_and_keeps_it(chain):
+    taught, clip = (read_state(chain / f"{name}.pt") for name in ("text", "clip"))
+    text = {key: value for key, value in taught["average"].items() if key.startswith("text.")}
+    assert text and all(value.equal(clip["model"][key]) for key, value in text.items())
+    assert not any("judge" in key for key in clip["model"])
 
 
 def test_vision_only_leaves_the_text_tower_alone(chain, miniature_data, tmp_path):
