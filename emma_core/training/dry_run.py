@@ -8,7 +8,7 @@ from ..errors import EmmaError
 from .config import TrainConfig
 from .examples import describe
 from .foretold import problems_of
-from .memory import in_words
+from .memory import in_words, resident_bytes
 from .sizes import cache_bytes, checkpoint_bytes, learning_numbers
 from .trial import Tried, tried
 
@@ -21,7 +21,7 @@ def dry_run(config: TrainConfig, say: Callable[[str], None], bars: bool = False,
         say: told the report, in lines, and how far the trial is.
         bars, device: as `runs.run` takes them.
     """
-    process_bytes = _process_bytes()
+    begun_bytes = resident_bytes()
     examples, problems = problems_of(config)
     say(describe(examples, problems, config.data))
     checkpoints = checkpoint_bytes(config, learning_numbers(config))
@@ -30,8 +30,9 @@ def dry_run(config: TrainConfig, say: Callable[[str], None], bars: bool = False,
     if not stops:
         try:
             found = tried(config, examples, say, bars, device)
-            for line in (*_time(config, found), *in_words(found.memory, process_bytes)):
+            for line in (*_time(config, found), *in_words(found.memory, begun_bytes)):
                 say(line)
+            say(f"memory of this process while data are encoded, measured in the trial: {found.encoding_bytes / 1e9:.1f} GB")
             if found.peak_bytes:
                 say(f"memory on this card, measured in the trial: {found.peak_bytes / 1e9:.1f} GB")
         except EmmaError as fault:
@@ -45,10 +46,3 @@ def _time(config: TrainConfig, found: Tried) -> list[str]:
     hours = (found.update_seconds * config.train.steps + found.encoding_seconds) / 3600
     return [f"time: {found.update_seconds:.2f} s an update in a trial on this machine; {config.train.steps} of them and "
             f"encoding the data take about {hours:.1f} hours"]
-
-
-def _process_bytes() -> int:
-    """The memory of this process before it holds a model."""
-    import psutil  # comes with accelerate
-
-    return psutil.Process().memory_info().rss

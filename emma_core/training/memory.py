@@ -193,3 +193,10 @@ def on_machine(wanted: int, has: int, where: str) -> tuple[str, bool]:
     if wanted <= has:
         return told, True
     return f"{told}, which is not enough. Halve batch and double accumulate, or train on smaller pictures.", False
+
+
+def resident_bytes() -> int:
+    """The memory that this process takes now."""
+    import psutil  # comes with accelerate
+
+    return psutil.Process().memory_info().rss

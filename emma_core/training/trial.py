@@ -15,7 +15,7 @@ from .acceleration import new_accelerator, new_device
 from .config import TrainConfig
 from .examples import Example
 from .losses import TimestepBuckets
-from .memory import Needed, needed
+from .memory import Needed, needed, resident_bytes
 from .own_latents import prompts_of
 from .parts import load_parts, prepare_precision
 from .progress import encoding_progress, progress_of
@@ -32,12 +32,14 @@ class Tried:
     Args:
         update_seconds: of one update.
         encoding_seconds: of all pictures and texts, before the first one.
-        memory: what is needed, by type of the frozen weights.
+        encoding_bytes: of this process when all is encoded, with every model loaded.
+        memory: what updates need, by type of the frozen weights.
         peak_bytes: the most that was in use on a GPU; 0 on a CPU.
     """
 
     update_seconds: float
     encoding_seconds: float
+    encoding_bytes: int
     memory: dict[str, Needed]
     peak_bytes: int
 
@@ -63,6 +65,7 @@ def tried(
         started = time.monotonic()
         data, *_ = encoded(small, parts, some, Path(folder), Processes(), encoding_progress(say, bars))
         encoding = (time.monotonic() - started) * len(examples) / len(some)
+        loaded = resident_bytes()
         trainer = begin_run(small, parts, data, accelerator, Path(folder))
         kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
         memory = {name: needed(trainer, kind) for name, kind in kinds.items()}
@@ -74,7 +77,7 @@ def tried(
                 seconds = time.monotonic() - started
                 progress.update(1)
         peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else 0
-    return Tried(seconds, encoding, memory, peak)
+    return Tried(seconds, encoding, loaded, memory, peak)
 
 
 def _small(config: TrainConfig, folder: Path) -> TrainConfig:

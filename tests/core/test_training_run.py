@@ -151,7 +151,7 @@ def test_a_dry_run_lists_and_writes_nothing(pictures, tmp_path, capsys):
     told = capsys.readouterr().out
     places = [told.find(part) for part in (
         "pictures: 4 to learn from", "GB of checkpoints", "loading the models", "encoding ", "trial update 1 of 2",
-        "trial update 2 of 2", "s an update in a trial", "memory, bf16:", "this run can start")]
+        "trial update 2 of 2", "s an update in a trial", "memory, bf16:", "while data are encoded", "this run can start")]
     assert -1 not in places and places == sorted(places), (places, told)  # before each wait it says what it waits for
     assert main(["train", "--dry-run", "--data.folder", str(tmp_path / "bad")]) == 1
     told = capsys.readouterr().out
