@@ -6,7 +6,7 @@ Shapes: B rows, K cross-attention tokens of width W, latents 4 x h x w.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import comfy.model_management
@@ -29,7 +29,8 @@ from ..emma_core.training.log import Log
 from ..emma_core.training.losses import TIMESTEPS
 from ..emma_core.training.places import place_weights
 from ..emma_core.training.progress import Lines
-from ..emma_core.training.reports import Reporter
+from ..emma_core.training.reports import SAMPLES, Reporter, sheet_name
+from ..emma_core.training.samples import add_thumbnail
 from ..emma_core.training.sizes import cache_bytes, check_room, checkpoint_bytes, numbers_of_blocks
 from ..emma_core.training.student import OwnText, TeacherTarget
 from ..emma_core.training.trainer import Trainer, gain_of_reference
@@ -41,6 +42,7 @@ from .foretelling import NodeText, foretell
 from .latents import normal
 from .loaded import LoadedModule, load_emma_module
 from .naming import below, numbered
+from .sheets import GraphSampler, sampler_for
 from .training_folder import FolderSet, TrainingFolder
 from .training_set import (
     GraphSet,
@@ -58,13 +60,36 @@ _SUFFIX = ".safetensors"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def train(inputs: TrainingInputs, config: TrainConfig, node: str | None = None) -> tuple[LoadedModule, list[float], str]:
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What comes out of a run.
+
+    Args:
+        module: as it was saved.
+        losses: of every update.
+        report: in words.
+        sheet: the last sample sheet; None: there is none.
+    """
+
+    module: LoadedModule
+    losses: list[float]
+    report: str
+    sheet: Path | None
+
+    @property
+    def shown(self) -> dict | None:
+        """For `ui` of a node's output: the sheet where it lies, as Save Image shows its pictures."""
+        if self.sheet is None:
+            return None
+        folder = self.sheet.parent.relative_to(Path(folder_paths.get_output_directory()))
+        return {"images": [{"filename": self.sheet.name, "subfolder": folder.as_posix(), "type": "output"}]}
+
+
+def train(inputs: TrainingInputs, config: TrainConfig, node: str | None = None) -> Trained:
     """Train a module in `output/emma_training/<name>`; the same run, interrupted or with more steps, goes on.
 
     Args:
         node: id of the node that shows what the run needs and how far it is.
-    Returns:
-        The module, the loss of every update, and a report.
     Raises:
         TrainingConfigError, TrainingDataError, TrainingError, ConnectorMismatchError: found, wanted and what to do.
         InterruptProcessingException: the host's Cancel; checkpoint and module are saved.
@@ -95,14 +120,18 @@ def train(inputs: TrainingInputs, config: TrainConfig, node: str | None = None) 
         frozen = Frozen(denoiser, source, base, encoder.encoder.description, teacher, places, own)
         with alone_in(folder):
             trainer = begin(config, frozen, data, accelerator, folder)
+            sampler = None
+            if inputs.folder is not None and config.report.sample_every:
+                sampler = sampler_for(inputs.model, inputs.folder, config, data, denoiser, own)
+            comfy.model_management.unload_all_models()  # what read the texts
             told = NodeText(node)
             foretell(trainer, told)
             trainer.resume()
-            losses = _run(trainer, told)
+            losses, sheet = _run(trainer, told, sampler)
         report = _report(trainer, losses)
         told.end(report)
     comfy.model_management.soft_empty_cache()
-    return load_emma_module(str(folder / f"{config.output.name}{_SUFFIX}")), losses, report
+    return Trained(load_emma_module(str(folder / f"{config.output.name}{_SUFFIX}")), losses, report, sheet)
 
 
 def _check_room(wanted: Path, inputs: TrainingInputs, config: TrainConfig) -> None:
@@ -207,22 +236,32 @@ def _run_folder(
     return folder, replace(config, output=replace(config.output, folder=str(folder), name=wanted.name))
 
 
-def _run(trainer: Trainer, told: NodeText) -> list[float]:
-    """The loss of every update, those of earlier sittings too."""
+def _run(trainer: Trainer, told: NodeText, sampler: GraphSampler | None) -> tuple[list[float], Path | None]:
+    """The loss of every update, those of earlier sittings too, and the last sample sheet."""
     steps = trainer.config.train.steps
     progress, lines = comfy.utils.ProgressBar(steps), Lines("update", steps, trainer.step, told.now)
-    log, tell = Log(trainer.folder / "losses.jsonl"), Reporter(trainer.config, trainer, progress=lines)
+    log = Log(trainer.folder / "losses.jsonl")
+    tell = Reporter(trainer.config, trainer, sampler, lines, ends=(comfy.model_management.InterruptProcessingException,))
+    if sampler:
+        sampler.begin(trainer)
 
     def after_step(done) -> None:
         log.write(step=done.step, loss=done.loss)
         tell(done)
-        progress.update_absolute(done.step)
+        sheet = tell.drawn_at(done.step)
+        progress.update_absolute(done.step, preview=("JPEG", sheet.image(), None) if sheet else None)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     trainer.run(after_step)
     told = [(line.get("step"), line.get("loss")) for line in log.read()]
     known = {step: loss for step, loss in told if type(step) is int and type(loss) is float}  # of lines that are whole
-    return [known[step] for step in sorted(known) if step <= trainer.step]
+    losses = [known[step] for step in sorted(known) if step <= trainer.step]
+    sheet = tell.sample()
+    if sheet is None:
+        return losses, None
+    if trainer.config.output.thumbnail:
+        add_thumbnail(trainer, sheet.thumbnail())
+    return losses, trainer.folder / SAMPLES / sheet_name(sheet.step)
 
 
 def _report(trainer: Trainer, losses: Sequence[float]) -> str:

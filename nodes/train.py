@@ -42,6 +42,7 @@ class EMMATrainModule(io.ComfyNode):
         cls, model, encoder, name, condition, steps, batch, accumulate, rate, gate_rate, seed, precision, timestep_power,
         inverse_snr, average, checkpoint_every, ella=(None,), latents=(), positive=(), reference_image=(), start=(None,),
         teacher_model=(None,), teacher_positive=(), teacher=(None,), training_set=(None,), patience=(_TRAIN["patience"],),
+        sample_every=(0,),
     ) -> io.NodeOutput:
         from ..emma_core.training.config import resolve  # here, as the trainer takes long to import
 
@@ -51,12 +52,13 @@ class EMMATrainModule(io.ComfyNode):
             "train.precision": host.training.precision_of(precision[0]), "train.average": average[0],
             "objective.timestep_power": timestep_power[0], "objective.inverse_snr": inverse_snr[0],
             "train.patience": patience[0], "report.save_every": checkpoint_every[0], "report.keep": 1,
+            "report.sample_every": sample_every[0],
             **({} if training_set[0] else _OF_LATENTS),
         })
         inputs = host.training.TrainingInputs(model[0], ella[0], latents, positive, reference_image, encoder[0], start[0],
                                               teacher_model[0], teacher_positive, teacher[0], training_set[0])
-        module, losses, report = host.training.train(inputs, config, cls.hidden and cls.hidden.unique_id)
-        return io.NodeOutput(module, {"loss": losses}, report)
+        made = host.training.train(inputs, config, cls.hidden and cls.hidden.unique_id)
+        return io.NodeOutput(made.module, {"loss": made.losses}, made.report, ui=made.shown)
 
 
 def _wired() -> list[io.Input]:
@@ -123,6 +125,9 @@ def _optional() -> list[io.Input]:
         advanced(io.Int.Input("patience", default=_TRAIN["patience"], min=0, max=1_000_000, optional=True,
                               tooltip="With a training_set of 40 pictures or more: ends when the gain on held-out pictures "
                                       "has not grown for so many updates, not before half of the steps. 0: never.")),
+        advanced(io.Int.Input("sample_every", default=500, min=0, max=1_000_000, optional=True,
+                              tooltip="With a training_set: updates between sample sheets, which show on the node, as long as "
+                                      "they take no more than 5% of the time, and one at the end. 0: none.")),
     ]
 
 

@@ -72,12 +72,18 @@ def _found(setting: str, value: Any, keys: Sequence[str], comfyui: ModelFolders)
     return found_file(setting, value, keys, comfyui)
 
 
-def _with_tokenizer(section: Any, comfyui: ModelFolders) -> Any:
-    if not isinstance(section, EllaConfig) or section.tokenizer or not section.text_encoder or comfyui.tokenizer is None:
-        return section
+def tokenizer_of(text_encoder: str, comfyui: ModelFolders | None) -> str:
+    """ComfyUI's standard tokenizer for a T5 without one of its own, which it suits; else ""."""
+    if not text_encoder or comfyui is None or comfyui.tokenizer is None:
+        return ""
     try:
-        text_encoder = open_t5_file(section.text_encoder)
+        file = open_t5_file(text_encoder)
     except TextEncoderFileError:
-        return section  # told where it is loaded
-    standard = text_encoder.tokenizer_path is None and has_standard_vocabulary(text_encoder)
-    return dataclasses.replace(section, tokenizer=str(comfyui.tokenizer)) if standard else section
+        return ""  # told where it is loaded
+    return str(comfyui.tokenizer) if file.tokenizer_path is None and has_standard_vocabulary(file) else ""
+
+
+def _with_tokenizer(section: Any, comfyui: ModelFolders) -> Any:
+    if not isinstance(section, EllaConfig) or section.tokenizer:
+        return section
+    return dataclasses.replace(section, tokenizer=tokenizer_of(section.text_encoder, comfyui))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -22,7 +23,7 @@ from .backbones import Backbone
 from .config import PICTURES_AT_ONCE
 from .denoiser import NO_EXTRA
 from .own_text import beside_text, sizes_of
-from .schedule import scheduler_for
+from .schedule import TIMESTEPS, Ddim
 from .spec import PLAYGROUND_SPEC, SD15, BaseSpec
 
 PIXELS_PER_LATENT = SD15.pixels_per_latent
@@ -41,9 +42,9 @@ class Sampling:
     height_px: int = PLAYGROUND_SPEC.side_px
 
     def __post_init__(self):
-        if self.steps < 1 or self.width_px % PIXELS_PER_LATENT or self.height_px % PIXELS_PER_LATENT:
-            raise ImageInputError(f"{self.steps} steps at {self.width_px} x {self.height_px} pixels; wanted 1 step or more "
-                                  f"and sides that are multiples of {PIXELS_PER_LATENT}.")
+        if not 1 <= self.steps < TIMESTEPS or self.width_px % PIXELS_PER_LATENT or self.height_px % PIXELS_PER_LATENT:
+            raise ImageInputError(f"{self.steps} steps at {self.width_px} x {self.height_px} pixels; wanted 1 to "
+                                  f"{TIMESTEPS - 1} steps and sides that are multiples of {PIXELS_PER_LATENT}.")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ class Pipeline:
         decode: latents of unit deviation -> pictures (B, 3, H, W) in [-1, 1].
         spec: of the base: its latents, its noise schedule, what it predicts.
         assemble: (connector, text, timesteps, assembly) -> what each timestep predicts with, as `terms_over_schedule`.
-        pooled_text: prompts -> pooled vectors (1, P) each, of a base that reads them.
+        beside: (prompts, how they are sampled) -> what the base reads beside the tokens, by its name: tensors with a row for
+            each prompt, or values for all.
+        time_T: what modules count at each timestep; None: the timesteps.
+        kept: a prompt -> (1, N) False where a token is padding; None: none is.
     """
 
     encode_text: Callable[[Sequence[str]], list[torch.Tensor]]
@@ -77,15 +81,27 @@ class Pipeline:
     decode: Callable[[torch.Tensor], torch.Tensor]
     spec: BaseSpec
     assemble: Callable[[Connector, torch.Tensor, torch.Tensor, Assembly], list[TokenTerms]] = terms_over_schedule
-    pooled_text: Callable[[Sequence[str]], list[torch.Tensor]] | None = None
+    beside: Callable[[Sequence[str], Sampling], Mapping[str, Any]] = lambda prompts, sampling: NO_EXTRA
+    time_T: torch.Tensor | None = None
+    kept: Callable[[str], torch.Tensor | None] = lambda prompt: None
 
 
 def pipeline_for(
     backbone: Backbone, connector: Connector | OwnTokens, encode_text: Callable[[Sequence[str]], list[torch.Tensor]],
     pooled_text: Callable[[Sequence[str]], list[torch.Tensor]] | None = None,
 ) -> Pipeline:
-    """The pipeline of a base and its text, whoever draws: commands, sample sheets, thumbnails, evaluations."""
-    return Pipeline(encode_text, connector, backbone.predict_noise, backbone.decode, backbone.spec, pooled_text=pooled_text)
+    """The pipeline of a base and its text, whoever draws: commands, sample sheets, thumbnails, evaluations.
+
+    Args:
+        pooled_text: prompts -> pooled vectors (1, P) each, of a base that reads them.
+    """
+    def beside(prompts: Sequence[str], sampling: Sampling) -> Mapping[str, torch.Tensor]:
+        if pooled_text is None or not backbone.spec.pooled_width:
+            return NO_EXTRA
+        size_px = (sampling.width_px, sampling.height_px)
+        return beside_text(torch.cat(pooled_text(prompts)), sizes_of([(size_px, size_px)] * len(prompts)))
+
+    return Pipeline(encode_text, connector, backbone.predict_noise, backbone.decode, backbone.spec, beside=beside)
 
 
 def initial_noise(seed: int, sampling: Sampling, spec: BaseSpec) -> torch.Tensor:
@@ -116,43 +132,41 @@ def generate(
 
 
 def _sample(pipeline: Pipeline, requests: Sequence[Request], sampling: Sampling) -> torch.Tensor:
-    scheduler = scheduler_for(pipeline.spec.alphas_cumprod_T, pipeline.spec.prediction)
-    scheduler.set_timesteps(sampling.steps)
+    scheduler = Ddim(pipeline.spec.alphas_cumprod_T, pipeline.spec.prediction, sampling.steps)
     positive_T = _terms(pipeline, [(request.prompt, request.assembly) for request in requests], scheduler.timesteps)
     negative_T = _terms(pipeline, [(request.negative, Assembly()) for request in requests], scheduler.timesteps)
     # in float32, whatever the tokens are: half precision would round at every step
     noises = [initial_noise(request.seed, sampling, pipeline.spec) for request in requests]
     noise_B4hw = torch.cat(noises).to(positive_T[0].tokens_BKW.device)
-    latent_B4hw = scheduler.add_noise(torch.zeros_like(noise_B4hw), noise_B4hw, scheduler.timesteps[:1])
+    latent_B4hw = scheduler.begin(noise_B4hw)
     beside = _beside(pipeline, requests, sampling, noise_B4hw.device)
     for timestep, positive, negative in zip(scheduler.timesteps, positive_T, negative_T, strict=True):
         both = joined(_of_one_length([positive, negative]))
         with_text_B4hw, without_B4hw = _predict(pipeline, latent_B4hw, timestep, both, beside).chunk(2)
         guided_B4hw = without_B4hw + sampling.guidance * (with_text_B4hw - without_B4hw)
-        latent_B4hw = scheduler.step(guided_B4hw, timestep, latent_B4hw).prev_sample
+        latent_B4hw = scheduler.step(guided_B4hw, int(timestep), latent_B4hw)
     return latent_B4hw
 
 
 def _beside(
     pipeline: Pipeline, requests: Sequence[Request], sampling: Sampling, device: torch.device
-) -> Mapping[str, torch.Tensor]:
+) -> Mapping[str, Any]:
     """What the base reads beside the tokens of the positives and then of the negatives; empty for most."""
-    if pipeline.pooled_text is None or not pipeline.spec.pooled_width:
-        return NO_EXTRA
     prompts = [request.prompt for request in requests] + [request.negative for request in requests]
-    size_px = (sampling.width_px, sampling.height_px)
-    told = beside_text(torch.cat(pipeline.pooled_text(prompts)), sizes_of([(size_px, size_px)] * len(prompts)))
-    return {name: value.to(device) for name, value in told.items()}
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in pipeline.beside(prompts, sampling).items()}
 
 
 def _predict(
-    pipeline: Pipeline, latent_B4hw: torch.Tensor, timestep: torch.Tensor, both: TokenTerms, beside: Mapping[str, torch.Tensor]
+    pipeline: Pipeline, latent_B4hw: torch.Tensor, timestep: torch.Tensor, both: TokenTerms, beside: Mapping[str, Any]
 ) -> torch.Tensor:
     """What the positives and then the negatives predict, (2B, 4, h, w); at most 2B evaluations at once."""
     latent_N4hw = repeat(latent_B4hw, "b c h w -> (sides b) c h w", sides=2)[both.rows]
     predicted = []
     for at_A in torch.arange(len(latent_N4hw), device=latent_N4hw.device).split(2 * len(latent_B4hw)):
-        more = ({name: value[both.rows[at_A]] for name, value in beside.items()},) if beside else ()
+        rows_A = both.rows[at_A]
+        more = ({name: value[rows_A] if isinstance(value, torch.Tensor) else value for name, value in beside.items()},)
+        more = more if beside else ()
         timestep_A = timestep.to(latent_N4hw.device).expand(len(at_A))
         predicted.append(pipeline.predict_noise(latent_N4hw[at_A], timestep_A, both.stacked[at_A], *more))
     return both.added(torch.cat(predicted))
@@ -169,10 +183,13 @@ def _terms(
 ) -> list[TokenTerms]:
     """Of each timestep: each entry's text has its own length, so each is computed alone, all timesteps in one pass."""
     texts = pipeline.encode_text([prompt for prompt, _ in entries])
+    time_T = timestep_T if pipeline.time_T is None else pipeline.time_T[timestep_T]
     known: dict = {}
     for (prompt, assembly), text_1ND in zip(entries, texts, strict=True):
         key = (prompt, assembly.references, assembly.addition)
         if key not in known:
-            known[key] = pipeline.assemble(pipeline.connector, text_1ND, timestep_T, assembly)
+            kept_1N, source = pipeline.kept(prompt), pipeline.connector
+            source = source if kept_1N is None else replace(source, kept_FK=kept_1N.to(text_1ND.device))
+            known[key] = pipeline.assemble(source, text_1ND, time_T, assembly)
     each = [known[prompt, assembly.references, assembly.addition] for prompt, assembly in entries]
     return [joined(_of_one_length(of_entries)) for of_entries in zip(*each, strict=True)]

@@ -5,18 +5,12 @@ Shapes: B rows, T timesteps, latents C x h x w.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from ..model.strength_keyframes import TIMESTEPS
 
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
-
 # Stable Diffusion's: the square roots of beta grow in equal steps, which diffusers calls "scaled_linear"
 _BETA_START, _BETA_END = 0.00085, 0.012
-_SAME_SCHEDULE = 1e-4  # of alphas_cumprod: what the rounding of published schedules explains
 
 
 def alphas_cumprod() -> torch.Tensor:
@@ -38,17 +32,31 @@ def add_noise(latent_BChw: torch.Tensor, noise_BChw: torch.Tensor, kept_B: torch
     return kept_B111.sqrt() * latent_BChw + (1 - kept_B111).sqrt() * noise_BChw
 
 
-def scheduler_for(alphas_cumprod_T: torch.Tensor, prediction: str) -> DDIMScheduler:
-    """DDIM on a base's schedule and prediction, at the timesteps of ComfyUI's `ddim_uniform`, down to no noise at all."""
-    from diffusers import DDIMScheduler
+class Ddim:
+    """DDIM without added noise (arXiv 2010.02502, eq. 12 with sigma = 0) at the timesteps of ComfyUI's `ddim_uniform`.
 
-    scheduler = DDIMScheduler(
-        num_train_timesteps=TIMESTEPS, beta_start=_BETA_START, beta_end=_BETA_END, beta_schedule="scaled_linear",
-        prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction], timestep_spacing="leading", steps_offset=1,
-        set_alpha_to_one=True, clip_sample=False,
-    )
-    kept_T = alphas_cumprod_T.detach().cpu().double()
-    if torch.allclose(kept_T, scheduler.alphas_cumprod.double(), rtol=0, atol=_SAME_SCHEDULE):
-        return scheduler
-    before_T = torch.cat([kept_T.new_ones(1), kept_T[:-1]])
-    return DDIMScheduler.from_config(scheduler.config, trained_betas=(1 - kept_T / before_T).tolist())
+    Args:
+        alphas_cumprod_T: of a base, see `BaseSpec`.
+        prediction: "eps" or "v".
+        steps: how many, down to no noise at all.
+    """
+
+    def __init__(self, alphas_cumprod_T: torch.Tensor, prediction: str, steps: int):
+        self._kept_T, self._prediction = alphas_cumprod_T.detach().cpu(), prediction
+        self._stride = TIMESTEPS // steps
+        self.timesteps = (torch.arange(steps) * self._stride).flip(0) + 1
+
+    def begin(self, noise_BChw: torch.Tensor) -> torch.Tensor:
+        """Nothing but noise, of the size that it has at the first timestep."""
+        return (1 - self._kept_T[self.timesteps[0]]).sqrt() * noise_BChw
+
+    def step(self, predicted_BChw: torch.Tensor, timestep: int, latent_BChw: torch.Tensor) -> torch.Tensor:
+        """The latents at the next timestep."""
+        kept, following = self._kept_T[timestep], timestep - self._stride
+        kept_next = self._kept_T[following] if following >= 0 else kept.new_tensor(1.0)
+        if self._prediction == "v":
+            clean_BChw = kept.sqrt() * latent_BChw - (1 - kept).sqrt() * predicted_BChw
+            noise_BChw = kept.sqrt() * predicted_BChw + (1 - kept).sqrt() * latent_BChw
+        else:
+            clean_BChw, noise_BChw = (latent_BChw - (1 - kept).sqrt() * predicted_BChw) / kept.sqrt(), predicted_BChw
+        return kept_next.sqrt() * clean_BChw + (1 - kept_next).sqrt() * noise_BChw

@@ -17,6 +17,7 @@ from ..files.plain_file import read_text
 from ..model.gated_resampler import GatedResampler
 from ..training.log import Log
 from ..training.words import bucket_name
+from .flags import add_comfyui, find_files
 from .inspect import draw
 
 _SHEET, _GATES, _CURVE, _THUMBNAIL = "sheet.png", "gates.png", "loss.png", "thumbnail.jpg"
@@ -36,12 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-encoder", type=Path, help="for the gate map: ELLA's text encoder")
     parser.add_argument("--prompt", default="a woman", help="text that the gates see")
     parser.add_argument("--timestep", type=float, default=700.0, help="of the gate map, 0 to 999")
+    add_comfyui(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Make the folder, and say what it lacks."""
     try:
-        out, lacking = make_card(options)
+        out, lacking = make_card(find_files(options))
         print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
         for note in lacking:
             print(f"note: {note}")

@@ -6,9 +6,25 @@ import argparse
 import dataclasses
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+from ..base.config import BaseConfig, EllaConfig
+from ..base.found_files import found_file, tokenizer_of
+from ..files.comfyui_folders import find_comfyui
 from ..settings import sections
+
+
+def _folders(of: type, key: str) -> tuple[str, ...]:
+    return next(entry.metadata["folders"] for entry in dataclasses.fields(of) if entry.name == key)
+
+
+# arguments of commands that have no configuration: as messages name them, and where ComfyUI has such files
+_MODEL_FILES = {
+    "file": ("the module", ("emma",)), "ella": ("--ella", _folders(EllaConfig, "file")),
+    "text_encoder": ("--text-encoder", _folders(EllaConfig, "text_encoder")),
+    "checkpoint": ("--checkpoint", _folders(BaseConfig, "checkpoint")),
+}
 
 
 def add_keys(parser: argparse.ArgumentParser, of: type) -> None:
@@ -26,6 +42,22 @@ def add_comfyui(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--comfyui", default="", metavar="DIR",
                         help="a ComfyUI: files may be named as in its model folders, its extra_model_paths.yaml honoured "
                              "(default: the first of COMFYUI_PATH, or the ComfyUI that this pack is installed in)")
+
+
+def find_files(options: argparse.Namespace) -> argparse.Namespace:
+    """Arguments with the model files that they name as paths, as settings of runs are; a T5's tokenizer as ``tokenizer``.
+
+    Args:
+        options: of a parser with `add_comfyui`.
+    Raises:
+        SettingsError: see `found_file` and `find_comfyui`.
+    """
+    comfyui, found = find_comfyui(options.comfyui), {}
+    for name, (flag, folders) in _MODEL_FILES.items():
+        if value := getattr(options, name, None):
+            found[name] = Path(found_file(flag, str(value), folders, comfyui))
+    text_encoder = str(found.get("text_encoder", ""))
+    return argparse.Namespace(**{**vars(options), **found, "tokenizer": tokenizer_of(text_encoder, comfyui)})
 
 
 def changes_of(options: argparse.Namespace) -> dict[str, Any]:

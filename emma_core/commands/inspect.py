@@ -22,6 +22,7 @@ from ..model.gated_resampler import GatedResampler
 from ..model.module_config import ModuleConfig
 from ..playground import PLAYGROUND_DIR
 from ..text.encoder import load_text_encoder
+from .flags import add_comfyui, find_files
 
 _TIMESTEP = 700
 _LONGEST_VALUE = 800  # letters
@@ -37,11 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                                         "folder")
     parser.add_argument("--prompt", default="a woman", help="text that the gates see")
     parser.add_argument("--timestep", type=float, default=_TIMESTEP, help="0 to 999")
+    add_comfyui(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print, and draw if asked to."""
     try:
+        options = find_files(options)
         module = load_module(options.file)
         if options.gate_map:
             check_new_folder(options.gate_map.parent, "--gate-map")
@@ -119,6 +122,7 @@ def _of_ella(module: GatedResampler, options: argparse.Namespace) -> tuple[Token
         raise EmmaError(f"{options.file.name} was not trained on the playground: name its ELLA and text encoder with --ella "
                         "and --text-encoder to draw its gate map.")
     connector = load_connector(options.ella) if options.ella else own
-    text_encoder = load_text_encoder(options.text_encoder or PLAYGROUND_DIR / "t5.safetensors", width=connector.config.text_dim)
+    text_encoder = load_text_encoder(options.text_encoder or PLAYGROUND_DIR / "t5.safetensors", width=connector.config.text_dim,
+                                     tokenizer=options.tokenizer or None)
     [text] = text_encoder.encode([options.prompt])
     return connector, text

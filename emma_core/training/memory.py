@@ -119,10 +119,12 @@ def needed(trainer: Trainer, dtype: torch.dtype) -> Needed:
         begun = living.now
         module.train()
         optimizer = make_optimizer(_Learning(module), config)
-        for _ in range(2):  # the optimizer's state comes with the first one
-            _update(trainer, denoiser, connector, module)
-            optimizer.step()
-            optimizer.zero_grad()
+        for value in _Learning(module).values():  # the optimizer's state comes with the first update
+            value.grad = torch.zeros_like(value)
+        optimizer.step()
+        optimizer.zero_grad()
+        _update(trainer, denoiser, connector, module)
+        optimizer.step()
         del average
     return Needed(begun + taught, living.peak + taught)
 
@@ -130,6 +132,9 @@ def needed(trainer: Trainer, dtype: torch.dtype) -> Needed:
 @dataclass(frozen=True, eq=False)
 class _Learning:
     module: nn.Module
+
+    def values(self) -> list[nn.Parameter]:
+        return [value for _, value in self.parameters()]
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, value) for name, value in self.module.named_parameters() if value.requires_grad)

@@ -21,11 +21,17 @@ from .samples import Sampler, Sheet
 from .trainer import Trainer, UpdateReport
 from .words import bucket_name
 
+SAMPLES = "samples"  # folder of the sheets
 _CURVE_PX = (760, 420)
 _MARGIN_LEFT, _MARGIN_TOP, _MARGIN_RIGHT, _MARGIN_BOTTOM = 64, 34, 190, 44
 _MOST_STEPS = 10**12  # of a line that is not damaged
 _INK, _GRID, _PAPER = (40, 40, 40), (225, 225, 225), (255, 255, 255)
 _COLOURS = ((33, 102, 172), (103, 169, 207), (120, 120, 120), (239, 138, 98), (178, 24, 43))
+
+
+def sheet_name(step: int) -> str:
+    """Of the file of the sheet that was drawn after an update."""
+    return f"{step:08d}.png"
 
 
 class Reporter:
@@ -36,10 +42,12 @@ class Reporter:
         trainer: the run.
         sampler: draws sample sheets, or None.
         progress: shows each update, or None.
+        ends: what ends the run where drawing raises it; all else ends the drawing of sheets alone.
     """
 
     def __init__(self, config: TrainConfig, trainer: Trainer, sampler: Sampler | None = None,
-                 progress: Bar | Lines | None = None):
+                 progress: Bar | Lines | None = None, ends: tuple[type[Exception], ...] = ()):
+        self._ends = ends
         self._config, self._trainer, self._sampler, self._progress = config, trainer, sampler, progress
         self._drawn: Sheet | None = None
         self._sheets, self.sheet_seconds = 0, 0.0
@@ -67,6 +75,10 @@ class Reporter:
         once = self.sheet_seconds / self._sheets if self._sheets else 0.0
         return not self._sheets or self.sheet_seconds + once <= self._config.report.sample_share * (seconds + once)
 
+    def drawn_at(self, step: int) -> Sheet | None:
+        """The sheet that was drawn after this update, if one was."""
+        return self._drawn if self._drawn is not None and self._drawn.step == step else None
+
     def sample(self) -> Sheet | None:
         """The sample sheet of now, also in the folder `samples`; None without a sampler, or where drawing failed.
 
@@ -77,8 +89,10 @@ class Reporter:
         started = time.monotonic()
         try:
             self._drawn = self._sampler.sheet(self._trainer)
-            path = make_folder(self._trainer.folder / "samples") / f"{self._trainer.step:08d}.png"
-            write_picture(path, self._drawn.image())
+            make_folder(self._trainer.folder / SAMPLES)
+            write_picture(self._trainer.folder / SAMPLES / sheet_name(self._trainer.step), self._drawn.image())
+        except self._ends:
+            raise
         except Exception as found:
             self._sampler = self._drawn = None
             warnings.warn(f"no more sample sheets are drawn, as one failed: {found}. Training goes on.", EmmaWarning,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,10 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..base.parts import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Parts
-from ..drawing import thumbnails
 from ..files.picture_file import open_picture, picture_tensor
 from ..files.writing import make_folder, write_text
-from ..model.gated_resampler import GatedResampler
 from ..playground import PLAYGROUND
 from .acceleration import new_accelerator, new_device
 from .beginning import Frozen, begin
@@ -33,9 +30,9 @@ from .places import place_weights
 from .prepare import prepare
 from .prepared import Prepared
 from .progress import encoding_progress, progress_of
-from .reports import Reporter
+from .reports import SAMPLES, Reporter
 from .sample_prompts import sample_prompts
-from .samples import Sampler
+from .samples import Sampler, SampleReferences, add_thumbnail, pipeline_of_base, references_of
 from .shards import Processes
 from .student import TeacherTarget
 from .teacher import TeacherText
@@ -45,16 +42,6 @@ from .words import gain_in_words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-_SAMPLE_REFERENCES = 2  # shown if the configuration names none
-
-
-@dataclass(frozen=True, eq=False)
-class SampleReferences:
-    """References of the sample sheets: name -> (V, D) of each, and the pictures (H, W, 3) themselves."""
-
-    features: Sequence[Mapping[str, torch.Tensor]]
-    pictures: Sequence[torch.Tensor]
 
 
 def run(
@@ -105,7 +92,8 @@ def _run(
         write_text(folder / "config.toml", config.to_toml())
         if resumed:
             say(f"going on after update {trainer.step}")
-    sampler = Sampler(parts.backbone, config.report, texts.tokens, texts.pooled, references.features, data.bucket(0),
+    sampler = Sampler(pipeline_of_base(parts.backbone, texts.tokens, texts.pooled), config.report,
+                      [prompt for prompt in texts.tokens if prompt] or [""], references.features, data.bucket(0),
                       references.pictures)
     drawing = sampler if config.report.sample_every and accelerator.is_main_process else None
     if drawing:
@@ -123,12 +111,12 @@ def _finish(trainer: Trainer, reporter: Reporter, sampler: Sampler, parts: Parts
     config, module = trainer.config, trainer.student.module
     sheet = reporter.sample()
     if sheet is not None:
-        say(f"samples: {trainer.folder / 'samples'}; sheets took {reporter.sheet_seconds:.0f} s, training "
+        say(f"samples: {trainer.folder / SAMPLES}; sheets took {reporter.sheet_seconds:.0f} s, training "
             f"{trainer.seconds:.0f} s")
     if module is None:
         return
     if config.output.thumbnail:
-        _add_thumbnail(trainer, module, sheet.thumbnail() if sheet is not None else sampler.picture(trainer))
+        add_thumbnail(trainer, sheet.thumbnail() if sheet is not None else sampler.picture(trainer))
     if config.output.calibrate:
         found = calibrate_result(trainer, sampler, parts)
         reporter.log.write(step=trainer.step, likeness=dict(found.likeness), strength=found.strength)
@@ -140,13 +128,6 @@ def _finish(trainer: Trainer, reporter: Reporter, sampler: Sampler, parts: Parts
 
 def _silent(line: str) -> None:
     """For processes that are not the first."""
-
-
-def _add_thumbnail(trainer: Trainer, module: GatedResampler, picture_HW3: torch.Tensor) -> None:
-    """Save the module once more, with a picture in its metadata."""
-    metadata = {**module.config.file_metadata, thumbnails.KEY: thumbnails.data_uri(picture_HW3)}
-    module.config = module.config.replace(file_metadata=metadata)
-    trainer.save_result()
 
 
 def begin_run(
@@ -220,7 +201,7 @@ def encoded(
     if options is None:
         return data, texts, SampleReferences([], [])
     if not config.report.sample_references:
-        return data, texts, _references_of(prepared, data)
+        return data, texts, references_of(prepared, data)
     parts.place(REFERENCE_ENCODER)
     pictures = [picture_tensor(open_picture(Path(path))) for path in config.report.sample_references]
     features = [one for picture in pictures for one in encode_references(config, parts.reference_encoder, picture)]
@@ -229,18 +210,3 @@ def encoded(
 
 def _captions_of(data: Prepared | OwnLatents) -> set[str]:
     return {caption for index in range(len(data)) for caption in data.captions(index)}
-
-
-def _references_of(prepared: Prepared, data: Prepared | OwnLatents) -> SampleReferences:
-    """The first references of the first targets, of different groups if there are several."""
-    of_groups: dict[str, int] = {}
-    for index in range(len(data)):
-        of_groups.setdefault(data.group(index), data.references(index)[0])
-    rest = (reference for index in range(len(data)) for reference in data.references(index))
-    indices: dict[int, None] = {}
-    for index in itertools.chain(of_groups.values(), rest):
-        indices[index] = None
-        if len(indices) == _SAMPLE_REFERENCES:
-            break
-    pictures = [picture_tensor(open_picture(prepared.pictures.pictures[index]))[0] for index in indices]
-    return SampleReferences([data.features(index, 0) for index in indices], pictures)

@@ -5,7 +5,8 @@ Shapes: R rows (prompts), C columns, pictures H x W, latents 4 x h x w.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,15 +14,20 @@ from PIL import Image
 
 from ..base.backbones import Backbone
 from ..base.pipeline import Pipeline, Request, Sampling, generate, pipeline_for
+from ..drawing import thumbnails
 from ..drawing.contact_sheet import SheetRow, draw_contact_sheet, draw_tiles
+from ..files.picture_file import open_picture, picture_tensor
 from ..model.assembly import Assembly, Reference
 from ..model.connector import Connector
 from ..model.gated_resampler import GatedResampler
 from ..model.own_tokens import OwnTokens
 from .config import ReportConfig
+from .own_latents import OwnLatents
+from .prepared import Prepared
 from .trainer import Trainer
 
 _TILES = 3  # rows of a thumbnail
+_SAMPLE_REFERENCES = 2  # shown if the configuration names none
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,20 +66,18 @@ class Sampler:
     """Draws the sample sheets of a run.
 
     Args:
-        backbone: diffusion model and autoencoder.
+        pipeline_on: (what gives the tokens, device) -> what draws.
         settings: sampling steps, guidance.
-        texts: prompt -> text features (1, N, D), "" among them; all others are drawn.
-        pooled: prompt -> (1, P), of a base that reads such a vector.
+        prompts: that are drawn.
         references: features of each reference picture, name -> (V, D).
         size_px: width and height.
         shown: the reference pictures themselves, (H, W, 3) each.
         still: what never changes, by the title of its column: text only, and what a module to start from drew.
     """
 
-    backbone: Backbone
+    pipeline_on: Callable[[Connector | OwnTokens, torch.device], Pipeline]
     settings: ReportConfig
-    texts: Mapping[str, torch.Tensor]
-    pooled: Mapping[str, torch.Tensor]
+    prompts: Sequence[str]
     references: Sequence[Mapping[str, torch.Tensor]]
     size_px: tuple[int, int]
     shown: Sequence[torch.Tensor] = ()
@@ -97,36 +101,32 @@ class Sampler:
             columns = {"text only": self.still["text only"], **self.still}
             for number, features in enumerate(self.references, 1):
                 columns[f"+ reference {number}"] = self._column(trainer, _assembly(result, features))
-        return Sheet(self._prompts, self.shown, list(columns), torch.stack(list(columns.values()), dim=1), trainer.step)
+        return Sheet(self.prompts, self.shown, list(columns), torch.stack(list(columns.values()), dim=1), trainer.step)
 
     @torch.no_grad()
     def picture(self, trainer: Trainer) -> torch.Tensor:
         """(H, W, 3) in [0, 1]: the first prompt with the first reference, by the module as it is."""
         assembly = _on(trainer, _assembly(trainer.result(), self.references[0]))
-        return self._drawn(trainer, [Request(self._prompts[0], assembly)])[0]
+        return self._drawn(trainer, [Request(self.prompts[0], assembly)])[0]
 
     @torch.no_grad()
     def at_strength(self, trainer: Trainer, references: Sequence[Mapping[str, torch.Tensor]], strength: float) -> torch.Tensor:
         """(B, H, W, 3): a picture of each of these references, the prompts in turn; each has a noise of its own."""
-        module, prompts = trainer.result().to(trainer.accelerator.device), self._prompts
+        module, prompts = trainer.result().to(trainer.accelerator.device), self.prompts
         requests = [Request(prompts[row % len(prompts)], _assembly(module, features, strength), seed=row)
                     for row, features in enumerate(references)]
         return self._drawn(trainer, requests)
-
-    @property
-    def _prompts(self) -> list[str]:
-        return [prompt for prompt in self.texts if prompt] or [""]
 
     @torch.no_grad()
     def _column(self, trainer: Trainer, assembly: Assembly, connector: Connector | None = None) -> torch.Tensor:
         """(R, H, W, 3): every prompt with these references; each row has a noise of its own."""
         assembly = _on(trainer, assembly)
-        requests = [Request(prompt, assembly, seed=row) for row, prompt in enumerate(self._prompts)]
+        requests = [Request(prompt, assembly, seed=row) for row, prompt in enumerate(self.prompts)]
         return self._drawn(trainer, requests, connector)
 
     def _drawn(self, trainer: Trainer, requests: list[Request], connector: Connector | None = None) -> torch.Tensor:
         device = trainer.accelerator.device
-        pipeline = self._pipeline(connector.to(device) if connector else trainer.student.connector, device)
+        pipeline = self.pipeline_on(connector.to(device) if connector else trainer.student.connector, device)
         with trainer.accelerator.autocast():
             # what fits with gradients fits without
             return generate(pipeline, requests, self._sampling(), trainer.config.train.batch)
@@ -134,14 +134,55 @@ class Sampler:
     def _sampling(self) -> Sampling:
         return Sampling(self.settings.sample_steps, self.settings.guidance, *self.size_px)
 
-    def _pipeline(self, connector: Connector | OwnTokens, device: torch.device) -> Pipeline:
-        def texts(prompts: Sequence[str]) -> list[torch.Tensor]:
-            return [self.texts[prompt].float().to(device) for prompt in prompts]
 
-        def pooled(prompts: Sequence[str]) -> list[torch.Tensor]:
-            return [self.pooled[prompt].float().to(device) for prompt in prompts]
+@dataclass(frozen=True, eq=False)
+class SampleReferences:
+    """References of the sample sheets: name -> (V, D) of each, and the pictures (H, W, 3) themselves."""
 
-        return pipeline_for(self.backbone, connector, texts, pooled)
+    features: Sequence[Mapping[str, torch.Tensor]]
+    pictures: Sequence[torch.Tensor]
+
+
+def references_of(prepared: Prepared, data: Prepared | OwnLatents) -> SampleReferences:
+    """The first references of the first targets, of different groups if there are several."""
+    of_groups: dict[str, int] = {}
+    for index in range(len(data)):
+        of_groups.setdefault(data.group(index), data.references(index)[0])
+    rest = (reference for index in range(len(data)) for reference in data.references(index))
+    indices: dict[int, None] = {}
+    for index in itertools.chain(of_groups.values(), rest):
+        indices[index] = None
+        if len(indices) == _SAMPLE_REFERENCES:
+            break
+    pictures = [picture_tensor(open_picture(prepared.pictures.pictures[index]))[0] for index in indices]
+    return SampleReferences([data.features(index, 0) for index in indices], pictures)
+
+
+def add_thumbnail(trainer: Trainer, picture_HW3: torch.Tensor) -> None:
+    """Save the module once more, with a picture in its metadata."""
+    module = trainer.student.module
+    metadata = {**module.config.file_metadata, thumbnails.KEY: thumbnails.data_uri(picture_HW3)}
+    module.config = module.config.replace(file_metadata=metadata)
+    trainer.save_result()
+
+
+def pipeline_of_base(
+    backbone: Backbone, texts: Mapping[str, torch.Tensor], pooled: Mapping[str, torch.Tensor]
+) -> Callable[[Connector | OwnTokens, torch.device], Pipeline]:
+    """For a `Sampler`: a base and texts that were encoded before.
+
+    Args:
+        backbone: diffusion model and autoencoder.
+        texts: prompt -> text features (1, N, D), "" among them.
+        pooled: prompt -> (1, P), of a base that reads such a vector.
+    """
+    def on(connector: Connector | OwnTokens, device: torch.device) -> Pipeline:
+        def encoded(of: Mapping[str, torch.Tensor]) -> Callable[[Sequence[str]], list[torch.Tensor]]:
+            return lambda prompts: [of[prompt].float().to(device) for prompt in prompts]
+
+        return pipeline_for(backbone, connector, encoded(texts), encoded(pooled))
+
+    return on
 
 
 def _assembly(module: GatedResampler, features: Mapping[str, torch.Tensor], strength: float = 1.0) -> Assembly:

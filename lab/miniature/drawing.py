@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from emma_core.base.schedule import scheduler_for
+from emma_core.base.schedule import Ddim
 from emma_core.base.spec import PLAYGROUND_SPEC
 from emma_core.playground.autoencoder import Autoencoder
 from lab.playground.unet import UNET_CONFIG
@@ -60,13 +60,12 @@ Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (noised_B4hw, 
 @torch.no_grad()
 def sample(predict: Predict, seeds: Sequence[int], device: str, steps: int = STEPS) -> torch.Tensor:
     """Latents of deviation 1, denoised with DDIM; a seed's noise is the same in every batch."""
-    scheduler = scheduler_for(PLAYGROUND_SPEC.alphas_cumprod_T, "eps")
-    scheduler.set_timesteps(steps)
+    scheduler = Ddim(PLAYGROUND_SPEC.alphas_cumprod_T, "eps", steps)
     noises = [torch.randn(4, LATENT_SIZE, LATENT_SIZE, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latent_B4hw = torch.stack(noises).to(device)
     for timestep in scheduler.timesteps:
         timestep_B = timestep.expand(len(seeds)).to(device)
-        latent_B4hw = scheduler.step(predict(latent_B4hw, timestep_B), timestep, latent_B4hw).prev_sample
+        latent_B4hw = scheduler.step(predict(latent_B4hw, timestep_B), int(timestep), latent_B4hw)
     return latent_B4hw
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from emma_core.base.pipeline import Sampling, initial_noise
-from emma_core.base.schedule import scheduler_for
+from emma_core.base.schedule import Ddim
 from emma_core.model.addition import BLOCKS, TOKENS, Addition
 from emma_core.model.assembly import Assembly, tokens_over_schedule
 from emma_core.playground import PLAYGROUND_DIR
@@ -59,8 +59,8 @@ class Sampler:
     def __init__(self, generation: Generation, told: bool):
         self.generation, self._told = generation, told
         self._pipeline, self._sampling = generation.world.pipeline, generation.sampling
-        self._scheduler = scheduler_for(self._pipeline.spec.alphas_cumprod_T, self._pipeline.spec.prediction)
-        self._scheduler.set_timesteps(self._sampling.steps)
+        spec = self._pipeline.spec
+        self._scheduler = Ddim(spec.alphas_cumprod_T, spec.prediction, self._sampling.steps)
         self.timesteps = self._scheduler.timesteps.tolist()
         self.evaluations = 0  # of the UNet for one picture of the last batch
 
@@ -70,7 +70,7 @@ class Sampler:
         spec, steps_T = self._pipeline.spec, self._scheduler.timesteps
         known = {None: torch.stack([self._tokens("", Assembly())] * len(trials), dim=1)}
         noise_B4hw = torch.cat([initial_noise(trial.seed, self._sampling, spec) for trial in trials])
-        latent_B4hw = self._scheduler.add_noise(torch.zeros_like(noise_B4hw), noise_B4hw, steps_T[:1])
+        latent_B4hw = self._scheduler.begin(noise_B4hw)
         self.evaluations = 0
 
         def tokens(shown: Shown | tuple[Shown, ...]) -> torch.Tensor:
@@ -88,7 +88,7 @@ class Sampler:
             without_B4hw = self._predict(latent_B4hw, timestep, known[None][step])
             with_text_B4hw = way(step, int(timestep), ask)
             guided_B4hw = without_B4hw + self._sampling.guidance * (with_text_B4hw - without_B4hw)
-            latent_B4hw = self._scheduler.step(guided_B4hw, timestep, latent_B4hw).prev_sample
+            latent_B4hw = self._scheduler.step(guided_B4hw, int(timestep), latent_B4hw)
         self.evaluations += len(steps_T)
         return latent_B4hw
 

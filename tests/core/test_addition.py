@@ -7,7 +7,7 @@ from small_models import OBJECT, small_connector, small_features, small_module, 
 
 from emma_core import Assembly, Reference
 from emma_core.base.pipeline import Pipeline, Request, Sampling, generate
-from emma_core.base.schedule import scheduler_for
+from emma_core.base.schedule import Ddim
 from emma_core.base.spec import SD15
 from emma_core.errors import ModuleFileError, ReferenceMismatchError
 from emma_core.model.addition import BLOCKS, PREDICTIONS, TOKENS, WAYS, Addition, joined
@@ -262,10 +262,9 @@ def test_pictures_with_one_reference_are_the_same_in_every_way_bit_for_bit(conne
 def test_a_picture_added_up_in_predictions_follows_their_sum_at_every_step(connector, style, face):
     """The sampler's loop written down with e = e_T + sum_m (e_Tm - e_T)."""
     references, model = [reference(style), reference(face, strength=0.6)], Model()
-    scheduler = scheduler_for(SD15.alphas_cumprod_T, SD15.prediction)
-    scheduler.set_timesteps(4)
+    scheduler = Ddim(SD15.alphas_cumprod_T, SD15.prediction, 4)
     noise = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
-    latent = scheduler.add_noise(torch.zeros_like(noise), noise, scheduler.timesteps[:1])
+    latent = scheduler.begin(noise)
     for timestep in scheduler.timesteps:
         def predict(prompt, *assembled, timestep=timestep, latent=latent):
             context = connector.tokens(small_text(seed=len(prompt)), timestep, Assembly(assembled))
@@ -273,7 +272,7 @@ def test_a_picture_added_up_in_predictions_follows_their_sum_at_every_step(conne
 
         text, without = predict("one"), predict("")
         added = text + sum(predict("one", one) - text for one in references)
-        latent = scheduler.step(without + 4.0 * (added - without), timestep, latent).prev_sample
+        latent = scheduler.step(without + 4.0 * (added - without), int(timestep), latent)
     wanted = ((torch.tanh(latent[:, :3]) + 1) / 2).permute(0, 2, 3, 1)
     found, _ = drawn(connector, assembly(PREDICTIONS, *references))
     assert relative_error(found, wanted) <= 1e-4

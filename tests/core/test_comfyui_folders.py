@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,15 @@ from safetensors.torch import save_file
 from small_t5 import PROMPT, PROMPT_IDS, SIZES, WORDS, save_tokenizer
 from transformers import T5Config, T5EncoderModel
 
+from emma_core.__main__ import main
 from emma_core.base.config import BaseConfig, EllaConfig, EncodersConfig
 from emma_core.base.found_files import found_file, with_found_files
+from emma_core.commands.flags import find_files
 from emma_core.commands.generate import PictureConfig
 from emma_core.errors import SettingsError, TextEncoderFileError
 from emma_core.files.comfyui_folders import find_comfyui, open_comfyui
+from emma_core.files.module_file import load_module
+from emma_core.playground import PLAYGROUND_DIR
 from emma_core.text.encoder import load_text_encoder
 from emma_core.training.config import TeacherConfig, TrainConfig
 
@@ -170,3 +176,41 @@ def test_a_tokenizer_in_a_folder_of_the_files_name_is_its_own_and_a_named_one_wi
 def test_the_standard_tokenizer_is_not_given_to_another_vocabulary(with_tokenizer, tmp_path):
     section = EllaConfig(text_encoder=str(single_t5(tmp_path, vocab_size=40)))
     assert with_found_files(TrainConfig(ella=section), open_comfyui(with_tokenizer)).ella.tokenizer == ""
+
+
+@pytest.fixture
+def playground_in(with_tokenizer) -> Path:
+    """The playground's files under their names in a ComfyUI's folders."""
+    for folder, name in (("emma", "emma-style.safetensors"), ("ella", "ella.safetensors"), ("text_encoders", "t5.safetensors")):
+        (with_tokenizer / "models" / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(PLAYGROUND_DIR / name, with_tokenizer / "models" / folder / f"in-comfyui-{name}")
+    shutil.copy(PLAYGROUND_DIR / "tokenizer.json", with_tokenizer / "models" / "text_encoders")
+    return with_tokenizer
+
+
+def test_inspect_card_and_calibrate_take_names_as_in_comfyui(playground_in, tmp_path, capsys):
+    module = playground_in / "models" / "emma" / "in-comfyui-emma-style.safetensors"
+    where = ["--comfyui", str(playground_in)]
+    gates = ["--ella", "in-comfyui-ella.safetensors", "--text-encoder", "in-comfyui-t5.safetensors"]
+    assert main(["inspect", module.name, "--gate-map", str(tmp_path / "gates.png"), *gates, *where]) == 0
+    assert "EMMA style module" in capsys.readouterr().out and (tmp_path / "gates.png").is_file()
+    assert main(["card", module.name, "--out", str(tmp_path / "card"), *gates, *where]) == 0
+    assert (tmp_path / "card" / module.name).is_file() and (tmp_path / "card" / "gates.png").is_file()
+    assert main(["calibrate", module.name, "1.5", *where]) == 0
+    assert load_module(module).config.calibrated_strength == 1.5
+
+
+def test_a_name_that_is_nowhere_is_told_with_the_folders(playground_in, tmp_path, capsys):
+    where = ["--comfyui", str(playground_in)]
+    assert main(["inspect", "none.safetensors", *where]) == 1
+    assert f"the module = 'none.safetensors' does not exist, as a path or in ComfyUI's folders ({playground_in}" in (
+        capsys.readouterr().err)
+    assert main(["inspect", "in-comfyui-emma-style.safetensors", "--ella", "none.safetensors", *where]) == 1
+    assert "--ella = 'none.safetensors' does not exist" in capsys.readouterr().err
+
+
+def test_arguments_get_comfyuis_tokenizer_where_settings_do(with_tokenizer):
+    text_encoder = single_t5(with_tokenizer / "models" / "text_encoders")
+    options = argparse.Namespace(comfyui=str(with_tokenizer), text_encoder=Path(text_encoder.name), ella=None)
+    found = find_files(options)
+    assert found.text_encoder == text_encoder and found.tokenizer == str(open_comfyui(with_tokenizer).tokenizer)

@@ -17,7 +17,7 @@ from emma_core.playground import PLAYGROUND_DIR
 from emma_core.text.encoder import load_text_encoder
 from emma_core.training.config import ReportConfig
 from emma_core.training.sample_prompts import sample_prompts
-from emma_core.training.samples import Sampler
+from emma_core.training.samples import Sampler, pipeline_of_base
 
 PROMPT, STEPS, GUIDANCE = "man cook", 4, 3.0
 TIMESTEPS = (751, 501, 251, 1)
@@ -41,32 +41,36 @@ def trainer():
 
 
 @pytest.fixture(scope="module")
-def sampler(backbone, trainer) -> Sampler:
-    encoder = load_text_encoder(PLAYGROUND_DIR / "t5.safetensors")
-    texts = dict(zip(("", PROMPT), encoder.encode(["", PROMPT]), strict=True))
+def texts() -> dict[str, torch.Tensor]:
+    return dict(zip(("", PROMPT), load_text_encoder(PLAYGROUND_DIR / "t5.safetensors").encode(["", PROMPT]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def sampler(backbone, texts, trainer) -> Sampler:
     generator = torch.Generator().manual_seed(7)
     features = {name: torch.randn(1, spec.dim, generator=generator) for name, spec in trainer.result().config.features.items()}
     shown = torch.rand(40, 64, 3, generator=generator)
-    return Sampler(backbone, ReportConfig(sample_steps=STEPS, guidance=GUIDANCE), texts, {}, [features], (128, 128), [shown])
+    settings = ReportConfig(sample_steps=STEPS, guidance=GUIDANCE)
+    return Sampler(pipeline_of_base(backbone, texts, {}), settings, [PROMPT], [features], (128, 128), [shown])
 
 
 @torch.no_grad()
-def drawn_literally(sampler: Sampler, trainer, references: Assembly) -> torch.Tensor:
+def drawn_literally(backbone: Backbone, texts, trainer, references: Assembly) -> torch.Tensor:
     """DDIM (arXiv 2010.02502, eq. 12 with sigma = 0) on the schedule of the base, of its velocity."""
-    spec, connector = sampler.backbone.spec, trainer.student.connector
+    spec, connector = backbone.spec, trainer.student.connector
     kept_T = spec.alphas_cumprod_T.double()
     noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0))
     latent = (1 - kept_T[TIMESTEPS[0]]).sqrt() * noise
     for timestep, following in zip(TIMESTEPS, (*TIMESTEPS[1:], None), strict=True):
-        velocities = [sampler.backbone.predict_noise(latent.float(), torch.tensor([timestep]), connector.tokens(
-            sampler.texts[prompt], torch.tensor([timestep]), assembly)) for prompt, assembly in (
+        velocities = [backbone.predict_noise(latent.float(), torch.tensor([timestep]), connector.tokens(
+            texts[prompt], torch.tensor([timestep]), assembly)) for prompt, assembly in (
             (PROMPT, references), ("", Assembly()))]
         velocity = velocities[1] + GUIDANCE * (velocities[0] - velocities[1])
         kept, kept_next = kept_T[timestep], 1.0 if following is None else kept_T[following]
         clean = kept.sqrt() * latent - (1 - kept).sqrt() * velocity
         rest = kept.sqrt() * velocity + (1 - kept).sqrt() * latent
         latent = kept_next ** 0.5 * clean + (1 - kept_next) ** 0.5 * rest
-    picture_13HW = sampler.backbone.autoencoder.decode(latent.float() / spec.latent_scale)
+    picture_13HW = backbone.autoencoder.decode(latent.float() / spec.latent_scale)
     return ((picture_13HW[0] + 1) / 2).clamp(0, 1).permute(1, 2, 0)
 
 
@@ -74,13 +78,13 @@ def shown(sampler: Sampler, trainer) -> Assembly:
     return Assembly([Reference(trainer.result(), {name: tensor[None] for name, tensor in sampler.references[0].items()})])
 
 
-def test_a_thumbnail_is_drawn_on_the_schedule_of_the_base(sampler, trainer):
-    found, wanted = sampler.picture(trainer), drawn_literally(sampler, trainer, shown(sampler, trainer))
+def test_a_thumbnail_is_drawn_on_the_schedule_of_the_base(sampler, backbone, texts, trainer):
+    found, wanted = sampler.picture(trainer), drawn_literally(backbone, texts, trainer, shown(sampler, trainer))
     assert (found - wanted).abs().max() <= 1e-3
 
 
-def test_a_sheet_is_drawn_on_the_schedule_of_the_base(sampler, trainer):
-    pictures = [drawn_literally(sampler, trainer, references) for references in (Assembly(), shown(sampler, trainer))]
+def test_a_sheet_is_drawn_on_the_schedule_of_the_base(sampler, backbone, texts, trainer):
+    pictures = [drawn_literally(backbone, texts, trainer, references) for references in (Assembly(), shown(sampler, trainer))]
     rows = [SheetRow(PROMPT, [sampler.shown[0], *pictures])]
     wanted = draw_contact_sheet(["reference 1", "text only", "+ reference 1"], rows, 1, "after 3 updates")
     sheet = sampler.sheet(trainer)
