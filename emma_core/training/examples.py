@@ -21,6 +21,7 @@ from .shards import SAMPLE_PICTURES, Processes, Sample, ShardMember, Source, fin
 
 SMALLEST_PX = 64
 _KEYS = ("image", "caption", "captions", "group", "reference", "references", "mask")
+_MOST_PLACES = 3  # that one note names
 _MOST_LISTED = 50
 _AT_ONCE = 32  # pictures that a reading process is sent together
 
@@ -206,7 +207,7 @@ def describe(examples: Sequence[Example], problems: Sequence[Problem], data: Dat
         f"captions: {len(captions)}, {len(set(captions))} distinct, {captions.count('')} empty, {words:g} words in the median",
         f"references: given for {given}, others of the group for {len(examples) - given - own}, the picture itself for {own}",
         f"problems: {len(fatal)} that stop training, {len(notes)} to know of",
-        *_listed("stop", fatal), *_listed("note", notes),
+        *_listed("stop", fatal), *_listed("note", _alike(notes)),
     ])
 
 
@@ -219,6 +220,15 @@ def _counts(counter: Counter[str]) -> str:
 def _listed(mark: str, problems: Sequence[Problem]) -> list[str]:
     lines = [f"  {mark}  {problem.where}: {problem.text}" for problem in problems[:_MOST_LISTED]]
     return lines + [f"  {mark}  and {len(problems) - _MOST_LISTED} more"] * (len(problems) > _MOST_LISTED)
+
+
+def _alike(notes: Sequence[Problem]) -> list[Problem]:
+    """One of each text, with the places of all that share it."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for note in notes:
+        places[note.text].append(note.where)
+    return [Problem(", ".join(where[:_MOST_PLACES] + [f"{len(where) - _MOST_PLACES} more"] * (len(where) > _MOST_PLACES)),
+                    text, False) for text, where in places.items()]
 
 
 def _from_folder(data: DataConfig) -> tuple[list[Example], list[Problem]]:

@@ -9,6 +9,7 @@ import glob
 import itertools
 import os
 import re
+import signal
 import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -189,9 +190,15 @@ def in_workers(
 ) -> Iterator[Made]:
     """``work`` on each item, in order, in reading processes; ``at_once`` are sent to one together."""
     loader = DataLoader(_Work(items, work), batch_size=at_once, num_workers=workers if len(items) >= fewest else 0,
-                        collate_fn=_as_is, generator=torch.Generator())  # else it draws from the global one
+                        collate_fn=_as_is, worker_init_fn=_leave_to_the_parent,
+                        generator=torch.Generator())  # else it draws from the global one
     for made in loader:
         yield from made
+
+
+def _leave_to_the_parent(number: int) -> None:
+    """What ends a whole group of processes (`timeout`, a cluster) is the parent's to answer; a reader ends when told by it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def fill(

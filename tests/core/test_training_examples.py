@@ -277,6 +277,16 @@ def test_references_that_are_no_targets_bring_the_masks_beside_them(tmp_path):
         "a.png": "! its reference's mask is 64 x 32 px, another shape than the reference's 64 x 64; draw it on the reference"}
 
 
+def test_notes_of_the_same_words_are_one_line(tmp_path):
+    for number in range(5):
+        draw(tmp_path / f"{number}.png", size=(40, 40), caption="x")
+    draw(tmp_path / "large.png", caption=" ")
+    data = config(folder=str(tmp_path), bucket_step_px=32)
+    alone, shared = describe(*read_examples(data), data).splitlines()[-2:]
+    assert alone.startswith("  note  large.png: has no caption")
+    assert shared.startswith("  note  0.png, 1.png, 2.png, 2 more: is 40 x 40 px")
+
+
 def test_the_description_counts_what_is_there(people):
     draw(people / "cat/only.png", "cyan", caption=" ")
     (people / "cut.png").write_bytes(b"x")

@@ -3,6 +3,9 @@
 import gzip
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 import tarfile
 import threading
@@ -25,6 +28,7 @@ from emma_core.training.examples import PictureSet, describe, read_examples, req
 from emma_core.training.prepare import prepare
 from emma_core.training.shards import Processes, ShardMember, find_shards, index_shard
 
+ROOT = Path(__file__).resolve().parents[2]
 FACE = EncodeOptions(("face",))
 needs_webdataset = pytest.mark.skipif(find_spec("webdataset") is None, reason="webdataset is not installed")
 
@@ -397,3 +401,32 @@ def test_alone_nothing_is_exchanged():
     assert Processes.of_run() == Processes() and list(Processes().part("abc")) == ["a", "b", "c"]
     parts = [Processes(rank, 3).part(range(8)) for rank in range(3)]
     assert [list(part) for part in parts] == [[0, 1], [2, 3, 4], [5, 6, 7]]
+
+
+def test_a_signal_to_the_whole_group_is_answered_by_the_parent_alone(tmp_path):
+    """`timeout` and clusters end readers and parent together: the reader's end is no fault of its own to be told."""
+    script = tmp_path / "reads.py"
+    script.write_text(f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from emma_core.commands.flags import end_as_interrupt
+from emma_core.training.shards import in_workers
+
+def slow(number):
+    time.sleep(0.2)
+    return number
+
+if __name__ == "__main__":
+    end_as_interrupt()
+    try:
+        for number in in_workers(range(40), slow, 2, fewest=1):
+            print(number, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted")
+""")
+    ran = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True)
+    assert ran.stdout.readline() == "0\n"
+    os.killpg(ran.pid, signal.SIGTERM)
+    told, faults = ran.communicate(timeout=60)
+    assert told.splitlines()[-1] == "interrupted" and faults == ""
