@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import EmmaWarning
-from ..files.writing import make_folder, write_picture
+from ..files.writing import explained, make_folder, write_picture
 from .config import TrainConfig
 from .log import Log
 from .losses import BUCKETS
@@ -103,11 +103,13 @@ class Reporter:
     def _tell_tensorboard(self, progress: UpdateReport) -> None:
         if self._events is None:
             return
-        self._events.add_scalar("loss", progress.loss, progress.step)
-        self._events.add_scalar("rate", progress.rate, progress.step)
-        for index, value in enumerate(progress.buckets):
-            if value is not None:
-                self._events.add_scalar(f"loss by timestep/{bucket_name(index)}", value, progress.step)
+        with explained(self._trainer.folder / "tensorboard"):
+            self._events.add_scalar("loss", progress.loss, progress.step)
+            self._events.add_scalar("rate", progress.rate, progress.step)
+            for index, value in enumerate(progress.buckets):
+                if value is not None:
+                    self._events.add_scalar(f"loss by timestep/{bucket_name(index)}", value, progress.step)
+            self._events.flush()
 
 
 def draw_loss_curve(lines: Sequence[dict[str, Any]]) -> Image.Image:
@@ -158,4 +160,6 @@ def _rounded(values: Sequence[float | None]) -> list[float | None]:
 def _tensorboard(folder: Path):
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    path = folder / "tensorboard"
+    with explained(path):
+        return SummaryWriter(str(path))

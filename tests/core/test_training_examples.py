@@ -279,10 +279,10 @@ def test_references_that_are_no_targets_bring_the_masks_beside_them(tmp_path):
 
 def test_notes_of_the_same_words_are_one_line(tmp_path):
     for number in range(5):
-        draw(tmp_path / f"{number}.png", size=(40, 40), caption="x")
+        draw(tmp_path / f"{number}.png", f"#0000{number}0", (40, 40), "x")
     draw(tmp_path / "large.png", caption=" ")
     data = config(folder=str(tmp_path), bucket_step_px=32)
-    alone, shared = describe(*read_examples(data), data).splitlines()[-2:]
+    shared, alone = describe(*read_examples(data), data).splitlines()[-2:]
     assert alone.startswith("  note  large.png: has no caption")
     assert shared.startswith("  note  0.png, 1.png, 2.png, 2 more: is 40 x 40 px")
 
