@@ -188,8 +188,9 @@ def in_workers(
     items: Sequence[Item], work: Callable[[Item], Made], workers: int, at_once: int = 1,
     fewest: int = _FEWEST_FOR_PROCESSES,
 ) -> Iterator[Made]:
-    """``work`` on each item, in order, in reading processes; ``at_once`` are sent to one together."""
-    loader = DataLoader(_Work(items, work), batch_size=at_once, num_workers=workers if len(items) >= fewest else 0,
+    """``work`` on each item, in order, in reading processes, no more than there are cores; ``at_once`` are sent together."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    loader = DataLoader(_Work(items, work), batch_size=at_once, num_workers=min(workers, cores) if len(items) >= fewest else 0,
                         collate_fn=_as_is, worker_init_fn=_leave_to_the_parent,
                         generator=torch.Generator())  # else it draws from the global one
     for made in loader:

@@ -26,7 +26,7 @@ from emma_core.files.picture_file import open_mask, open_picture
 from emma_core.training.config import DataConfig, EncoderConfig
 from emma_core.training.examples import PictureSet, describe, read_examples, require
 from emma_core.training.prepare import prepare
-from emma_core.training.shards import Processes, ShardMember, find_shards, index_shard
+from emma_core.training.shards import Processes, ShardMember, find_shards, in_workers, index_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 FACE = EncodeOptions(("face",))
@@ -401,6 +401,12 @@ def test_alone_nothing_is_exchanged():
     assert Processes.of_run() == Processes() and list(Processes().part("abc")) == ["a", "b", "c"]
     parts = [Processes(rank, 3).part(range(8)) for rank in range(3)]
     assert [list(part) for part in parts] == [[0, 1], [2, 3, 4], [5, 6, 7]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_on_one_core_nothing_warns_of_too_many_readers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    assert list(in_workers(range(5), abs, 2, fewest=1)) == [0, 1, 2, 3, 4]
 
 
 def test_a_signal_to_the_whole_group_is_answered_by_the_parent_alone(tmp_path):
