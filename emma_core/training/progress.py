@@ -38,6 +38,10 @@ class Lines:
             self._told = now
             self._say(f"{self._what} {self.n} of {self._total}{f', {note}' if note else ''}{self._pace(now - self._began)}")
 
+    def note(self, text: str) -> None:
+        """What takes its time beside."""
+        self._say(text)
+
     def _pace(self, seconds: float) -> str:
         """Seconds for each, and what is left; nothing while that would be a guess."""
         if seconds < _LEAST_SECONDS:
@@ -72,6 +76,10 @@ class Bar:
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
+
+    def note(self, text: str) -> None:
+        """Above the bar: what takes its time beside."""
+        self._bar.write(text)
 
     def close(self) -> None:
         self._bar.close()

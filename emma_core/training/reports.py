@@ -86,6 +86,8 @@ class Reporter:
         """
         if self._sampler is None or (self._drawn is not None and self._drawn.step == self._trainer.step):
             return self._drawn
+        if self._progress is not None:
+            self._progress.note(f"drawing the sample sheet of update {self._trainer.step}")
         started = time.monotonic()
         try:
             self._drawn = self._sampler.sheet(self._trainer)
