@@ -23,6 +23,7 @@ from ..emma_core.encoders.clip_vision import (
     bytes_per_picture,
     canonical_names,
     clip_preparation,
+    load_clip_vision,
     read_clip_vision,
     recognise_clip,
 )
@@ -130,8 +131,13 @@ def load_reference_encoder(path: str, open_clip_model: str | None = None) -> Loa
 
 def _load_clip(path: Path) -> LoadedEncoder:
     tensors, family = read_clip_vision(path)
+    description = _clip_description(tensors, family)  # before the host loads them: it takes out what it has loaded
     clip_vision = comfy.clip_vision.load_clipvision_from_sd(tensors)
-    return _managed(HostClipVision(clip_vision, _clip_description(tensors, family)), clip_vision.patcher)
+    if clip_vision is None:  # of a size that the host has no configuration for
+        encoder = load_clip_vision(path)
+        # the patcher sets attributes that transformers' models have as properties
+        return _managed(encoder, patcher_for(torch.nn.ModuleList([encoder.model])))
+    return _managed(HostClipVision(clip_vision, description), clip_vision.patcher)
 
 
 # kinds whose layers are the host's own here

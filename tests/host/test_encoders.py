@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -155,6 +156,33 @@ def test_encoder_files_and_folders_load_by_any_name(base_directory, run_node, pa
     name = target.name if layout == "file" else layout
     encoder = run_node("EMMALoadReferenceEncoder", encoder_name=name)[0]
     assert encoder.encoder.description["family"] == "playground"
+
+
+def clip_file(tmp_path, monkeypatch, core, layers: int):
+    """A CLIP of few numbers in a file, as the core and the host read it; the host tells CLIPs apart by their layers."""
+    import comfy.clip_vision
+
+    config, made = tmp_path / "config.json", comfy.clip_vision.ClipVisionModel
+    config.write_text(json.dumps({**TINY, "num_hidden_layers": layers}))
+    clip_vision = made(str(config))
+    fill_(clip_vision.model, 75)
+    save_file({key: value.contiguous() for key, value in clip_vision.get_sd().items()}, tmp_path / "clip.safetensors")
+    monkeypatch.setattr(comfy.clip_vision, "ClipVisionModel", lambda json_config: made(str(config)))
+    towers = core.CLIP_TOWERS
+    monkeypatch.setitem(towers, "clip-few", dataclasses.replace(towers["clip-tiny"], layers=layers))
+    return tmp_path / "clip.safetensors"
+
+
+@pytest.mark.parametrize("layers", [32, 3], ids=["of a size that the host knows", "of another size"])
+def test_a_clip_in_a_file_is_the_encoder_that_the_command_line_trains_with(tmp_path, monkeypatch, pack_import, core, layers):
+    """Module files name it by its weights: one fingerprint, whoever loads it."""
+    path = clip_file(tmp_path, monkeypatch, core, layers)
+    alone, here = core.load_clip_vision(path), pack_import("host.encoders").load_reference_encoder(str(path)).encoder
+    assert here.description.items() <= alone.description.items() and "fingerprint" in here.description
+    picture, options = noise((1, 28, 28, 3), 76).sigmoid(), core.EncodeOptions(("global", "local"))
+    found, wanted = (one.encode(picture, None, options)[0].features for one in (here, alone))
+    for name in ("global", "local"):
+        assert_close(found[name], wanted[name])
 
 
 def test_framing_reaches_the_encoder(run_node, tiny, clip_vision):
