@@ -5,6 +5,7 @@ Shapes: R references (pictures), V vectors of one picture, D dim of a feature, F
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,8 @@ from .families import encoder_title
 from .options import AS_TRAINED, EncodeOptions, FaceChoice, Framing
 
 _AGAIN = " and encode the picture again"
+# what Load Reference Encoder once named a CLIP by: files of then tell nothing of its weights
+_OF_NOTHING = hashlib.sha256().hexdigest()
 _DEFAULTS = {"layer": "last"}  # what an encoder means that does not say
 
 
@@ -108,7 +111,7 @@ def check_encoder(encoder: Mapping[str, Any], config: ModuleConfig, before: bool
     keys = ("family", "fingerprint", "layer") if "local" in config.features and not before else ("family", "fingerprint")
     for key in keys:
         needed, found = config.encoder.get(key), encoder.get(key, _DEFAULTS.get(key))
-        if needed is not None and found != needed:
+        if needed is not None and found != needed and _OF_NOTHING not in (needed, found):
             made = "this encoder is" if before else "the reference was encoded by"
             raise ReferenceMismatchError(f"{made} {_encoder_name(encoder)}; the {config.condition} module needs "
                                          f"{_encoder_name(config.encoder)}. Load that encoder{'' if before else _AGAIN}.")

@@ -151,6 +151,18 @@ def test_every_wrong_pairing_of_encoder_and_module_is_refused(found, needed):
                 check_encoder(reference.encoder, config, before=True)
 
 
+def test_what_once_named_its_encoder_by_the_sum_of_nothing_is_taken_at_its_family():
+    """Such modules and references exist; a CLIP of another family is refused as ever."""
+    of_nothing, other = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", "0" * 64
+    for needed, found in ((of_nothing, other), (other, of_nothing)):
+        config = small_config("style", encoder={"family": "clip-vit-h-14", "fingerprint": needed})
+        check_encoder({"family": "clip-vit-h-14", "fingerprint": found}, config)
+        with pytest.raises(ReferenceMismatchError, match="needs CLIP ViT-H/14"):
+            check_encoder({"family": "clip-vit-l-14", "fingerprint": found}, config)
+    with pytest.raises(ReferenceMismatchError, match="fingerprint 111111111111"):
+        check_encoder({"family": "clip-vit-h-14", "fingerprint": "1" * 64}, config)
+
+
 def test_options_come_from_the_module_unless_the_user_chose():
     trained = {"layer": "penultimate", "frame": "pad", "background": "white"}
     config = small_config("object", OBJECT, encoder=trained)
