@@ -5,7 +5,9 @@ Shapes: B rows, G some of them, K cross-attention tokens of width W, V vectors o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +27,17 @@ from .draws import BatchRow
 from .prepared import Prepared
 from .student import TeacherTarget
 from .teacher import Teacher, TeacherKind, TeacherText, numbers_beside, told_of_rows
+
+
+@contextmanager
+def _silenced(logger: str) -> Iterator[None]:
+    """Nothing of this logger is shown inside."""
+    told = logging.getLogger(logger)
+    before, told.disabled = told.disabled, True
+    try:
+        yield
+    finally:
+        told.disabled = before
 
 
 class IpAdapterTeacher(Teacher):
@@ -50,7 +63,8 @@ class IpAdapterTeacher(Teacher):
         unet = self._backbone.unet
         parts = {"image_proj": dict(adapter.projection), "ip_adapter": dict(adapter.attention)}
         try:
-            unet._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
+            with _silenced("diffusers.models.modeling_utils"):  # which warns of every call of `to`, also where no type changes
+                unet._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
         except Exception as found:  # diffusers and torch have no common error for weights that do not go together
             reason = short(" ".join(str(found).split()), 200)
             raise FileError(f"{path.name} is no IP-Adapter that can be read ({reason}). Download it again.") from found

@@ -1,6 +1,7 @@
 """LoRAs and teachers: a LoRA or an IP-Adapter changes the prediction as its equation says, and the base stays as it is."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -295,6 +296,14 @@ def test_an_ip_adapter_counts_its_own_weights_and_its_image_encoder(tmp_path, im
     own = sum(value.numel() for value in tensors.values()) * dtype.itemsize
     encoder = sum(value.nbytes for value in teacher._encoder.model.state_dict().values())
     assert teacher.bytes_beside(dtype) == pytest.approx(own + encoder, rel=0.01)
+
+
+def test_an_ip_adapter_loads_without_a_word_of_diffusers(tmp_path, image_encoder, backbone, monkeypatch):
+    said = []
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    monkeypatch.setattr(logger, "handle", lambda record: said.append(record.getMessage()))
+    load_teacher(adapter_config(tmp_path, image_encoder, plain_adapter(backbone.unet)), backbone)
+    assert said == [] and not logger.disabled
 
 
 def test_a_lora_counts_its_matrices_and_several_all_of_theirs(lora, backbone, tmp_path):
