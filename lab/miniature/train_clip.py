@@ -94,7 +94,7 @@ def train(options: argparse.Namespace) -> None:
     feed = Feed(data, seen, [1 / (1 + TONED_LESS * bool(data.rows[position].tone)) for position in seen], device)
     clip = TinyCLIP(tokenizer, Convolutions() if options.convolutions else None).to(device)
     if options.text:
-        clip.load_state_dict(text_tower_of(options.text), strict=False)
+        clip.load_state_dict({**clip.state_dict(), **text_tower_of(options.text)})
     if options.vision_only or options.text:
         for part in (clip.text, clip.logit_scale):
             part.requires_grad_(False)

@@ -24,6 +24,7 @@ import torch
 
 from emma_core.base.parts import UNET, Parts
 from emma_core.base.pipeline import Sampling
+from emma_core.base.schedule import TIMESTEPS
 from emma_core.files.module_file import load_module, save_module
 from emma_core.model.gated_resampler import GatedResampler
 from emma_core.playground import PLAYGROUND_DIR
@@ -100,7 +101,7 @@ class OnPaths(Draws):
 def visited(steps: int) -> torch.Tensor:
     """(S,) the timesteps of `sample_latents`."""
     found: list[torch.Tensor] = []
-    sample_latents(lambda latent, timestep_B, _: found.append(timestep_B) or latent, torch.linspace(1, 0.01, 1000),
+    sample_latents(lambda latent, timestep_B, _: found.append(timestep_B) or latent, torch.linspace(1, 0.01, TIMESTEPS),
                    torch.empty(0), torch.Generator(), steps, (1, 1, 1, 1))
     return torch.cat(found)
 

@@ -1,5 +1,6 @@
 """Latents, texts and features computed once: the right numbers, the right work, nothing lost, every problem told."""
 
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,7 @@ def test_reading_processes_can_be_started_anywhere(folder, monkeypatch):
         return DataLoader(pickle.loads(pickle.dumps(dataset)), **settings)
 
     monkeypatch.setattr("emma_core.training.shards.DataLoader", loader)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2}, raising=False)  # cores
     prepared = run(folder, Frozen(Whole()), workers=3)
     assert started == [3] * 4 and len(prepared) == 20, "looked at, digested, latents, references"
 
