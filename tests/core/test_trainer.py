@@ -257,11 +257,13 @@ sys.path[:0] = json.loads(sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from accelerate import Accelerator
+from emma_core.training.shards import disconnect
 from training_world import tiny_config, tiny_trainer
 config = tiny_config(**json.loads(sys.argv[3]))
 accelerator = Accelerator(cpu=True)
 tiny_trainer(Path(sys.argv[2]), config, accelerator=accelerator).run()
-accelerator.end_training()  # a process that exits with gloo's threads running is often aborted
+accelerator.wait_for_everyone()
+disconnect(well=True)  # a process that exits with gloo's threads running is often aborted
 """
 
 
@@ -273,8 +275,9 @@ def test_two_processes_learn_what_one_does(tmp_path):
     # most references dropped, so that whole batches have none
     settings = {"train__steps": 8, "train__rate": 1e-3, "objective__drop_reference": 0.75}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, str(script), paths, str(tmp_path / "two"), json.dumps({**settings, "train__batch": 2})],
-                   check=True, timeout=250, capture_output=True)
+    command = [*launch, str(script), paths, str(tmp_path / "two"), json.dumps({**settings, "train__batch": 2})]
+    ran = subprocess.run(command, timeout=250, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
     tiny_trainer(tmp_path / "one", tiny_config(**settings, train__batch=4)).run()
     one, two = (load_checkpoint(checkpoints(tmp_path / name)[-1])["learning"] for name in ("one", "two"))
     begun = weights(tiny_trainer(tmp_path / "begun", tiny_config(**settings)))
