@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,7 +33,7 @@ from emma_core.model.connector import Connector, ConnectorConfig
 from emma_core.training.beginning import Frozen, begin
 from emma_core.training.config import TeacherConfig, resolve
 from emma_core.training.losses import TimestepBuckets
-from emma_core.training.memory import needed
+from emma_core.training.memory import needed, resident_bytes
 from emma_core.training.teacher import Teacher
 from emma_core.training.teachers import load_teacher
 
@@ -134,7 +133,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=320, help="of the UNet's widest pictures; SD1.5 has 320")
     parser.add_argument("--teacher", choices=["none", "lora", "ip-adapter"], default="none")
     options = parser.parse_args()
-    before = psutil.Process().memory_info().rss
+    before = resident_bytes()
     base, connector = backbone(options.channels), random_weights(Connector(ConnectorConfig()))
     base.enable_gradient_checkpointing()
     with tempfile.TemporaryDirectory() as folder:

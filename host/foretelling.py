@@ -3,10 +3,9 @@
 import logging
 
 import comfy.model_management
-import psutil
 
 from ..emma_core.errors import short
-from ..emma_core.training.memory import needed, on_machine
+from ..emma_core.training.memory import needed, on_machine, resident_bytes
 from ..emma_core.training.sizes import checkpoint_bytes
 from ..emma_core.training.trainer import Trainer
 from .messages import show_on_node
@@ -58,6 +57,6 @@ def _memory(trainer: Trainer) -> tuple[str, int]:
         return f"memory: not known, as this MODEL computes with numbers alone ({short(str(fault), 100)})", logging.WARNING
     cpu = comfy.model_management.is_device_cpu(device)
     # the copies that train are in this process already
-    wanted = found.in_process(psutil.Process().memory_info().rss - found.begun) if cpu else found.on_card
+    wanted = found.in_process(resident_bytes() - found.begun) if cpu else found.on_card
     line, enough = on_machine(wanted, comfy.model_management.get_total_memory(device), "machine" if cpu else "card")
     return line, logging.INFO if enough else logging.WARNING

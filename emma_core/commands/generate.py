@@ -125,7 +125,8 @@ def draw(options: argparse.Namespace) -> list[Path]:
     check_files(config.base, config.ella, [("encoder.files", file) for file in encoders])
     for prompt in (*options.prompts, config.sampling.negative):
         weighted_parts(prompt)
-        if notice := config.base.checkpoint == PLAYGROUND and known_words().notice(prompt):
+    if config.base.checkpoint == PLAYGROUND:
+        for notice in filter(None, map(known_words().notice, (*options.prompts, config.sampling.negative))):
             print(notice, file=sys.stderr)
     check_pairing(config.base, config.ella, [one.module for one in shown])
     for one in shown:

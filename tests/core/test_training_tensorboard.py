@@ -15,10 +15,10 @@ class FullDisk:
     """In SummaryWriter's place: what it is given it writes when it is told to flush."""
 
     def __init__(self, folder: str):
-        self.told = []
+        pass
 
     def add_scalar(self, name, value, step):
-        self.told.append(name)
+        pass
 
     def flush(self):
         raise OSError(errno.ENOSPC, "No space left on device")

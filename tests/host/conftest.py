@@ -122,3 +122,16 @@ def server(tmp_path_factory):
     """A running server of this host with the pack loaded, as a process of its own: see harness/server.py."""
     with HostServer(HOST, Path(sys.executable), tmp_path_factory.mktemp("server")) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def clips(pack_import, tmp_path_factory):
+    """CLIPs of T5: for an ELLA, and as wide as the MODEL's own tokens."""
+    from tiny_models import TEXT_DIM, WIDTH, save_t5
+
+    found = []
+    for width in (TEXT_DIM, WIDTH):
+        place = tmp_path_factory.mktemp(f"t5-{width}")
+        save_t5(place, width)
+        found.append(pack_import("host.text_encoder").load_text_encoder_clip(place))
+    return found

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from tiny_models import TEXT_DIM, WIDTH, save_t5
+from tiny_models import TEXT_DIM, WIDTH
 
 CAPTIONS = {"ada/1": "a red cat\na cat", "ada/2": "a red dog", "bob/1": "a blue house", "bob/2": ""}
 
@@ -33,17 +33,6 @@ def folder(monkeypatch, tmp_path):
         if caption:
             path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return tmp_path / "input" / "people"
-
-
-@pytest.fixture(scope="module")
-def clips(pack_import, tmp_path_factory):
-    """CLIPs of T5: for an ELLA, and as wide as the MODEL's own tokens."""
-    found = []
-    for width in (TEXT_DIM, WIDTH):
-        place = tmp_path_factory.mktemp(f"t5-{width}")
-        save_t5(place, width)
-        found.append(pack_import("host.text_encoder").load_text_encoder_clip(place))
-    return found
 
 
 @pytest.fixture(scope="module")

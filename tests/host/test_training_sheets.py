@@ -12,7 +12,7 @@ import pytest
 import torch
 from model_families import FAMILIES
 from PIL import Image
-from tiny_models import TEXT_DIM, WIDTH, noise, save_t5
+from tiny_models import noise
 
 SIDE_PX = 64
 
@@ -28,17 +28,6 @@ def folder(monkeypatch, tmp_path):
         Image.new("RGB", (SIDE_PX, SIDE_PX), (60 * index, 90, 200)).save(path)
         path.with_suffix(".txt").write_text(f"picture {index}", encoding="utf-8")
     return tmp_path / "output" / "emma_training" / "run"
-
-
-@pytest.fixture(scope="module")
-def clips(pack_import, tmp_path_factory):
-    """CLIPs of T5: for an ELLA, and as wide as the MODEL's own tokens."""
-    found = []
-    for width in (TEXT_DIM, WIDTH):
-        place = tmp_path_factory.mktemp(f"t5-{width}")
-        save_t5(place, width)
-        found.append(pack_import("host.text_encoder").load_text_encoder_clip(place))
-    return found
 
 
 @pytest.fixture
