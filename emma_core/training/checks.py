@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ..base.config import check_files, spec_of
+from ..base.own_text import check_has_own_text
 from ..base.pairing import check_pairing
 from ..base.spec import SD15
 from ..encoders.kinds import suggestion
@@ -22,7 +23,7 @@ from .buckets import buckets
 from .config import TrainConfig
 from .own_latents import check_own_latents, prompts_of
 from .starts import wanted_features
-from .teachers import teacher_kind
+from .teachers import named_kinds, teacher_kind
 
 
 def check(config: TrainConfig) -> None:
@@ -43,6 +44,8 @@ def checks_of(config: TrainConfig) -> list[Callable[[], None]]:
         partial(_check_drops, config)]
     if config.teacher.own_latents:
         checks += [partial(check_own_latents, config), partial(prompts_of, config.teacher)]
+    if config.teacher.own_text:
+        checks.append(partial(_check_own_text_teacher, config))
     checks += [
         partial(teacher_kind, config.teacher),
         partial(check_files, config.base, config.ella, _further_files(config), new_ella=config.what == "ella"),
@@ -122,6 +125,23 @@ def _check_drops(config: TrainConfig) -> None:
     if sum(drops.values()) > 1:
         raise TrainingConfigError(f"{', '.join(f'objective.{key} = {share:g}' for key, share in drops.items())} are shares of "
                                   f"the rows and add up to {sum(drops.values()):g}; wanted 1 at most. Lower one.")
+
+
+def _check_own_text_teacher(config: TrainConfig) -> None:
+    """The base itself teaches an ELLA alone, and alone."""
+    if config.what != "ella":
+        raise TrainingConfigError("teacher.own_text teaches an ELLA what the checkpoint's own text encoder says of a caption, "
+                                  "and a module learns what no text says. Set it to false, or train an ELLA.")
+    others = [f"teacher.{kind.key}" for kind in named_kinds(config.teacher)]
+    if config.teacher.own_latents:
+        others.append("teacher.own_latents")
+    if others:
+        raise TrainingConfigError(f"teacher.own_text does not go with {' and '.join(others)}. Remove one of them.")
+    if config.base.checkpoint == PLAYGROUND:
+        raise TrainingConfigError("teacher.own_text needs a checkpoint with its own text encoder, and the playground has none "
+                                  "but its ELLA's. Set it to false.")
+    if Path(config.base.checkpoint).exists():  # else told by the checks of files
+        check_has_own_text(Path(config.base.checkpoint), spec_of(config.base))
 
 
 def _check_encoder(config: TrainConfig) -> None:

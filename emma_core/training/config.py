@@ -154,6 +154,7 @@ class TeacherConfig:
     scale: float = key(1.0, "strength of the teacher's LoRA or IP-Adapter", least=0)
     blocks: str = key("all", "where the IP-Adapter works: `style` gives style and no content, `no layout` leaves the "
                              "composition to the text", choices=BLOCKS)
+    own_text: bool = key(False, "for an ELLA: the base itself is the teacher, reading captions with its own text encoder")
     own_latents: bool = key(False, "train on samples of the model itself: prompts and references are all that is needed")
     prompts: str = key("", "text file of prompts, one a line, for own_latents; default: those that are shipped")
     samples: int = key(4, "samples of each prompt, for own_latents", least=1)

@@ -29,7 +29,7 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
 
 FILES = "files"  # their marks, in what a checkpoint says of its run
 # runs that are older than these settings must find their folder again
-_NEWER = ("module.layers", "module.inner", "teacher.blocks", "ella.tokenizer", "train.held_out")
+_NEWER = ("module.layers", "module.inner", "teacher.blocks", "teacher.own_text", "ella.tokenizer", "train.held_out")
 _PLACES = ("data.folder", "data.jsonl", "data.shards")
 
 

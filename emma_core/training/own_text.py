@@ -81,13 +81,17 @@ def teacher_texts(
         settings = {"encoder": mark, "lora": sha256_of_file(path), "strength": strength}
         store = processes.first_alone(lambda settings=settings: FeatureStore(cache / "teacher_texts", settings))
         with with_text_lora(encoder, changes, strength):
-            _encode(encoder, store, captions, progress or (lambda what, done, total: None), processes)
-        texts = _Stored(store)
+            encode_captions(encoder, store, captions, progress or (lambda what, done, total: None), processes)
+        texts = Stored(store)
         found.append(TeacherText(own_text(spec, data, texts), texts.text))
     return found
 
 
-def _encode(encoder: ClipTextEncoder, store: FeatureStore, captions: Iterable[str], progress, processes: Processes) -> None:
+def encode_captions(
+    encoder: ClipTextEncoder, store: FeatureStore, captions: Iterable[str], progress: Callable[[str, int, int], None],
+    processes: Processes,
+) -> None:
+    """Each caption's tokens, and its pooled vector where there is one, into the cache; what lies there is not encoded again."""
     by_key = {text_key(caption): caption for caption in captions}
 
     def work(keys, filling: Filling) -> None:
@@ -107,8 +111,8 @@ def encoded_text(text_1ND: torch.Tensor, pooled_1P: torch.Tensor) -> Tensors:
 
 
 @dataclass(frozen=True, eq=False)
-class _Stored:
-    """Captions in a cache."""
+class Stored:
+    """Captions in a cache, as `Texts`."""
 
     store: FeatureStore
 

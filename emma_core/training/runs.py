@@ -14,6 +14,7 @@ from ..base.parts import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Par
 from ..files.picture_file import open_picture, picture_tensor
 from ..files.writing import make_folder, write_text
 from ..playground import PLAYGROUND
+from ..text.encoder import usual_dtype
 from .acceleration import new_accelerator, new_device
 from .beginning import Frozen, begin
 from .calibration import calibrate_result
@@ -25,6 +26,7 @@ from .lock import alone_in
 from .lora_teacher import lora_files
 from .own_latents import OwnLatents, own_latents
 from .own_text import own_text, teacher_texts
+from .own_text_teacher import own_text_target
 from .parts import encode_references, encoders_of, load_parts, options_of, prepare_precision
 from .places import place_weights
 from .prepare import prepare
@@ -130,6 +132,10 @@ def _silent(line: str) -> None:
     """For processes that are not the first."""
 
 
+def _untold(what: str, done: int, total: int) -> None:
+    """Progress of what is short."""
+
+
 def begin_run(
     config: TrainConfig, parts: Parts, data: Prepared | OwnLatents, accelerator: Accelerator, folder: Path,
     teacher: TeacherTarget | None = None,
@@ -143,6 +149,9 @@ def begin_run(
     """
     encoder = parts.reference_encoder.description if parts.reference_encoder else {}
     taught = _teacher_texts(config, parts, data, folder) if teacher is None else []
+    if teacher is None and config.teacher.own_text:
+        teacher = own_text_target(config, parts.backbone, data, _cache_of(config, folder), _untold, Processes.of_run(),
+                                  usual_dtype(parts.device))
     parts.reference_encoder = parts.text_encoder = None
     parts.place(UNET, AUTOENCODER)
     if teacher is None and (named := load_teacher(config.teacher, parts.backbone, parts.on_own_tokens)):

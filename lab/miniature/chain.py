@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=360)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--jobs", type=int, default=1, help="stages at the same time")
-    parser.add_argument("--widths", type=int, nargs=2, default=[64, 128], help="of the base's UNet")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 192], help="of the levels of the base's UNet")
     parser.add_argument("--start", type=Path, help="UNet that the base begins with; default: from scratch")
     parser.add_argument("--pictures", type=int, default=96, help="of each line of scores")
     parser.add_argument("--steps", type=int, help="updates of ELLA and of each module; default: the recipes'")

@@ -6,12 +6,14 @@ A run may be lengthened: called again with more minutes, it goes on at the rate 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,6 +63,10 @@ def read_state(state: Path, device: str = "cpu") -> dict:
     return torch.load(state, map_location=device, weights_only=True)
 
 
+def adam(named: dict[str, nn.Parameter], rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(named.values(), lr=rate, weight_decay=weight_decay, fused=True)
+
+
 class TimedRun:
     """Trains what requires gradients in ``model`` until ``options.minutes`` are spent.
 
@@ -72,11 +78,12 @@ class TimedRun:
     """
 
     def __init__(
-        self, model: nn.Module, options: argparse.Namespace, rate: float, weight_decay: float = 0.01, about: dict | None = None
+        self, model: nn.Module, options: argparse.Namespace, rate: float, weight_decay: float = 0.01, about: dict | None = None,
+        optimizer: Callable[..., Any] | None = None,
     ):
         self.model, self.options, self.rate = model, options, rate
         self.learning = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.learning.values(), lr=rate, weight_decay=weight_decay, fused=True)
+        self.optimizer = (optimizer or adam)(self.learning, rate, weight_decay)
         self.average = {name: tensor.detach().clone() for name, tensor in self.learning.items()}
         self.step, self.spent, self.stopped, self.about = 0, 0.0, False, about or {}
         self.log = Log(options.state.with_suffix(".jsonl"))
@@ -87,7 +94,7 @@ class TimedRun:
         self.model.load_state_dict(state["model"])
         self.step, self.spent = state["step"], state["spent"]
         self.average.update({name: tensor for name, tensor in state["average"].items() if name in self.average})
-        if len(state["optimizer"]["param_groups"][0]["params"]) == len(self.learning):
+        with contextlib.suppress(ValueError, KeyError):  # made by another optimizer, or for another choice of what learns
             self.optimizer.load_state_dict(state["optimizer"])
 
     def run(self, loss_of_batch: Callable[[torch.Generator], dict[str, torch.Tensor]]) -> None:

@@ -8,6 +8,7 @@ Shapes: B rows, L tokens of width D, latents 4 x h x w, T timesteps.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,11 +23,13 @@ from lab.playground.unet import UNET_CONFIG, make_unet
 from .clip import token_ids
 from .dataset import TRAIN, load
 from .feed import Feed, caption_tokens, drawing_weights, one_caption
+from .optimizers import MuonAndAdam
 from .timed import TimedRun, add_run_arguments, begin, load_averaged, read_state
 from .train_clip import load_clip
 
-BATCH, RATE, EMPTY_SHARE = 32, 8e-4, 0.1
+BATCH, RATE, EMPTY_SHARE = 64, 5e-4, 0.1
 _BUCKETS = 5
+WIDTHS = (64, 128, 192)  # the last level, 4 x 4 cells, decides where things are and costs next to nothing
 
 
 def start_from(unet, other) -> None:
@@ -35,6 +38,14 @@ def start_from(unet, other) -> None:
     weights.update({key: value for key, value in other.state_dict().items() if ".attn2." not in key})
     weights.update({key: torch.zeros_like(value) for key, value in weights.items() if ".attn2.to_out.0." in key})
     unet.load_state_dict(weights)
+
+
+def config_of(widths: Sequence[int]) -> dict:
+    """diffusers' configuration of a UNet with a level for each width; all but the first read the text, as SD1.5's do."""
+    levels = len(widths)
+    return {**UNET_CONFIG, "block_out_channels": list(widths),
+            "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * (levels - 1)],
+            "up_block_types": [*["CrossAttnUpBlock2D"] * (levels - 1), "UpBlock2D"]}
 
 
 def load_base_unet(state: Path):
@@ -79,11 +90,11 @@ def train(options: argparse.Namespace) -> None:
     captions_NKL = caption_tokens(data, tokenizer, options.data / "captions.safetensors").to(device)
     feed = Feed(data, seen, drawing_weights([data.rows[position] for position in seen]), device)
     task = NoiseTask(options.latents, device)
-    config = {**UNET_CONFIG, "block_out_channels": options.widths}
+    config = read_state(options.state)["about"]["unet"] if options.state.exists() else config_of(options.widths)
     unet = make_unet(config)
     if options.start:
         start_from(unet, load_unet(options.start))
-    run = TimedRun(unet.to(device), options, options.rate, about={"unet": config})
+    run = TimedRun(unet.to(device), options, options.rate, about={"unet": config}, optimizer=None if options.adam else MuonAndAdam)
     empty_L = token_ids(tokenizer, [""])[0].to(device)
 
     def loss_of_batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -106,9 +117,10 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, required=True, help="file of `python -m lab.miniature.latents`")
     parser.add_argument("--clip", type=Path, required=True, help="state of `python -m lab.miniature.train_clip`")
     parser.add_argument("--start", type=Path, help="UNet file of this layout to begin with; default: from scratch")
-    parser.add_argument("--widths", type=int, nargs=2, default=UNET_CONFIG["block_out_channels"])
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--adam", action="store_true", help="AdamW alone in place of Muon, which learns about twice as fast")
     train(parser.parse_args())
 
 

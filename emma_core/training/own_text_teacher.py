@@ -1,0 +1,69 @@
+"""The base with its own text encoder as the teacher of an ELLA: what it predicts of a caption by its own tokens is the target.
+
+A teacher's prediction has no noise of its own, so an ELLA learns to tell its base a caption from far fewer pictures than the
+noise takes. What the base's own text encoder cannot read (anything behind its 77 tokens, say) it does not teach.
+
+Shapes: N own tokens of width W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ..base.backbones import Backbone
+from ..base.lora import merge_text_lora
+from ..base.own_text import load_own_text
+from .config import TrainConfig
+from .draws import BatchRow
+from .own_latents import OwnLatents
+from .own_text import Stored, encode_captions
+from .parts import weights_mark
+from .prepared import Prepared
+from .shards import Processes
+from .store import FeatureStore
+from .student import TeacherTarget
+
+KIND = "own text encoder"
+
+
+
+def own_text_target(
+    config: TrainConfig, backbone: Backbone, data: Prepared | OwnLatents, cache: Path,
+    progress: Callable[[str, int, int], None], processes: Processes, dtype: torch.dtype,
+) -> TeacherTarget:
+    """The teacher's target; captions are encoded once and kept in the cache, and its text encoder is let go.
+
+    Args:
+        config: of the run; a LoRA on the base changes its text encoder too.
+        backbone: the frozen base, which predicts.
+        data: whose captions are read.
+        cache: folder of the caches.
+        dtype: of the text encoder's weights.
+    Raises:
+        TextEncoderFileError, FileError: see `load_own_text` and `merge_text_lora`.
+        TrainingError: the cache cannot be written.
+    """
+    encoder = load_own_text(Path(config.base.checkpoint), backbone.spec, dtype)
+    if config.base.lora:
+        merge_text_lora(encoder, Path(config.base.lora))
+    encoder.model.to(backbone.device)
+    mark = f"{config.base.checkpoint} {weights_mark(encoder.model)} {encoder.tokenizer_fingerprint}"
+    store = processes.first_alone(lambda: FeatureStore(cache / "teacher_texts", {"encoder": mark}))
+    encode_captions(encoder, store, {"", *(caption for index in range(len(data)) for caption in data.captions(index))},
+                    progress, processes)
+    texts = Stored(store)
+
+    def predict(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
+        told = [texts.text(row.caption) for row in rows]
+        target_B4hw = torch.empty_like(noised_B4hw, dtype=torch.float32)
+        for length in {text_1NW.shape[1] for text_1NW in told}:  # a caption of more than 77 tokens has a multiple of them
+            rows_G = torch.tensor([index for index, text_1NW in enumerate(told) if text_1NW.shape[1] == length],
+                                  device=noised_B4hw.device)
+            text_GNW = torch.cat([told[index] for index in rows_G.tolist()]).to(context_BKW)
+            target_B4hw[rows_G] = backbone.predict_noise(noised_B4hw[rows_G], timestep_B[rows_G], text_GNW).float()
+        return target_B4hw
+
+    return TeacherTarget(KIND, predict)
