@@ -110,10 +110,9 @@ class ManagedEncoder:
         return encoded
 
 
-def load_playground_reference_encoder(path=None) -> LoadedEncoder:
-    """The shipped encoder, or another file of its kind."""
-    encoder = load_playground_encoder(path or PLAYGROUND_DIR / "encoder.safetensors", operations=comfy.ops.manual_cast)
-    return _managed(encoder, patcher_for(encoder.model))
+def load_playground_reference_encoder() -> LoadedEncoder:
+    """The shipped encoder, of whichever kind it is."""
+    return load_reference_encoder(str(PLAYGROUND_DIR / "encoder.safetensors"))
 
 
 def load_reference_encoder(path: str, open_clip_model: str | None = None) -> LoadedEncoder:
@@ -129,6 +128,11 @@ def load_reference_encoder(path: str, open_clip_model: str | None = None) -> Loa
     return _managed(encoder, patcher_for(encoder.model))
 
 
+def _load_playground(path: Path) -> LoadedEncoder:
+    encoder = load_playground_encoder(path, operations=comfy.ops.manual_cast)
+    return _managed(encoder, patcher_for(encoder.model))
+
+
 def _load_clip(path: Path) -> LoadedEncoder:
     tensors, family = read_clip_vision(path)
     description = _clip_description(tensors, family)  # before the host loads them: it takes out what it has loaded
@@ -141,7 +145,7 @@ def _load_clip(path: Path) -> LoadedEncoder:
 
 
 # kinds whose layers are the host's own here
-_OWN_WAYS = {"playground": load_playground_reference_encoder, "clip": _load_clip}
+_OWN_WAYS = {"playground": _load_playground, "clip": _load_clip}
 
 
 def as_encoder(encoder) -> LoadedEncoder:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..encoders.base import ReferenceEncoder
+from ..encoders.loading import encoder_kind, load_encoder
 from ..encoders.options import EncodeOptions
-from ..encoders.playground import PlaygroundReferenceEncoder, load_playground_encoder
 from ..files.tensor_file import sha256_of_file
 from ..playground import PLAYGROUND_DIR
 
@@ -31,7 +32,7 @@ class PlaygroundScorer:
 
     prompt_column = ""
 
-    def __init__(self, encoder: PlaygroundReferenceEncoder, column: str):
+    def __init__(self, encoder: ReferenceEncoder, column: str):
         self.reference_column = column
         self._encoder = encoder
         self._options = EncodeOptions((FEATURES[column],))
@@ -54,9 +55,11 @@ class PlaygroundScorer:
 
 def playground_scorer_names() -> list[tuple[str, str, str]]:
     """Kind, name and SHA-256 of each, as `scorers.scorer_names`."""
-    return [(column, f"playground {feature}", sha256_of_file(_ENCODER)) for column, feature in FEATURES.items()]
+    given = encoder_kind(_ENCODER).features
+    return [(column, f"playground {feature}", sha256_of_file(_ENCODER)) for column, feature in FEATURES.items()
+            if feature in given]
 
 
 def load_playground_scorer(kind: str) -> PlaygroundScorer:
     """One of `playground_scorer_names`, on the CPU."""
-    return PlaygroundScorer(load_playground_encoder(_ENCODER), kind)
+    return PlaygroundScorer(load_encoder(_ENCODER), kind)

@@ -29,7 +29,7 @@ from .own_latents import prompts_of
 from .starts import sizes_of_blocks, wanted_features
 
 _NUMBER = 4  # bytes of one, in float32
-_TEXT_TOKENS, _TEXT_DIM = 32, 2048  # of a usual caption, and of flan-t5-xl
+_TEXT_TOKENS = 32  # of a usual caption
 _LATENT_CHANNELS, _PIXELS_PER_LATENT = 4, 8
 _USUAL_TOWER = CLIP_TOWERS["clip-vit-h-14"]
 _MOMENTS = 2  # that AdamW keeps of each weight
@@ -57,11 +57,12 @@ def cache_bytes(config: TrainConfig, examples: Sequence[Example]) -> int:
 
 
 def _text_numbers(config: TrainConfig) -> int:
-    """Of one caption: T5's, or the rows of the checkpoint's own text encoders."""
-    if config.what == "ella" or uses_ella(config.base, config.ella):
-        return _TEXT_TOKENS * _TEXT_DIM
+    """Of one caption: T5's, or the rows of the checkpoint's own text encoders; both where these teach an ELLA."""
     spec = _spec_of(config)
-    return CLIP_LENGTH * spec.context_width + spec.pooled_width
+    own = CLIP_LENGTH * spec.context_width + spec.pooled_width
+    if config.what == "ella" or uses_ella(config.base, config.ella):
+        return _TEXT_TOKENS * _ella_sizes(config).text_dim + own * config.teacher.own_text
+    return own
 
 
 def checkpoint_bytes(config: TrainConfig, numbers: int) -> int:
@@ -90,16 +91,18 @@ def learning_numbers(config: TrainConfig) -> int:
     """How many numbers learn, about: a module on an ELLA has as many blocks of the same size as that."""
     if config.what == "module" and not uses_ella(config.base, config.ella):
         return numbers_of_blocks(config, _spec_of(config).own_tokens)
-    path = config.ella.file or PLAYGROUND_DIR / "ella.safetensors"
-    try:
-        sizes = read_connector_config(path)
-    except EmmaError:  # told by the checks; the released one's sizes then
-        sizes = ConnectorConfig(width=768, text_dim=_TEXT_DIM)
     with torch.device("meta"):
-        connector = Connector(sizes)
+        connector = Connector(_ella_sizes(config))
     if config.what == "ella":
         return sum(value.numel() for value in connector.parameters())
     return numbers_of_blocks(config, connector)
+
+
+def _ella_sizes(config: TrainConfig) -> ConnectorConfig:
+    try:
+        return read_connector_config(config.ella.file or PLAYGROUND_DIR / "ella.safetensors")
+    except EmmaError:  # told by the checks; the released one's sizes then
+        return ConnectorConfig()
 
 
 def numbers_of_blocks(config: TrainConfig, source: Connector | OwnTokens) -> int:

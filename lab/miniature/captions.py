@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Iterable
 
 from .dataset import Row
 
@@ -58,3 +60,11 @@ def full_caption(row: Row) -> str:
 def _names(row: Row) -> tuple[str, ...]:
     """The usual name as often as all others together."""
     return (*row.names, *[row.names[0]] * (len(row.names) - 1))
+
+
+def words_around(rows: Iterable[Row]) -> set[str]:
+    """Every word of captions that is no part of a name."""
+    said = {*_CATEGORY_WORDS.values(), *(frame.format("") for frame in _FRAMES),
+            *(text.format(style=row.style, text="") for row in rows for text in _STYLES),
+            *(text.format(tone=row.tone.replace("-", " "), name="") for row in rows if row.tone for text in _TONES)}
+    return {word for text in said for word in re.findall(r"[^\W\d_]+", text.lower())}

@@ -13,7 +13,7 @@ _FIRST_AND_LAST = ("conv_in.", "conv_out.", "time_embedding.")
 class MuonAndAdam:
     """torch's Muon on every weight of two or more dimensions, a convolution's as outputs x the rest, and AdamW on the others.
 
-    Muon's rate is made to give updates of AdamW's size, so one rate serves both. The network's first and last layers are AdamW's.
+    Muon's rate is made to give updates of AdamW's size, so one rate serves both. A network's first and last layers are AdamW's.
 
     Args:
         named: parameters that require gradients, by name.

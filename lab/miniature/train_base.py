@@ -35,17 +35,21 @@ WIDTHS = (64, 128, 192)  # the last level, 4 x 4 cells, decides where things are
 def start_from(unet, other) -> None:
     """Takes another UNet's weights but for the cross-attention; that begins anew, silent."""
     weights = unet.state_dict()
-    weights.update({key: value for key, value in other.state_dict().items() if ".attn2." not in key})
+    weights.update({key: value for key, value in other.state_dict().items()
+                    if ".attn2." not in key and key in weights and value.shape == weights[key].shape})
     weights.update({key: torch.zeros_like(value) for key, value in weights.items() if ".attn2.to_out.0." in key})
     unet.load_state_dict(weights)
 
 
 def config_of(widths: Sequence[int]) -> dict:
-    """diffusers' configuration of a UNet with a level for each width; all but the first read the text, as SD1.5's do."""
-    levels = len(widths)
+    """diffusers' configuration of a UNet with a level for each width.
+
+    Text is read in the second level, and as in SD1.5 in the middle block, which has the size of the last.
+    """
+    reads = [level == 1 for level, _ in enumerate(widths)]
     return {**UNET_CONFIG, "block_out_channels": list(widths),
-            "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * (levels - 1)],
-            "up_block_types": [*["CrossAttnUpBlock2D"] * (levels - 1), "UpBlock2D"]}
+            "down_block_types": ["CrossAttnDownBlock2D" if one else "DownBlock2D" for one in reads],
+            "up_block_types": ["CrossAttnUpBlock2D" if one else "UpBlock2D" for one in reversed(reads)]}
 
 
 def load_base_unet(state: Path):
@@ -94,7 +98,8 @@ def train(options: argparse.Namespace) -> None:
     unet = make_unet(config)
     if options.start:
         start_from(unet, load_unet(options.start))
-    run = TimedRun(unet.to(device), options, options.rate, about={"unet": config}, optimizer=None if options.adam else MuonAndAdam)
+    run = TimedRun(unet.to(device), options, options.rate, about={"unet": config},
+                   optimizer=None if options.adam else MuonAndAdam)
     empty_L = token_ids(tokenizer, [""])[0].to(device)
 
     def loss_of_batch(generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -40,7 +40,8 @@ def ella(sd15, tmp_path_factory):
     torch.manual_seed(0)
     text_dim = load_connector(PLAYGROUND_DIR / "ella.safetensors").config.text_dim
     path = tmp_path_factory.mktemp("ella") / "ella.safetensors"
-    save_connector(Connector(ConnectorConfig(width=64, text_dim=text_dim, layers=2, heads=1, time_channels=64, time_width=64)), path)
+    config = ConnectorConfig(width=64, text_dim=text_dim, layers=2, heads=1, time_channels=64, time_width=64)
+    save_connector(Connector(config), path)
     return path
 
 

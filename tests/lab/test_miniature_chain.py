@@ -15,6 +15,7 @@ from emma_core.base.backbones import load_backbone
 from emma_core.base.config import BaseConfig, EllaConfig
 from emma_core.base.parts import load_base_parts
 from emma_core.encoders.clip_vision import load_clip_vision
+from emma_core.errors import ImageInputError
 from emma_core.files.connector_file import load_connector
 from emma_core.files.module_file import load_module
 from emma_core.text.encoder import load_text_encoder
@@ -173,6 +174,34 @@ def test_exported_files_are_a_checkpoint_with_its_own_text(files):
     parts = load_base_parts(BaseConfig(checkpoint=str(files)), EllaConfig(), torch.float32, torch.device("cpu"))
     assert (parts.connector.source.family, parts.connector.source.width) == ("sd15", 128)
     assert parts.text_encoder.encode(["a cat"])[0].shape == (1, CONTEXT, 128)
+
+
+def test_the_playground_of_it_is_complete_and_its_references_are_of_the_train_split(files, miniature_data, tmp_path, monkeypatch):
+    from emma_core.encoders.loading import load_encoder
+    from emma_core.playground.words import known_words
+    from lab.miniature import playground
+
+    runs = tmp_path / "runs"
+    for name, source in [("ella", files / "ella-start.safetensors"),
+                         *((f"emma-{one}", ROOT / "playground" / f"emma-{one}.safetensors") for one in playground.MODULES)]:
+        (runs / name).mkdir(parents=True)
+        (runs / name / f"{name}.safetensors").write_bytes(source.read_bytes())
+    where = ("--files", files, "--runs", runs, "--data", miniature_data, "--out", tmp_path / "out")
+    with pytest.raises(ImageInputError, match="name another thing"):
+        command("playground", *where)
+    monkeypatch.setattr(playground, "_SHOWN_IN_STYLE", (("woman cook", "medium-dark"), ("cat", "")))
+    monkeypatch.setattr(playground, "FACES", {"light": ("man farmer", "noto")})
+    monkeypatch.setattr(playground, "OBJECTS", {"cup": ("coffee", "3d", "")})
+    command("playground", *where)
+    out = tmp_path / "out"
+    assert (out / "references" / "style-fxemoji.png").is_file() and len(list((out / "references").glob("*.png"))) == 12
+    credits = (out / "CREDITS.md").read_text()
+    assert "| `style-noto.png` | cat | Noto Emoji, Google |" in credits, "its cook in that tone is held out"
+    assert "| `style-twemoji.png` | woman cook, medium-dark skin tone | Twemoji" in credits
+    words = known_words(out / "words.json")
+    assert words.notice("a picture of a coffee, dark skin, noto style") == "" and words.unknown("a flag") == {"flag": ""}
+    assert load_encoder(out / "encoder.safetensors").description["family"] == "clip-miniature"
+    assert load_text_encoder(out / "t5.safetensors").encode(["a cat"])[0].shape[-1] == 128
 
 
 def test_pictures_enter_clip_as_its_towers_were_taught(chain):
