@@ -90,7 +90,8 @@ class Chain:
         device = ("--device", "cpu") if self.options.device == "cpu" else ()
         steps = ("--train.steps", str(self.options.steps)) if self.options.steps else ()
         return Stage(name, ("-m", "emma_core", "train", *words, "--data.jsonl", str(self.lists / data), "--base.checkpoint",
-                            str(self.files), "--output.folder", str(folder), *device, *steps, *map(str, arguments)))
+                            str(self.files), "--output.folder", str(folder), "--data.cache", str(self.out / "cache"),
+                            *device, *steps, *map(str, arguments)))
 
     def _ella(self) -> Stage:
         return self._trained("ella", ("ella", str(RECIPES / "ella.toml")), "ella.jsonl", *self._reading(

@@ -3,6 +3,7 @@
 import importlib
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -176,7 +177,7 @@ def test_exported_files_are_a_checkpoint_with_its_own_text(files):
     assert parts.text_encoder.encode(["a cat"])[0].shape == (1, CONTEXT, 128)
 
 
-def test_the_playground_of_it_is_complete_and_its_references_are_of_the_train_split(files, miniature_data, tmp_path, monkeypatch):
+def test_the_playground_of_it_is_complete_and_its_references_were_learnt_from(files, miniature_data, tmp_path, monkeypatch):
     from emma_core.encoders.loading import load_encoder
     from emma_core.playground.words import known_words
     from lab.miniature import playground
@@ -202,6 +203,34 @@ def test_the_playground_of_it_is_complete_and_its_references_are_of_the_train_sp
     assert words.notice("a picture of a coffee, dark skin, noto style") == "" and words.unknown("a flag") == {"flag": ""}
     assert load_encoder(out / "encoder.safetensors").description["family"] == "clip-miniature"
     assert load_text_encoder(out / "t5.safetensors").encode(["a cat"])[0].shape[-1] == 128
+
+
+def test_two_processes_learn_as_one_with_both_batches(chain, tmp_path):
+    """Their weights stay the same, and the gradient is the mean of theirs."""
+    script = tmp_path / "two.py"
+    script.write_text(f"""
+import argparse, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from lab.miniature.timed import TimedRun, begin
+options = argparse.Namespace(threads=1, seed=0, state=Path({str(tmp_path)!r}) / "state.pt", device="cpu", minutes=0.02, batch=1)
+begin(options)
+model = torch.nn.Linear(3, 1, bias=False)
+run = TimedRun(model, options, 1e-2)
+rank, seen = torch.distributed.get_rank(), []
+def loss(generator):
+    seen.append(torch.randn(3, generator=generator))
+    return {{"loss": (model(seen[-1]) - rank).square().sum()}}
+run.run(loss)
+torch.save((model.weight, seen[:5], model.weight.grad, seen[-1], run.step), Path({str(tmp_path)!r}) / f"{{rank}}.pt")
+""")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+                   check=True, capture_output=True, timeout=300)
+    (one, first, gradient_1, _, steps_1), (two, second, gradient_2, _, steps_2) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    assert one.equal(two) and gradient_1.equal(gradient_2) and steps_1 == steps_2
+    assert not torch.stack(first).equal(torch.stack(second))
+    assert read_state(tmp_path / "state.pt")["step"] == steps_1
 
 
 def test_pictures_enter_clip_as_its_towers_were_taught(chain):
