@@ -16,10 +16,12 @@ import torch
 from ..base.backbones import Backbone
 from ..base.lora import merge_text_lora
 from ..base.own_text import load_own_text
+from ..base.parts import Parts
+from ..text.encoder import usual_dtype
 from .config import TrainConfig
 from .draws import BatchRow
 from .own_latents import OwnLatents
-from .own_text import Stored, encode_captions
+from .own_text import Stored, Texts, encode_captions
 from .parts import weights_mark
 from .prepared import Prepared
 from .shards import Processes
@@ -29,33 +31,41 @@ from .student import TeacherTarget
 KIND = "own text encoder"
 
 
-
-def own_text_target(
-    config: TrainConfig, backbone: Backbone, data: Prepared | OwnLatents, cache: Path,
-    progress: Callable[[str, int, int], None], processes: Processes, dtype: torch.dtype,
-) -> TeacherTarget:
-    """The teacher's target; captions are encoded once and kept in the cache, and its text encoder is let go.
+def encode_for_teacher(
+    config: TrainConfig, parts: Parts, data: Prepared | OwnLatents, cache: Path,
+    progress: Callable[[str, int, int], None] | None = None, processes: Processes | None = None,
+) -> Stored:
+    """All captions of ``data`` as the base's own text encoder reads them, encoded once and kept in the cache.
 
     Args:
         config: of the run; a LoRA on the base changes its text encoder too.
-        backbone: the frozen base, which predicts.
-        data: whose captions are read.
+        parts: of the run; the text encoder is loaded beside them and let go again.
         cache: folder of the caches.
-        dtype: of the text encoder's weights.
+        progress: told what is encoded, how much of it is done, and how much there is.
+        processes: those that share the work.
     Raises:
         TextEncoderFileError, FileError: see `load_own_text` and `merge_text_lora`.
         TrainingError: the cache cannot be written.
     """
-    encoder = load_own_text(Path(config.base.checkpoint), backbone.spec, dtype)
+    processes = processes or Processes()
+    encoder = load_own_text(Path(config.base.checkpoint), parts.backbone.spec, usual_dtype(parts.device))
     if config.base.lora:
         merge_text_lora(encoder, Path(config.base.lora))
-    encoder.model.to(backbone.device)
+    encoder.model.to(parts.device)
     mark = f"{config.base.checkpoint} {weights_mark(encoder.model)} {encoder.tokenizer_fingerprint}"
     store = processes.first_alone(lambda: FeatureStore(cache / "teacher_texts", {"encoder": mark}))
-    encode_captions(encoder, store, {"", *(caption for index in range(len(data)) for caption in data.captions(index))},
-                    progress, processes)
-    texts = Stored(store)
+    captions = {"", *(caption for index in range(len(data)) for caption in data.captions(index))}
+    encode_captions(encoder, store, captions, progress or (lambda what, done, total: None), processes)
+    return Stored(store)
 
+
+def own_text_target(backbone: Backbone, texts: Texts) -> TeacherTarget:
+    """The teacher's target.
+
+    Args:
+        backbone: the frozen base, which predicts.
+        texts: the captions, see `encode_for_teacher`.
+    """
     def predict(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
         told = [texts.text(row.caption) for row in rows]
         target_B4hw = torch.empty_like(noised_B4hw, dtype=torch.float32)

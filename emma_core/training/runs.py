@@ -14,7 +14,6 @@ from ..base.parts import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Par
 from ..files.picture_file import open_picture, picture_tensor
 from ..files.writing import make_folder, write_text
 from ..playground import PLAYGROUND
-from ..text.encoder import usual_dtype
 from .acceleration import new_accelerator, new_device
 from .beginning import Frozen, begin
 from .calibration import calibrate_result
@@ -26,7 +25,7 @@ from .lock import alone_in
 from .lora_teacher import lora_files
 from .own_latents import OwnLatents, own_latents
 from .own_text import own_text, teacher_texts
-from .own_text_teacher import own_text_target
+from .own_text_teacher import encode_for_teacher, own_text_target
 from .parts import encode_references, encoders_of, load_parts, options_of, prepare_precision
 from .places import place_weights
 from .prepare import prepare
@@ -132,10 +131,6 @@ def _silent(line: str) -> None:
     """For processes that are not the first."""
 
 
-def _untold(what: str, done: int, total: int) -> None:
-    """Progress of what is short."""
-
-
 def begin_run(
     config: TrainConfig, parts: Parts, data: Prepared | OwnLatents, accelerator: Accelerator, folder: Path,
     teacher: TeacherTarget | None = None,
@@ -150,8 +145,8 @@ def begin_run(
     encoder = parts.reference_encoder.description if parts.reference_encoder else {}
     taught = _teacher_texts(config, parts, data, folder) if teacher is None else []
     if teacher is None and config.teacher.own_text:
-        teacher = own_text_target(config, parts.backbone, data, _cache_of(config, folder), _untold, Processes.of_run(),
-                                  usual_dtype(parts.device))
+        texts = encode_for_teacher(config, parts, data, _cache_of(config, folder))  # which `encoded` did, usually
+        teacher = own_text_target(parts.backbone, texts)
     parts.reference_encoder = parts.text_encoder = None
     parts.place(UNET, AUTOENCODER)
     if teacher is None and (named := load_teacher(config.teacher, parts.backbone, parts.on_own_tokens)):
@@ -201,6 +196,9 @@ def encoded(
         parts.place(UNET, TEXT_ENCODER)
         data = own_latents(config, parts.backbone, parts.connector, encoders.encode_texts, prepared, cache, progress,
                            processes, encoders.encode_pooled)
+    if config.teacher.own_text:
+        parts.place()  # its text encoder comes alone
+        encode_for_teacher(config, parts, data, cache, progress, processes)
     parts.place(TEXT_ENCODER)
     named = config.report.sample_prompts or sample_prompts(
         config.module.condition, config.base.checkpoint == PLAYGROUND, _captions_of(data)) or data.captions(0)[:1]

@@ -10,17 +10,15 @@ from PIL import Image
 from training_world import fresh_accelerate
 
 from emma_core.__main__ import main
-from emma_core.base.backbones import load_backbone
-from emma_core.base.config import BaseConfig
 from emma_core.base.own_text import load_own_text
+from emma_core.base.parts import load_base_parts
 from emma_core.files.connector_file import load_connector, save_connector
 from emma_core.model.connector import Connector, ConnectorConfig
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.training.checkpoints import checkpoints, load_checkpoint
 from emma_core.training.config import resolve
 from emma_core.training.draws import BatchRow
-from emma_core.training.own_text_teacher import own_text_target
-from emma_core.training.shards import Processes
+from emma_core.training.own_text_teacher import encode_for_teacher, own_text_target
 
 T5 = str(PLAYGROUND_DIR / "t5.safetensors")
 SMALL = ["--preset", "small-card", "--data.resolution_px", "64", "--data.bucket_step_px", "32", "--data.workers", "0",
@@ -67,8 +65,9 @@ def losses(folder) -> list[float]:
 
 
 def test_it_says_of_captions_of_all_lengths_what_the_base_says_by_its_own_tokens(sd15, tmp_path):
-    config = resolve({"what": "ella", "base": {"checkpoint": str(sd15)}})
-    backbone, captions = load_backbone(BaseConfig(checkpoint=str(sd15)), torch.float32, True), ["a ball", LONG, "", "a fox"]
+    config, captions = resolve({"what": "ella", "base": {"checkpoint": str(sd15)}}), ["a ball", LONG, "", "a fox"]
+    parts = load_base_parts(config.base, config.ella, torch.float32, torch.device("cpu"))
+    backbone = parts.backbone
 
     class Data:
         def __len__(self):
@@ -77,7 +76,10 @@ def test_it_says_of_captions_of_all_lengths_what_the_base_says_by_its_own_tokens
         def captions(self, index):
             return (captions[index],)
 
-    target = own_text_target(config, backbone, Data(), tmp_path, lambda what, done, total: None, Processes(), torch.float32)
+    told = []
+    texts = encode_for_teacher(config, parts, Data(), tmp_path, lambda *progress: told.append(progress))
+    assert told[-1][1:] == (4, 4)
+    target = own_text_target(backbone, texts)
     torch.manual_seed(1)
     noised_B4hw, timestep_B = torch.randn(4, 4, 8, 8), torch.tensor([10, 400, 700, 999])
     rows = [BatchRow(index, False, caption, 0, 0, 1.0) for index, caption in enumerate(captions)]
