@@ -30,7 +30,7 @@ from emma_core.training.config import TrainConfig, resolve  # noqa: E402
 from emma_core.training.draws import Draws  # noqa: E402
 from emma_core.training.examples import read_examples  # noqa: E402
 from emma_core.training.losses import TimestepBuckets  # noqa: E402
-from emma_core.training.parts import load_parts, options_of  # noqa: E402
+from emma_core.training.parts import encoders_of, load_parts, options_of  # noqa: E402
 from emma_core.training.prepare import prepare  # noqa: E402
 from emma_core.training.prepared import Prepared  # noqa: E402
 from emma_core.training.runs import begin_run  # noqa: E402
@@ -93,7 +93,7 @@ class Learning:
     def _prepared(self, name: str) -> Prepared:
         config = self.config({"data.jsonl": str(self.options.pictures / f"{name}.jsonl")})
         examples, _ = read_examples(config.data)
-        encoders = self.parts(config).encoders(config)
+        encoders = encoders_of(self.parts(config), config)
         return prepare(examples, config.data, config.encoder, encoders, options_of(config), self.cache)
 
     def measure(self, name: str) -> dict:

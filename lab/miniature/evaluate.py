@@ -34,6 +34,7 @@ from .trials import SPLITS, TELLS, choose_trials
 from .world import World, load_world
 
 CLIP_I, CLIP_T = "clip-i", "clip-t"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CHUNK = 128
 
 
@@ -180,16 +181,17 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=96)
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of the UNet")
     parser.add_argument("--seed", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     data, sampling = load(options.data), Sampling(guidance=options.guidance)
-    world = load_world(options.files, options.runs, options.modules, data, options.device)
+    world = load_world(options.files, options.runs, options.modules, data, options.device, PRECISIONS[options.precision])
     clip, tokenizer = load_clip(options.states / "clip.pt", options.device)
     evaluation = Evaluation(world, Scorer(load_judge(options.states / "judge.pt", data, options.device), data),
                             Likeness(clip, tokenizer, data, options.device), sampling)
     settings = {"split": options.split, "pictures": options.pictures, "guidance": sampling.guidance, "steps": sampling.steps,
-                "seed": options.seed}
+                "seed": options.seed, "precision": options.precision}
     table = Table(options.out / f"scores-{options.split}.json", settings, extra=(CLIP_I, CLIP_T))
     trials = {unseen: choose_trials(data, options.pictures, options.seed, UNSEEN_SPLIT if unseen else options.split)
               for unseen in (False, True)}

@@ -77,14 +77,18 @@ class World:
         return generate(pipeline, requests, sampling, at_once).permute(0, 3, 1, 2) * 2 - 1
 
 
-def load_world(files: Path, runs: Path, names: Sequence[str], data: Pictures, device: str) -> World:
+def load_world(
+    files: Path, runs: Path, names: Sequence[str], data: Pictures, device: str, dtype: torch.dtype = torch.float32,
+) -> World:
     """Base, ELLA and the modules `emma-<name>` of the trainer's runs.
 
+    Args:
+        dtype: of the UNet's weights.
     Raises:
         FileError: a part is missing or damaged.
     """
     model = load_playground(files)
-    backbone = Backbone(model.unet, model.autoencoder, model.spec, files.name, model.sha256).to(device)
+    backbone = Backbone(model.unet, model.autoencoder, model.spec, files.name, model.sha256).to(device, dtype)
     connector = load_connector(runs / "ella" / "ella.safetensors", device=device)
     encode = load_text_encoder(files / "t5.safetensors", torch.float32, device).encode
     own_text = load_own_text(files, backbone.spec, torch.float32)
