@@ -31,6 +31,7 @@ from ..base.text_to_image import TextToImage, save_picture
 from ..errors import EmmaError, ImageInputError
 from ..evaluation.references import reference_of
 from ..files.comfyui_folders import find_comfyui
+from ..files.loading_words import loading_in_words
 from ..files.picture_file import picture_tensor
 from ..files.plain_file import is_file
 from ..files.writing import check_new_folder, make_folder
@@ -132,6 +133,8 @@ def draw(options: argparse.Namespace) -> list[Path]:
     for one in shown:
         reference_of(one.picture).picture()
     check_new_folder(options.out, "--out")
+    if line := loading_in_words((config.base.checkpoint, config.base.vae, config.ella.text_encoder, *encoders)):
+        print(line, file=sys.stderr, flush=True)
     machine = TextToImage(config.base, config.ella, encoders, config.encoder.open_clip_model, config.sampling.precision, device)
     assembly = Assembly([_reference(machine, one) for one in shown], ADDITIONS[options.adding])
     seeds = range(options.seed, options.seed + options.count)

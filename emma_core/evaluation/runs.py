@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..base.precision import precision_on
 from ..base.text_to_image import save_picture
+from ..files.loading_words import loading_in_words
 from ..files.writing import check_new_folder, make_folder, write_picture, write_text
 from ..settings import toml_of
 from .coco import coco_captions, coco_references
@@ -63,6 +64,8 @@ def run(config: EvalConfig, say: Callable[[str], None], bars: bool = True, devic
         for model in models:  # what is wrong with them should show before hours of drawing
             scorers.of(model)
         say(f"{len(jobs) - len(todo)} of them are there already")
+        if line := loading_in_words((config.base.checkpoint, config.base.vae, config.ella.text_encoder, *config.encoder.files)):
+            say(line)
         _draw(Drawer(config, place), todo, pictures, config.sampling.batch, bars)
     scores = ScoreFile(folder / "scores.jsonl")
     for model in models:

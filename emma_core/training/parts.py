@@ -36,6 +36,12 @@ def load_parts(config: TrainConfig, dtype: torch.dtype, device: torch.device) ->
     return parts
 
 
+def loaded_files(config: TrainConfig) -> list[str]:
+    """Files and folders that `load_parts` reads, as far as the settings name them."""
+    encoder = config.encoder.file if config.what == "module" else ""
+    return [config.base.checkpoint, config.base.vae, config.ella.file, config.ella.text_encoder, encoder]
+
+
 def encoders_of(parts: Parts, config: TrainConfig) -> Encoders:
     """What the training data are encoded with, and what the caches depend on."""
     text = config.ella.text_encoder or config.base.checkpoint

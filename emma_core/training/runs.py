@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..base.parts import AUTOENCODER, REFERENCE_ENCODER, TEXT_ENCODER, UNET, Parts
+from ..files.loading_words import loading_in_words
 from ..files.picture_file import open_picture, picture_tensor
 from ..files.writing import make_folder, write_text
 from ..playground import PLAYGROUND
@@ -26,7 +27,7 @@ from .lora_teacher import lora_files
 from .own_latents import OwnLatents, own_latents
 from .own_text import own_text, teacher_texts
 from .own_text_teacher import encode_for_teacher, own_text_target
-from .parts import encode_references, encoders_of, load_parts, options_of, prepare_precision
+from .parts import encode_references, encoders_of, load_parts, loaded_files, options_of, prepare_precision
 from .places import place_weights
 from .prepare import prepare
 from .prepared import Prepared
@@ -84,8 +85,10 @@ def _run(
 ) -> Path:
     """As `run`, with settings and data that were checked, in a folder of its own."""
     folder = Path(config.output.folder)
-    parts = load_parts(config, dtype, accelerator.device)
     tell = say if accelerator.is_main_process else _silent
+    if line := loading_in_words(loaded_files(config)):
+        tell(line)
+    parts = load_parts(config, dtype, accelerator.device)
     data, texts, references = encoded(config, parts, examples, folder, processes, encoding_progress(tell, bars))
     trainer = begin_with(config, parts, data, accelerator, folder)
     resumed = trainer.resume()

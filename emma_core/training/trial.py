@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from ..files.loading_words import loading_in_words
 from .acceleration import new_accelerator, new_device
 from .config import TrainConfig
 from .examples import Example
 from .losses import TimestepBuckets
 from .memory import Needed, needed, resident_bytes
 from .own_latents import prompts_of
-from .parts import load_parts, prepare_precision
+from .parts import load_parts, loaded_files, prepare_precision
 from .progress import encoding_progress, progress_of
 from .runs import begin_run, encoded
 from .shards import Processes
@@ -60,7 +61,8 @@ def tried(
         small = _small(config, Path(folder))
         small, dtype = prepare_precision(small, new_device(device == "cpu"))
         accelerator = new_accelerator(small.train.precision, device == "cpu")
-        say(f"trial: {_UPDATES} updates on {len(some)} pictures; loading the models")
+        say(f"trial: {_UPDATES} updates on {len(some)} pictures; "
+            f"{loading_in_words(loaded_files(small)) or 'loading the models'}")
         parts = load_parts(small, dtype, accelerator.device)
         started = time.monotonic()
         data, *_ = encoded(small, parts, some, Path(folder), Processes(), encoding_progress(say, bars))
