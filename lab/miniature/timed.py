@@ -42,13 +42,13 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _any_process(told: bool) -> bool:
-    """Whether any of the processes was told so."""
+def _most_of_processes(*numbers: float) -> list[float]:
+    """The largest of each number among the processes: one clock for all, and what one was told holds for all."""
     if not dist.is_initialized():
-        return told
-    flag = torch.tensor(float(told))
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+        return list(numbers)
+    most = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.tolist()
 
 
 def _share_gradients(learning: Iterable[nn.Parameter]) -> None:
@@ -140,9 +140,9 @@ class TimedRun:
         generator = torch.Generator(self.options.device).manual_seed(self.options.seed + self.step + _FAR * _rank())
         seconds, started, saved = self.options.minutes * 60, time.monotonic() - self.spent, time.monotonic()
         found: dict[str, list[torch.Tensor]] = {}
-        while not _any_process(self.spent >= seconds or self.stopped):
+        while self.spent < seconds and not self.stopped:
             self._update(loss_of_batch(generator), found)
-            self.spent = time.monotonic() - started
+            self.spent, self.stopped = _most_of_processes(time.monotonic() - started, self.stopped)
             if self.step % LOG_EVERY == 0:
                 self._report(found)
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
