@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--rate", type=float, default=RATE)
-    parser.add_argument("--adam", action="store_true", help="AdamW alone in place of Muon, which learns about twice as fast")
+    parser.add_argument("--adam", action="store_true", help="AdamW alone, in place of Muon")
     train(parser.parse_args())
 
 
