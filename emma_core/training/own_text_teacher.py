@@ -1,7 +1,7 @@
 """The base with its own text encoder as the teacher of an ELLA: what it predicts of a caption by its own tokens is the target.
 
-A teacher's prediction has no noise of its own, so an ELLA learns to tell its base a caption from far fewer pictures than the
-noise takes. What the base's own text encoder cannot read (anything behind its 77 tokens, say) it does not teach.
+A teacher's prediction has no noise of its own, as the noise that is otherwise to be predicted has. What the base's own text
+encoder cannot read, it does not teach.
 
 Shapes: N own tokens of width W.
 """

@@ -148,7 +148,8 @@ def begin_run(
     encoder = parts.reference_encoder.description if parts.reference_encoder else {}
     taught = _teacher_texts(config, parts, data, folder) if teacher is None else []
     if teacher is None and config.teacher.own_text:
-        texts = encode_for_teacher(config, parts, data, _cache_of(config, folder))  # which `encoded` did, usually
+        cache = _cache_of(config, folder)  # which `encoded` has filled, usually
+        texts = encode_for_teacher(config, parts, data, cache, processes=Processes.of_run())
         teacher = own_text_target(parts.backbone, texts)
     parts.reference_encoder = parts.text_encoder = None
     parts.place(UNET, AUTOENCODER)

@@ -100,7 +100,7 @@ def write_lists(data: Pictures, out: Path, seed: int = 0) -> dict[str, int]:
 
 
 def _is_for_ella(row: Row) -> bool:
-    """People in five tones would be two thirds of what an ELLA sees: of their pictures it gets a fifth, chosen by name."""
+    """Pictures with a skin tone are two fifths of all, of few concepts: an ELLA gets a fifth of them, chosen by name."""
     return not row.tone or zlib.crc32(f"{row.concept} {row.style} {row.tone}".encode()) % _TONES == 0
 
 
