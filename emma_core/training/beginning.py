@@ -16,8 +16,9 @@ from ..files.tensor_file import fingerprint_of_weights
 from ..model.connector import Connector
 from ..model.gated_resampler import GatedResampler
 from ..model.own_tokens import OwnTokens
-from .config import TrainConfig
+from .config import ADAMW, TrainConfig
 from .draws import TrainingSet
+from .reading import Reading
 from .starts import begin_module, size_of_tokens
 from .student import OwnText, Student, TeacherTarget
 from .trainer import Trainer
@@ -38,6 +39,7 @@ class Frozen:
         teacher: gives the target in place of the noise.
         places: (1, h, w) weights of a target by its index.
         own: what goes with the model's own tokens; None with an ELLA.
+        reading: what teaches an ELLA first.
         files: marks of the files that these come from, which belong to the run.
     """
 
@@ -48,6 +50,7 @@ class Frozen:
     teacher: TeacherTarget | None = None
     places: Callable[[int], torch.Tensor] | None = None
     own: OwnText | None = None
+    reading: Reading | None = None
     files: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -59,7 +62,7 @@ def begin(config: TrainConfig, frozen: Frozen, data: TrainingSet, accelerator: A
     """
     module = new_module(config, frozen, data) if config.what == "module" else None
     student = Student(frozen.denoiser, frozen.connector, module, config.objective, frozen.teacher, frozen.places,
-                      frozen.own)
+                      frozen.own, frozen.reading)
     return Trainer(config, student, data, accelerator, folder, frozen.files)
 
 
@@ -98,12 +101,13 @@ def recipe(config: TrainConfig, frozen: Frozen, data: TrainingSet, start: str) -
     if frozen.places is None:
         objective.pop("place_weight", None)
     begins_with = {"start": start} if start else {} if frozen.own else {"blocks": config.module.blocks}
+    optimizer = {"optimizer": train.optimizer} if train.optimizer != ADAMW else {}
     return {
         "base": dict(frozen.base), "data": data.summary(),
         "recipe": {
             "batch": train.batch * train.accumulate, "rate": train.rate, "gate_rate": train.gate_rate, "decay": train.decay,
             "warmup": train.warmup, "schedule": train.schedule, "precision": train.precision, "average": train.average,
-            "seed": train.seed, **begins_with, **objective,
+            "seed": train.seed, **optimizer, **begins_with, **objective,
             **({"teacher": frozen.teacher.kind} if frozen.teacher else {}),
         },
     }

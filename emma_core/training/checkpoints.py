@@ -78,6 +78,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name))
 
 
+def last_step(folder: Path) -> int:
+    """The update of the newest checkpoint, by its name; 0 where there is none."""
+    found = checkpoints(folder)
+    return int(found[-1].stem.removeprefix("checkpoint-")) if found else 0
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's state, opened as tensors and plain values alone, compared with the sum of its bytes.
 

@@ -46,6 +46,8 @@ def checks_of(config: TrainConfig) -> list[Callable[[], None]]:
         checks += [partial(check_own_latents, config), partial(prompts_of, config.teacher)]
     if config.teacher.own_text:
         checks.append(partial(_check_own_text_teacher, config))
+    elif config.teacher.reading:
+        checks.append(partial(_refuse_reading, config))
     checks += [
         partial(teacher_kind, config.teacher),
         partial(check_files, config.base, config.ella, _further_files(config), new_ella=config.what == "ella"),
@@ -142,6 +144,12 @@ def _check_own_text_teacher(config: TrainConfig) -> None:
                                   "but its ELLA's. Set it to false.")
     if Path(config.base.checkpoint).exists():  # else told by the checks of files
         check_has_own_text(Path(config.base.checkpoint), spec_of(config.base))
+
+
+def _refuse_reading(config: TrainConfig) -> None:
+    raise TrainingConfigError(f"teacher.reading is {config.teacher.reading}, and teacher.own_text is not set: what is to be "
+                              "read are the tokens of the base's own text encoder. Set teacher.own_text to true, or leave "
+                              "teacher.reading out.")
 
 
 def _check_encoder(config: TrainConfig) -> None:

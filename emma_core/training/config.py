@@ -22,6 +22,7 @@ from ..settings import key, resolve_sections, toml_of
 from .presets import PRESETS
 
 INITIALISATIONS = ("ella", "random")
+ADAMW, MUON = "adamw", "muon"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ class OptimisationConfig:
     steps: int = key(200_000, "updates of the weights in all", least=1)
     batch: int = key(32, "pictures at once in each process", least=1)
     accumulate: int = key(1, "batches for one update", least=1)
-    rate: float = key(1e-4, "learning rate of AdamW", least=0)
+    optimizer: str = key(ADAMW, "adamw is the paper's; muon: Muon for the matrices of the blocks, AdamW for the rest",
+                         choices=(ADAMW, MUON))
+    rate: float = key(1e-4, "learning rate", least=0)
     gate_rate: float = key(1.0, "factor on the rate of the global gates A and F", least=0)
     decay: float = key(0.01, "weight decay, of all but the global gates", least=0)
     warmup: int = key(1000, "updates over which the rate rises from 10% to 100%", least=0)
@@ -155,6 +158,8 @@ class TeacherConfig:
     blocks: str = key("all", "where the IP-Adapter works: `style` gives style and no content, `no layout` leaves the "
                              "composition to the text", choices=BLOCKS)
     own_text: bool = key(False, "for an ELLA: the base itself is the teacher, reading captions with its own text encoder")
+    reading: int = key(0, "for own_text: as many first updates learn from what the base's cross-attention reads alone, without "
+                          "the UNet, which is many times faster", least=0)
     own_latents: bool = key(False, "train on samples of the model itself: prompts and references are all that is needed")
     prompts: str = key("", "text file of prompts, one a line, for own_latents; default: those that are shipped")
     samples: int = key(4, "samples of each prompt, for own_latents", least=1)

@@ -43,6 +43,9 @@ def dry_run(config: TrainConfig, say: Callable[[str], None], bars: bool = False,
 
 
 def _time(config: TrainConfig, found: Tried) -> list[str]:
-    hours = (found.update_seconds * config.train.steps + found.encoding_seconds) / 3600
-    return [f"time: {found.update_seconds:.2f} s an update in a trial on this machine; {config.train.steps} of them and "
-            f"encoding the data take about {hours:.1f} hours"]
+    steps, reading = config.train.steps, min(config.teacher.reading, config.train.steps)
+    seconds = found.update_seconds * (steps - reading) + found.reading_seconds * reading + found.encoding_seconds
+    each = f"{found.update_seconds:.2f} s an update in a trial on this machine"
+    if reading:
+        each = f"{found.reading_seconds:.2f} s an update of reading, {each}; {reading} of {steps} read"
+    return [f"time: {each}; {steps} of them and encoding the data take about {seconds / 3600:.1f} hours"]

@@ -29,7 +29,8 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
 
 FILES = "files"  # their marks, in what a checkpoint says of its run
 # runs that are older than these settings must find their folder again
-_NEWER = ("module.layers", "module.inner", "teacher.blocks", "teacher.own_text", "ella.tokenizer", "train.held_out")
+_NEWER = ("module.layers", "module.inner", "teacher.blocks", "teacher.own_text", "ella.tokenizer", "train.held_out",
+          "train.optimizer", "teacher.reading")
 _PLACES = ("data.folder", "data.jsonl", "data.shards")
 
 
@@ -95,9 +96,11 @@ def check_identity(found: Mapping[str, Any], config: TrainConfig, checkpoint: Pa
     Raises:
         TrainingError: the settings that differ.
     """
-    usual, here = run_identity(TrainConfig()), run_identity(config)
-    known = {**usual, **found}  # settings that are newer than the checkpoint had their default
-    differing = [f"{key} is {known.get(key)!r} there and {here.get(key)!r} here" for key in sorted({*_NEWER, *here})
+    usual = _flat(TrainConfig())
+    unsaid = {key: usual[key] for key in _NEWER}  # what a run has that does not say so
+    here = {**unsaid, **run_identity(config)}
+    known = {**unsaid, **run_identity(TrainConfig()), **found}  # newer settings than the checkpoint had their default
+    differing = [f"{key} is {known.get(key)!r} there and {here.get(key)!r} here" for key in sorted(here)
                  if known.get(key) != here.get(key) and key not in _PLACES]
     _refuse_if(differing, checkpoint)
 

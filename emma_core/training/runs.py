@@ -18,6 +18,7 @@ from ..playground import PLAYGROUND
 from .acceleration import new_accelerator, new_device
 from .beginning import Frozen, begin
 from .calibration import calibrate_result
+from .checkpoints import last_step
 from .checks import check
 from .config import TrainConfig
 from .examples import Example, describe, read_examples, require
@@ -25,13 +26,14 @@ from .identity import check_folder, file_marks
 from .lock import alone_in
 from .lora_teacher import lora_files
 from .own_latents import OwnLatents, own_latents
-from .own_text import own_text, teacher_texts
+from .own_text import Stored, own_text, teacher_texts
 from .own_text_teacher import encode_for_teacher, own_text_target
 from .parts import encode_references, encoders_of, load_parts, loaded_files, options_of, prepare_precision
 from .places import place_weights
 from .prepare import prepare
 from .prepared import Prepared
 from .progress import encoding_progress, progress_of
+from .reading import ROWS, ask
 from .reports import SAMPLES, Reporter
 from .sample_prompts import sample_prompts
 from .samples import Sampler, SampleReferences, add_thumbnail, pipeline_of_base, references_of
@@ -44,6 +46,15 @@ from .words import gain_in_words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+def reading_in_words(config: TrainConfig) -> str:
+    """How the run begins, told before the base is asked what its cross-attention asks, which may take a while."""
+    reading, steps = config.teacher.reading, config.train.steps
+    which = f"the first {reading} updates learn" if reading < steps else "all updates learn"
+    after = "; those after them are slower, and their loss is a mean squared error" if reading < steps else ""
+    return (f"{which} from what the base's cross-attention reads, without the UNet, by the queries of {ROWS} pictures, which "
+            f"are asked for first. Their loss is in shares of what captions differ by{after}.")
 
 
 def run(
@@ -90,6 +101,8 @@ def _run(
         tell(line)
     parts = load_parts(config, dtype, accelerator.device)
     data, texts, references = encoded(config, parts, examples, folder, processes, encoding_progress(tell, bars))
+    if config.teacher.reading > last_step(folder):
+        tell(reading_in_words(config))
     trainer = begin_with(config, parts, data, accelerator, folder)
     resumed = trainer.resume()
     if accelerator.is_main_process:
@@ -147,10 +160,11 @@ def begin_run(
     """
     encoder = parts.reference_encoder.description if parts.reference_encoder else {}
     taught = _teacher_texts(config, parts, data, folder) if teacher is None else []
+    own_texts: Stored | None = None
     if teacher is None and config.teacher.own_text:
         cache = _cache_of(config, folder)  # which `encoded` has filled, usually
-        texts = encode_for_teacher(config, parts, data, cache, processes=Processes.of_run())
-        teacher = own_text_target(parts.backbone, texts)
+        own_texts = encode_for_teacher(config, parts, data, cache, processes=Processes.of_run())
+        teacher = own_text_target(parts.backbone, own_texts)
     parts.reference_encoder = parts.text_encoder = None
     parts.place(UNET, AUTOENCODER)
     if teacher is None and (named := load_teacher(config.teacher, parts.backbone, parts.on_own_tokens)):
@@ -158,7 +172,9 @@ def begin_run(
     base = {"name": parts.backbone.name, "sha256": parts.backbone.sha256}
     places = place_weights(data).get if config.objective.place_weight else None
     own = own_text(parts.backbone.spec, data) if parts.on_own_tokens else None
-    frozen = Frozen(parts.backbone, parts.connector, base, encoder, teacher, places, own, files=file_marks(config))
+    reads = own_texts is not None and config.teacher.reading > last_step(folder)
+    reading = ask(config, parts.backbone, data, own_texts, parts.device) if reads else None
+    frozen = Frozen(parts.backbone, parts.connector, base, encoder, teacher, places, own, reading, file_marks(config))
     return begin(config, frozen, data, accelerator, folder)
 
 

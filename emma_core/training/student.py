@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from ..model.own_tokens import OwnTokens
 from .config import ObjectiveConfig
 from .draws import Batch, BatchRow, TrainingSet
 from .losses import row_weights, squared_errors, target_of
+
+if TYPE_CHECKING:
+    from .reading import Reading
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class Student:
         teacher: gives the target in place of the noise.
         places: (1, h, w) weights of a target by its index, or None.
         own: what goes with the model's own tokens; None with an ELLA.
+        reading: what teaches an ELLA in the first batches; None: the denoiser from the beginning.
     """
 
     denoiser: Denoiser
@@ -124,6 +128,7 @@ class Student:
     teacher: TeacherTarget | None = None
     places: Callable[[int], torch.Tensor] | None = None
     own: OwnText | None = None
+    reading: Reading | None = None
 
     @property
     def learning(self) -> nn.Module:

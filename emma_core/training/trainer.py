@@ -29,12 +29,13 @@ from ..model.gated_resampler import GatedResampler
 from ..model.module_config import ModuleConfig
 from .averaging import AveragedWeights, cosine_rate
 from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_or_explain
-from .config import TrainConfig
+from .config import MUON, TrainConfig
 from .draws import Batch, Draws, TrainingSet
 from .held_out import Gain, Growth, HeldOut, chosen
 from .identity import FILES, check_files_of_run, check_identity, check_same_place, run_identity
 from .interrupts import Interrupts
 from .losses import TimestepBuckets
+from .muon import MuonAndAdamW, is_hidden_matrix
 from .student import Student
 
 if TYPE_CHECKING:
@@ -70,14 +71,27 @@ def rate_factor(step: int, config: TrainConfig) -> float:
     return cosine_rate(step, settings.steps, settings.warmup)
 
 
-def make_optimizer(student: Student, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (paper, section 4.2); the global gates A and F, which begin at 0, have their own rate and no decay."""
+def make_optimizer(student: Student, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (paper, section 4.2), or Muon beside it for the matrices of the blocks.
+
+    The global gates A and F, which begin at 0, have their own rate and no decay.
+    """
     settings = config.train
-    gates = [value for name, value in student.parameters() if name.endswith(_GLOBAL_GATES)]
-    others = [value for name, value in student.parameters() if not name.endswith(_GLOBAL_GATES)]
+    named = list(student.parameters())
+    gates = [value for name, value in named if name.endswith(_GLOBAL_GATES)]
+    matrices = [value for name, value in named if settings.optimizer == MUON and is_hidden_matrix(name, value)]
+    apart = {id(value) for value in (*gates, *matrices)}
+    others = [value for _, value in named if id(value) not in apart]
     groups = [{"params": others, "base_rate": settings.rate, "weight_decay": settings.decay},
               {"params": gates, "base_rate": settings.rate * settings.gate_rate, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.rate, betas=(0.9, 0.999), eps=1e-8)
+
+    def adamw(some: list[dict]) -> torch.optim.AdamW:
+        return torch.optim.AdamW(some, lr=settings.rate, betas=(0.9, 0.999), eps=1e-8)
+
+    groups = [group for group in groups if group["params"]]
+    if not matrices:
+        return adamw(groups)
+    return MuonAndAdamW([{"params": matrices, "base_rate": settings.rate}], groups, settings.decay, adamw)
 
 
 class Trainer:
@@ -293,13 +307,21 @@ class Trainer:
     def _learn_from(self, batch: Batch, buckets: TimestepBuckets) -> float:
         """Add a batch's part to the gradients; returns its part of the mean error."""
         with self.accelerator.autocast():
-            error_B, weight_B = self.student.errors(self.data, batch, self.accelerator.device)
+            error_B, weight_B = self._errors(batch)
         loss = (error_B * weight_B).mean() / self.config.train.accumulate
         self._check_loss(loss, error_B, weight_B, batch)
         if loss.requires_grad:  # a batch without any reference teaches a module nothing
             self.accelerator.backward(loss)
         buckets.add(batch.timestep_B, error_B)
         return error_B.detach().mean().item() / self.config.train.accumulate
+
+    def _errors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,) errors and weights, of the reading while it teaches."""
+        student, device = self.student, self.accelerator.device
+        if student.reading is not None and student.reading.teaches(batch):
+            error_B = student.reading.errors(student.connector, self.data, batch, device)
+            return error_B, torch.ones_like(error_B)
+        return student.errors(self.data, batch, device)
 
     def _check_loss(self, loss: torch.Tensor, error_B: torch.Tensor, weight_B: torch.Tensor, batch: Batch) -> None:
         bad = (~torch.isfinite(loss.detach())).float()

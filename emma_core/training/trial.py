@@ -32,6 +32,7 @@ class Tried:
 
     Args:
         update_seconds: of one update.
+        reading_seconds: of one of the first updates, of a run that begins by reading; else 0.
         encoding_seconds: of all pictures and texts, before the first one.
         encoding_bytes: of this process when all is encoded, with every model loaded.
         memory: what updates need, by type of the frozen weights.
@@ -39,6 +40,7 @@ class Tried:
     """
 
     update_seconds: float
+    reading_seconds: float
     encoding_seconds: float
     encoding_bytes: int
     memory: dict[str, Needed]
@@ -61,7 +63,9 @@ def tried(
         small = _small(config, Path(folder))
         small, dtype = prepare_precision(small, new_device(device == "cpu"))
         accelerator = new_accelerator(small.train.precision, device == "cpu")
-        say(f"trial: {_UPDATES} updates on {len(some)} pictures; "
+        reading = min(small.teacher.reading, _UPDATES)
+        count = reading + _UPDATES
+        say(f"trial: {count} updates on {len(some)} pictures; "
             f"{loading_in_words(loaded_files(small)) or 'loading the models'}")
         parts = load_parts(small, dtype, accelerator.device)
         started = time.monotonic()
@@ -71,15 +75,15 @@ def tried(
         trainer = begin_run(small, parts, data, accelerator, Path(folder))
         kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
         memory = {name: needed(trainer, kind) for name, kind in kinds.items()}
-        seconds = 0.0
-        with progress_of("trial update", _UPDATES, 0, say, bars) as progress:
-            for _ in range(_UPDATES):
+        seconds = []
+        with progress_of("trial update", count, 0, say, bars) as progress:
+            for _ in range(count):
                 started = time.monotonic()
                 trainer.update(TimestepBuckets())
-                seconds = time.monotonic() - started
+                seconds.append(time.monotonic() - started)
                 progress.update(1)
         peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else 0
-    return Tried(seconds, encoding, loaded, memory, peak)
+    return Tried(seconds[-1], seconds[reading - 1] if reading else 0.0, encoding, loaded, memory, peak)
 
 
 def _small(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -89,5 +93,6 @@ def _small(config: TrainConfig, folder: Path) -> TrainConfig:
         prompts = folder / "prompts.txt"
         prompts.write_text("\n".join(prompts_of(teacher)[:2]), encoding="utf-8")
         teacher = dataclasses.replace(teacher, prompts=str(prompts), samples=1)
+    teacher = dataclasses.replace(teacher, reading=min(teacher.reading, _UPDATES))  # both kinds of updates are tried
     return dataclasses.replace(config, teacher=teacher, output=dataclasses.replace(config.output, folder=str(folder)),
                                data=dataclasses.replace(config.data, cache=""))
