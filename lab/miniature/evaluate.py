@@ -52,6 +52,7 @@ class Line:
         assemble: name of a way to assemble inside the blocks, of ASSEMBLING.
         added: where the references are added up, of WAYS.
         own: on the base's own tokens, not on ELLA's.
+        adapter: the style reference is shown to the IP-Adapter itself.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Line:
     assemble: str = "sum"
     added: str = BLOCKS
     own: bool = False
+    adapter: bool = False
 
     @property
     def references(self) -> dict[str, tuple[str, float]]:
@@ -77,6 +79,7 @@ LINES = (
     Line("words for all, through ELLA", {}, prompt="all"),
     Line("+ style", {"style": "style"}),
     Line("+ style, shuffled references", {"style": "style"}, misled=True),
+    Line("+ style, by the IP-Adapter itself", {}, adapter=True),
     Line("+ style, distilled from the IP-Adapter", {"style": "distilled"}),
     Line("+ face", {"face": "face"}),
     *(Line(f"assembled, {way}", BOTH, assemble=way) for way in ASSEMBLING),
@@ -138,10 +141,16 @@ def _above_mean(likeness_BK: torch.Tensor, wanted_B: torch.Tensor) -> torch.Tens
 
 
 class Evaluation:
-    """Draws and scores lines."""
+    """Draws and scores lines.
 
-    def __init__(self, world: World, scorer: Scorer, likeness: Likeness, sampling: Sampling):
-        self.world, self.scorer, self.likeness, self.sampling = world, scorer, likeness, sampling
+    Args:
+        learnt: trials whose style references are of sets that are learnt from; they mislead those of an unseen style.
+    """
+
+    def __init__(
+        self, world: World, scorer: Scorer, likeness: Likeness, sampling: Sampling, learnt: Sequence[Trial]
+    ):
+        self.world, self.scorer, self.likeness, self.sampling, self.learnt = world, scorer, likeness, sampling, learnt
 
     def pictures(self, line: Line, trials: Sequence[Trial]) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1]."""
@@ -149,10 +158,18 @@ class Evaluation:
         for condition, (name, strength) in line.references.items():
             module = self.world.modules[name]
             shown[condition] = (module if line.gates == 1.0 else with_gates(module, line.gates), strength)
-        references = shuffled_trials(trials, rows, seed=1, tells=TELLS) if line.misled else trials
+        references = self._misled(line, trials) if line.misled else trials
         prompts = [PROMPTS[line.prompt](rows[trial.target]) for trial in trials]
+        if line.adapter:
+            return self.world.draw_by_adapter(prompts, references, self.sampling)
         pipeline = self.world.own if line.own else replace(self.world.pipeline, assemble=ASSEMBLING[line.assemble])
         return self.world.draw(prompts, references, shown, pipeline, Addition(line.added), self.sampling)
+
+    def _misled(self, line: Line, trials: Sequence[Trial]) -> list[Trial]:
+        """With other targets' references. People in tones of unseen styles are all of one set: these get the learnt ones'."""
+        if line.unseen:
+            return [replace(trial, style=other.style) for trial, other in zip(trials, self.learnt, strict=False)]
+        return shuffled_trials(trials, self.world.data.rows, seed=1, tells=TELLS)
 
     def score(self, image_B3SS: torch.Tensor, trials: Sequence[Trial]) -> dict[str, Score]:
         """The judge's verdicts, CLIP-I and CLIP-T."""
@@ -164,9 +181,10 @@ class Evaluation:
                 **{name: bootstrapped(one_B.numpy(), concepts) for name, one_B in zip((CLIP_I, CLIP_T), likeness, strict=True)}}
 
 
-def wanted_lines(modules: Sequence[str]) -> list[Line]:
-    """The lines whose modules are there."""
-    return [line for line in LINES if all(name in modules for name, _ in line.references.values())]
+def wanted_lines(modules: Sequence[str], adapter: bool) -> list[Line]:
+    """The lines whose modules are there, and those of the IP-Adapter if it is."""
+    return [line for line in LINES if all(name in modules for name, _ in line.references.values())
+            and (adapter or not line.adapter)]
 
 
 def main() -> None:
@@ -177,6 +195,7 @@ def main() -> None:
     parser.add_argument("--states", type=Path, required=True, help="folder with clip.pt and judge.pt")
     parser.add_argument("--out", type=Path, required=True, help="folder for the scores and sheets")
     parser.add_argument("--modules", nargs="*", default=["style", "face", "object", "distilled", "style-own", "face-own"])
+    parser.add_argument("--lines", default="", help="only those whose names have this regular expression")
     parser.add_argument("--split", choices=SPLITS, default=SPLITS[0])
     parser.add_argument("--pictures", type=int, default=96)
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
@@ -188,18 +207,18 @@ def main() -> None:
     data, sampling = load(options.data), Sampling(guidance=options.guidance)
     world = load_world(options.files, options.runs, options.modules, data, options.device, PRECISIONS[options.precision])
     clip, tokenizer = load_clip(options.states / "clip.pt", options.device)
-    evaluation = Evaluation(world, Scorer(load_judge(options.states / "judge.pt", data, options.device), data),
-                            Likeness(clip, tokenizer, data, options.device), sampling)
     settings = {"split": options.split, "pictures": options.pictures, "guidance": sampling.guidance, "steps": sampling.steps,
                 "seed": options.seed, "precision": options.precision}
     table = Table(options.out / f"scores-{options.split}.json", settings, extra=(CLIP_I, CLIP_T))
     trials = {unseen: choose_trials(data, options.pictures, options.seed, UNSEEN_SPLIT if unseen else options.split)
               for unseen in (False, True)}
+    evaluation = Evaluation(world, Scorer(load_judge(options.states / "judge.pt", data, options.device), data),
+                            Likeness(clip, tokenizer, data, options.device), sampling, trials[False])
     for unseen, aimed in trials.items():
         name = f"real pictures{' of unseen styles' if unseen else ''}"
         table.add(name, evaluation.score(to_float(data.images_NHWC[[trial.target for trial in aimed]]), aimed))
-    for line in wanted_lines(options.modules):
-        if line.name not in table:
+    for line in wanted_lines(options.modules, world.adapter is not None):
+        if line.name not in table and re.search(options.lines, line.name):
             pictures = evaluation.pictures(line, trials[line.unseen])
             save_sheet(pictures, options.out / f"{re.sub('[^a-z0-9.+]+', '-', line.name.lower())}.png")
             table.add(line.name, evaluation.score(pictures, trials[line.unseen]))

@@ -6,7 +6,7 @@ Shapes: B pictures of H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from emma_core.model.assembly import Assembly, Reference
 from emma_core.model.gated_resampler import GatedResampler
 from emma_core.model.reference_features import combine_features
 from emma_core.text.encoder import load_text_encoder
+from emma_core.training.ip_adapter_teacher import IpAdapterTeacher
 
 from ..playground.evaluate import Trial
 from .dataset import Pictures
@@ -32,7 +33,10 @@ from .dataset import Pictures
 
 @dataclass(frozen=True)
 class World:
-    """The pipelines on ELLA and on the base's own tokens, modules by name, the reference encoder; features are kept."""
+    """The pipelines on ELLA and on the base's own tokens, modules by name, the reference encoder; features are kept.
+
+    ``adapter`` is the IP-Adapter on the base, where there is one.
+    """
 
     pipeline: Pipeline
     own: Pipeline
@@ -40,7 +44,16 @@ class World:
     encoder: ClipVisionEncoder
     data: Pictures
     device: str
+    adapter: IpAdapterTeacher | None = None
     known: dict = field(default_factory=dict)
+
+    @property
+    def _at_once(self) -> int:
+        return 16 if self.device == "cpu" else 256
+
+    def _picture(self, position: int) -> torch.Tensor:
+        """(1, H, W, 3) in [0, 1]."""
+        return torch.from_numpy(self.data.images_NHWC[position].copy())[None].float() / 255
 
     def reference(self, module: GatedResampler, position: int, strength: float) -> Reference:
         """A picture of the data as a module's reference.
@@ -51,8 +64,7 @@ class World:
         options = EncodeOptions(tuple(module.config.features))
         key = (position, options.features)
         if key not in self.known:
-            image_1HW3 = torch.from_numpy(self.data.images_NHWC[position].copy())[None].float() / 255
-            features, _ = encode_pictures(self.encoder, image_1HW3, None, options)
+            features, _ = encode_pictures(self.encoder, self._picture(position), None, options)
             combined = combine_features(features, "concat", self.encoder.description)
             check_for_module(combined, module.config)
             self.known[key] = {name: tensor.to(self.device) for name, tensor in combined.features.items()}
@@ -73,8 +85,29 @@ class World:
             references = [self.reference(module, getattr(trial, condition), strength)
                           for condition, (module, strength) in shown.items()]
             requests.append(Request(prompt, Assembly(references, addition), seed=trial.seed))
-        at_once = 16 if self.device == "cpu" else 256
-        return generate(pipeline, requests, sampling, at_once).permute(0, 3, 1, 2) * 2 - 1
+        return _signed(generate(pipeline, requests, sampling, self._at_once))
+
+    def draw_by_adapter(self, prompts: Sequence[str], trials: Sequence[Trial], sampling: Sampling) -> torch.Tensor:
+        """As `draw`, on ELLA's tokens with the style references shown to the IP-Adapter itself."""
+        parts = []
+        for start in range(0, len(prompts), self._at_once):
+            some = slice(start, start + self._at_once)
+            pictures = [self._picture(trial.style) for trial in trials[some]]
+            embeds_BVD = torch.cat([self.adapter.encode_reference(picture)["ip_adapter"] for picture in pictures])
+            is_shown_B = torch.ones(len(embeds_BVD), dtype=torch.bool)
+            shown = {"ip_adapter": embeds_BVD.repeat(2, 1, 1), "present_B": torch.cat([is_shown_B, ~is_shown_B])}
+
+            def predict(noised_N4hw, timestep_N, context_NKW, shown=shown) -> torch.Tensor:
+                return self.adapter.predict(noised_N4hw, timestep_N, context_NKW, shown)
+
+            requests = [Request(prompt, seed=trial.seed) for prompt, trial in zip(prompts[some], trials[some], strict=True)]
+            parts.append(generate(replace(self.pipeline, predict_noise=predict), requests, sampling, len(requests)))
+        return _signed(torch.cat(parts))
+
+
+def _signed(image_BHW3: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1]."""
+    return image_BHW3.permute(0, 3, 1, 2) * 2 - 1
 
 
 def load_world(
@@ -95,5 +128,7 @@ def load_world(
     own_text.model.to(device)
     modules = {name: load_module(runs / f"emma-{name}" / f"emma-{name}.safetensors", device=device) for name in names}
     on_own = pipeline_for(backbone, backbone.spec.own_tokens, own_text.encode)
+    sees, trained = files / "clip_vision.safetensors", files / "ip-adapter.safetensors"
+    adapter = IpAdapterTeacher(backbone, trained, load_clip_vision(sees), 1.0) if trained.exists() else None
     return World(pipeline_for(backbone, connector, encode), on_own, modules,
-                 load_clip_vision(files / "clip_vision.safetensors"), data, device)
+                 load_clip_vision(sees), data, device, adapter)
