@@ -5,7 +5,7 @@ Shapes: N text tokens of width D, P width of the pooled vector, T timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -85,6 +85,13 @@ def teacher_texts(
         texts = Stored(store)
         found.append(TeacherText(own_text(spec, data, texts), texts.text))
     return found
+
+
+def of_one_length(texts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(G,) indices of the texts (1, N, D) of each length, and these texts (G, N, D); one of over 77 tokens has a multiple."""
+    for length in sorted({text_1ND.shape[1] for text_1ND in texts}):
+        rows = [index for index, text_1ND in enumerate(texts) if text_1ND.shape[1] == length]
+        yield torch.tensor(rows), torch.cat([texts[row] for row in rows])
 
 
 def encode_captions(

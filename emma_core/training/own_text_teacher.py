@@ -21,7 +21,7 @@ from ..text.encoder import usual_dtype
 from .config import TrainConfig
 from .draws import BatchRow
 from .own_latents import OwnLatents
-from .own_text import Stored, Texts, encode_captions
+from .own_text import Stored, Texts, encode_captions, of_one_length
 from .parts import weights_mark
 from .prepared import Prepared
 from .shards import Processes
@@ -67,13 +67,11 @@ def own_text_target(backbone: Backbone, texts: Texts) -> TeacherTarget:
         texts: the captions, see `encode_for_teacher`.
     """
     def predict(noised_B4hw, timestep_B, context_BKW, rows: Sequence[BatchRow]) -> torch.Tensor:
-        told = [texts.text(row.caption) for row in rows]
         target_B4hw = torch.empty_like(noised_B4hw, dtype=torch.float32)
-        for length in {text_1NW.shape[1] for text_1NW in told}:  # a caption of more than 77 tokens has a multiple of them
-            rows_G = torch.tensor([index for index, text_1NW in enumerate(told) if text_1NW.shape[1] == length],
-                                  device=noised_B4hw.device)
-            text_GNW = torch.cat([told[index] for index in rows_G.tolist()]).to(context_BKW)
-            target_B4hw[rows_G] = backbone.predict_noise(noised_B4hw[rows_G], timestep_B[rows_G], text_GNW).float()
+        for rows_G, text_GNW in of_one_length([texts.text(row.caption) for row in rows]):
+            rows_G = rows_G.to(noised_B4hw.device)
+            target_B4hw[rows_G] = backbone.predict_noise(
+                noised_B4hw[rows_G], timestep_B[rows_G], text_GNW.to(context_BKW)).float()
         return target_B4hw
 
     return TeacherTarget(KIND, predict)

@@ -23,7 +23,7 @@ from ..base.schedule import TIMESTEPS, add_noise
 from ..errors import TrainingDataError
 from .config import TrainConfig
 from .draws import Batch, TrainingSet
-from .own_text import Texts
+from .own_text import Texts, of_one_length
 from .student import tokens_of_texts
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Reading:
         texts = [data.text(row.caption).to(device, torch.float32) for row in batch.rows]
         tokens_BKW = tokens_of_texts(connector, texts, self.timestep_N[row_B].to(device))
         error_B = torch.zeros(len(row_B), device=device)
-        for rows_G, own_GKW in _of_one_length([self.texts.text(row.caption) for row in batch.rows]):
+        for rows_G, own_GKW in of_one_length([self.texts.text(row.caption) for row in batch.rows]):
             for name, attention in self.attentions.items():
                 query_GQE = self.asked[name][row_B[rows_G]].to(device)
                 with torch.no_grad():
@@ -124,7 +124,8 @@ def ask(config: TrainConfig, backbone: Backbone, data: TrainingSet, texts: Texts
     timestep_N = timestep_N[torch.randperm(ROWS, generator=generator)]
     attentions = cross_attentions(backbone.unet)
     compared = _compared(data, chance)
-    asked = _asked(backbone, data, targets, [texts.text(caption) for caption in captions], timestep_N, config, device)
+    told = [texts.text(caption) for caption in captions]
+    asked = _asked(backbone, attentions, data, targets, told, timestep_N, config, device)
     order_N = timestep_N.argsort(stable=True)
     asked = {name: each[order_N] for name, each in asked.items()}
     others = [texts.text(caption) for caption in compared]
@@ -142,7 +143,8 @@ def _compared(data: TrainingSet, chance: random.Random) -> list[str]:
 
 
 def _asked(
-    backbone: Backbone, data: TrainingSet, targets, texts, timestep_N, config: TrainConfig, device
+    backbone: Backbone, attentions: Mapping[str, Any], data: TrainingSet, targets, texts, timestep_N, config: TrainConfig,
+    device,
 ) -> dict[str, torch.Tensor]:
     """Some places' queries of each row, in the rows' order; what is random of a row does not depend on the others."""
     kept: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -157,7 +159,7 @@ def _asked(
                        for query_LE, place_Q in zip(query_BLE, places, strict=True)]
 
     hooks = [attention.to_q.register_forward_hook(lambda module, given, query_BLE, name=name: keep(name, query_BLE))
-             for name, attention in cross_attentions(backbone.unet).items()]
+             for name, attention in attentions.items()]
     order: list[int] = []
     try:
         for some, text_BKW in _batches(targets, texts, data, min(_AT_ONCE, config.train.batch)):
@@ -186,13 +188,6 @@ def _batches(
         for start in range(0, len(rows), at_once):
             some = rows[start:start + at_once]
             yield some, torch.cat([texts[row] for row in some])
-
-
-def _of_one_length(texts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(G,) indices of texts of one length, and these texts."""
-    for length in sorted({text.shape[1] for text in texts}):
-        rows = [index for index, text in enumerate(texts) if text.shape[1] == length]
-        yield torch.tensor(rows), torch.cat([texts[row] for row in rows])
 
 
 def _variance(attention: Any, query_RQE: torch.Tensor, texts: Sequence[torch.Tensor]) -> float:

@@ -129,6 +129,7 @@ def load_world(
     modules = {name: load_module(runs / f"emma-{name}" / f"emma-{name}.safetensors", device=device) for name in names}
     on_own = pipeline_for(backbone, backbone.spec.own_tokens, own_text.encode)
     sees, trained = files / "clip_vision.safetensors", files / "ip-adapter.safetensors"
-    adapter = IpAdapterTeacher(backbone, trained, load_clip_vision(sees), 1.0) if trained.exists() else None
+    encoder = load_clip_vision(sees)
+    adapter = IpAdapterTeacher(backbone, trained, encoder, 1.0) if trained.exists() else None
     return World(pipeline_for(backbone, connector, encode), on_own, modules,
-                 load_clip_vision(sees), data, device, adapter)
+                 encoder, data, device, adapter)

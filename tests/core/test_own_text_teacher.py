@@ -67,6 +67,25 @@ def losses(folder) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def check_that_an_interrupted_run_ends_alike(begin, folder, monkeypatch) -> None:
+    """``begin`` starts the run in `parts`, which is interrupted after 7 updates and goes on; the whole one is in `whole`."""
+    from emma_core.training.trainer import Trainer
+
+    update = Trainer.update
+
+    def interrupted(self, buckets):
+        if self.step == 7:
+            raise KeyboardInterrupt
+        return update(self, buckets)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", interrupted)
+        assert begin() == 130
+    assert begin() == 0
+    again, wanted = (load_checkpoint(checkpoints(folder / name)[-1])["learning"] for name in ("parts", "whole"))
+    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+
+
 def test_it_says_of_captions_of_all_lengths_what_the_base_says_by_its_own_tokens(sd15, tmp_path):
     config, captions = resolve({"what": "ella", "base": {"checkpoint": str(sd15)}}), ["a ball", LONG, "", "a fox"]
     parts = load_base_parts(config.base, config.ella, torch.float32, torch.device("cpu"))
@@ -97,8 +116,6 @@ def test_it_says_of_captions_of_all_lengths_what_the_base_says_by_its_own_tokens
 
 
 def test_an_ella_learns_from_it_and_an_interrupted_run_goes_on_bit_for_bit(sd15, ella, pictures, tmp_path, monkeypatch):
-    from emma_core.training.trainer import Trainer
-
     settings = ["--train.steps", "60", "--train.rate", "5e-3", "--report.save_every", "60"]
     assert train(["ella"], sd15, ella, pictures, tmp_path / "whole", *settings) == 0
     found = losses(tmp_path / "whole")
@@ -106,19 +123,8 @@ def test_an_ella_learns_from_it_and_an_interrupted_run_goes_on_bit_for_bit(sd15,
     metadata = load_connector(tmp_path / "whole" / "emma-module.safetensors")
     assert metadata.config.width == 64
 
-    update = Trainer.update
-
-    def interrupted(self, buckets):
-        if self.step == 7:
-            raise KeyboardInterrupt
-        return update(self, buckets)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "update", interrupted)
-        assert train(["ella"], sd15, ella, pictures, tmp_path / "parts", *settings) == 130
-    assert train(["ella"], sd15, ella, pictures, tmp_path / "parts", *settings) == 0
-    again, wanted = (load_checkpoint(checkpoints(tmp_path / name)[-1])["learning"] for name in ("parts", "whole"))
-    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+    check_that_an_interrupted_run_ends_alike(lambda: train(["ella"], sd15, ella, pictures, tmp_path / "parts", *settings),
+                                             tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("what", "more", "found"), [
@@ -236,19 +242,8 @@ def test_a_run_that_begins_by_reading_learns_and_goes_on_through_the_unet(sd15, 
     assert "the first 40 updates learn from what the base's cross-attention reads" in capsys.readouterr().out
     assert found[0] < 20, "a share of what captions differ by"
 
-    update = Trainer.update
-
-    def interrupted(self, buckets):
-        if self.step == 7:
-            raise KeyboardInterrupt
-        return update(self, buckets)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "update", interrupted)
-        assert train(["ella"], sd15, ella, pictures, tmp_path / "parts", *settings) == 130
-    assert train(["ella"], sd15, ella, pictures, tmp_path / "parts", *settings) == 0
-    again, wanted = (load_checkpoint(checkpoints(tmp_path / name)[-1])["learning"] for name in ("parts", "whole"))
-    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+    check_that_an_interrupted_run_ends_alike(lambda: train(["ella"], sd15, ella, pictures, tmp_path / "parts", *settings),
+                                             tmp_path, monkeypatch)
 
 
 def test_reading_without_its_teacher_is_refused(sd15, ella, pictures, tmp_path, capsys):
