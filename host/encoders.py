@@ -30,6 +30,7 @@ from ..emma_core.encoders.clip_vision import (
 from ..emma_core.encoders.families import CLIP_TOWERS, MEAN, STD
 from ..emma_core.encoders.loading import encoder_kind
 from ..emma_core.encoders.matching import encode_for_module
+from ..emma_core.encoders.miniature import load as load_miniature
 from ..emma_core.encoders.options import FaceChoice, Framing
 from ..emma_core.encoders.pictures import Preparation, crop_note
 from ..emma_core.encoders.playground import load_playground_encoder
@@ -138,14 +139,20 @@ def _load_clip(path: Path) -> LoadedEncoder:
     description = _clip_description(tensors, family)  # before the host loads them: it takes out what it has loaded
     clip_vision = comfy.clip_vision.load_clipvision_from_sd(tensors)
     if clip_vision is None:  # of a size that the host has no configuration for
-        encoder = load_clip_vision(path)
-        # the patcher sets attributes that transformers' models have as properties
-        return _managed(encoder, patcher_for(torch.nn.ModuleList([encoder.model])))
+        return _of_transformers(load_clip_vision(path))
     return _managed(HostClipVision(clip_vision, description), clip_vision.patcher)
 
 
-# kinds whose layers are the host's own here
-_OWN_WAYS = {"playground": _load_playground, "clip": _load_clip}
+def _load_miniature(path: Path) -> LoadedEncoder:
+    return _of_transformers(load_miniature(path))
+
+
+def _of_transformers(encoder: ReferenceEncoder) -> LoadedEncoder:
+    # the patcher sets attributes that transformers' models have as properties
+    return _managed(encoder, patcher_for(torch.nn.ModuleList([encoder.model])))
+
+
+_OWN_WAYS = {"playground": _load_playground, "clip": _load_clip, "miniature": _load_miniature}
 
 
 def as_encoder(encoder) -> LoadedEncoder:

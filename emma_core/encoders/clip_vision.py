@@ -211,8 +211,12 @@ def _sizes(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def recognises(shapes: Shapes) -> bool:
     """See `EncoderKind`."""
-    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    return recognise_clip(canonical_names(tensors)) is not None
+    return clip_family(shapes) is not None
+
+
+def clip_family(shapes: Shapes) -> str | None:
+    """As `recognise_clip`, by shapes under the file's own names."""
+    return recognise_clip(canonical_names({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}))
 
 
 def clip_tower_of(path: Path) -> ClipTower:
@@ -222,7 +226,7 @@ def clip_tower_of(path: Path) -> ClipTower:
         EncoderFileError: damaged, or none of `CLIP_TOWERS`.
     """
     shapes = shapes_in(path)
-    family = recognise_clip(canonical_names({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}))
+    family = clip_family(shapes)
     if family is None:
         raise EncoderFileError(f"{path.name} is no CLIP vision encoder ({some(shapes)}); wanted "
                                f"{'; '.join(tower.describe() for tower in CLIP_TOWERS.values())}. Choose another file.")

@@ -53,8 +53,9 @@ OPEN_CLIP = EncoderKind("open_clip", "a model of open_clip", ("global", "local")
                         declared_by="open_clip_config.json")
 ADAFACE = EncoderKind("adaface", "AdaFace (IR-18, 50, 101)", ("face", "face_map", "face_norm"), "adaface", "adaface",
                       "adaface_ir101_webface12m.ckpt")
-PLAYGROUND = EncoderKind("playground", "the playground's encoder", ("global", "local", "face"), "playground")
-KINDS = (CLIP, OPEN_CLIP, ADAFACE, PLAYGROUND)
+MINIATURE = EncoderKind("miniature", "the playground's CLIP", ("global", "local", "face"), "miniature")
+PLAYGROUND = EncoderKind("playground", "the first world's encoder", ("global", "local", "face"), "playground")
+KINDS = (MINIATURE, CLIP, OPEN_CLIP, ADAFACE, PLAYGROUND)
 
 
 def suggestion(features: Iterable[str]) -> str:

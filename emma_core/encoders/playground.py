@@ -1,4 +1,4 @@
-"""The playground's reference encoder: a small CNN, trained on the emoji world, in the role of CLIP and AdaFace.
+"""The first world's reference encoder: a small CNN, trained on emoji people, in the role of CLIP and AdaFace.
 
 Shapes: B pictures, S the encoder's input size, C channels, N feature vectors.
 """

@@ -11,6 +11,8 @@ from test_adaface import weights_of
 from emma_core.encoders import adaface, clip_vision
 from emma_core.encoders.families import CLIP_TOWERS
 from emma_core.encoders.loading import check_gives, encoder_kind, load_encoder, load_encoders
+from emma_core.encoders.miniature import FAMILY
+from emma_core.encoders.options import EncodeOptions
 from emma_core.encoders.playground import PlaygroundEncoder
 from emma_core.encoders.weights import weights_path
 from emma_core.errors import EncoderFileError
@@ -30,6 +32,7 @@ KINDS = {
     "playground": (playground_weights, "playground"),
     "adaface": (lambda: {f"model.{key}": value for key, value in weights_of(18).items()}, "adaface-ir-18"),
     "clip": (lambda: random_tower(TINY), "clip-tiny"),
+    "miniature": (lambda: random_tower(CLIP_TOWERS[FAMILY]), FAMILY),
 }
 
 
@@ -50,6 +53,15 @@ def test_a_file_of_any_name_is_recognised(tmp_path, kind, name):
     encoder = load_encoder(path)
     assert set(encoder.feature_names) == set(encoder_kind(path).features)
     assert encoder.description["family"] == family and len(encoder.description["fingerprint"]) == 64
+
+
+def test_the_playgrounds_clip_gives_its_embedding_as_a_face_too(tmp_path):
+    """It has no encoder of faces beside it, and modules of faces are trained on it."""
+    save_file(random_tower(CLIP_TOWERS[FAMILY]), tmp_path / "any.safetensors")
+    check_gives(tmp_path / "any.safetensors", ("face",))
+    encoder = load_encoder(tmp_path / "any.safetensors")
+    [encoded] = encoder.encode(torch.rand(1, 70, 50, 3), None, EncodeOptions(encoder.feature_names))
+    assert torch.equal(encoded.features["face"], encoded.features["global"]) and encoded.features["local"].shape[1] == 65
 
 
 @pytest.mark.parametrize(("kind", "features", "found"), [

@@ -129,6 +129,7 @@ ENCODERS = {
     "adaface-ir-18": {"face": 512, "face_map": 512}, "adaface-ir-50": {"face": 512, "face_map": 512},
     "adaface-ir-101": {"face": 512, "face_map": 512}, "open_clip:ViT-B-16-SigLIP2": {"global": 768, "local": 768},
     "open_clip:ViT-H-14": {"global": 1024, "local": 1280}, "playground": {"global": 256, "local": 128},
+    "clip-miniature": {"global": 128, "local": 160},
 }
 
 
