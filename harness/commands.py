@@ -72,6 +72,7 @@ def run_demo(out: Path, options: argparse.Namespace) -> int:
     """The demo through a real ComfyUI server where there is one, else with emma_core alone."""
     hosts = [] if options.bare else find_hosts(options.comfyui)
     python = ensure_base_environment()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the pictures are so small that two threads take longer than one
     command = [str(python), "-m", "lab.demo", "--out", str(out)]
     if not hosts:
         say("Running without ComfyUI" + ("" if options.bare else " (none found; set COMFYUI_PATH to use one)"))

@@ -7,7 +7,7 @@ import comfy.patcher_extension
 import comfy.sd
 
 from ..emma_core.base.spec import PLAYGROUND_SPEC
-from ..emma_core.playground.words import known_words
+from ..emma_core.playground.words import known_words, size_notice
 from .payload import KEY
 
 WRAPPER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
@@ -55,8 +55,4 @@ def notices(shape, conds: dict[str, list[dict]]) -> list[str]:
     if any("cross_attn" in entry and KEY not in entry["model_conds"] for entries in conds.values() for entry in entries):
         found.append(_PAST_CONNECTOR)
     height_px, width_px = (side * PLAYGROUND_SPEC.pixels_per_latent for side in shape[-2:])
-    learnt_px = PLAYGROUND_SPEC.side_px
-    if (height_px, width_px) != (learnt_px, learnt_px):
-        found.append(f"EMMA playground: pictures of {width_px} x {height_px}; this small model learnt {learnt_px} x {learnt_px}"
-                     " alone: other sizes fall apart. Set the empty latent to that size, and enlarge the picture afterwards.")
-    return found
+    return [*found, *filter(None, [size_notice(width_px, height_px, PLAYGROUND_SPEC.side_px)])]

@@ -33,11 +33,11 @@ class DemoRow:
 
 
 ROWS = (
-    DemoRow("woman police officer", "style-noto", "face-dark", 6),
-    DemoRow("man cook", "style-fluent-emoji", "face-medium-dark", 5),
-    DemoRow("man farmer", "style-fluent-emoji-flat", "face-medium", 1),
-    DemoRow("woman firefighter", "style-twemoji", "face-light", 8),
-    DemoRow("princess", "style-twemoji", "face-medium-dark", 8),
+    DemoRow("man cook", "style-fluent-emoji-flat", "face-medium-light", 0),
+    DemoRow("santa", "style-fluent-emoji", "face-light", 5),
+    DemoRow("woman firefighter", "style-fluent-emoji", "face-light", 103),
+    DemoRow("vampire", "style-twemoji", "face-medium", 15),
+    DemoRow("woman police officer", "style-fluent-emoji-flat", "face-medium-dark", 100),
 )
 
 

@@ -17,20 +17,22 @@ class EMMAPlayground(io.ComfyNode):
             node_id="EMMAPlayground",
             display_name="Load EMMA Playground",
             aliases=("emma demo", "emma example", "emoji", "style transfer"),
-            description="A small world of emoji people that runs at once on any CPU, with nothing to download: a tiny "
-                        "SD1.5-like model with its T5, VAE, ELLA, a style, a face and an object module and their encoder. "
-                        "Pictures are 128 x 128.",
+            description="A small world of emoji (people, animals, food, things, places) that runs at once on any CPU, with "
+                        "nothing to download: a tiny SD1.5-like model with its T5, VAE, ELLA, a style, a face and an object "
+                        "module and their encoder. Pictures are 128 x 128.",
             inputs=[],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="Tiny UNet in SD1.5 layout; use latents of 128 x 128."),
-                io.Clip.Output(display_name="CLIP", tooltip="Tiny T5 text encoder; prompts such as 'woman astronaut'."),
+                io.Clip.Output(display_name="CLIP",
+                               tooltip="Tiny T5 text encoder; prompts such as 'a cat' or 'woman astronaut'."),
                 io.Vae.Output(display_name="VAE", tooltip="Small autoencoder in SD's latent layout."),
                 Ella.Output(display_name="ELLA", tooltip="Small ELLA connector."),
                 Module.Output(display_name="style module", tooltip="Takes the drawing style of a reference."),
-                Module.Output(display_name="face module", tooltip="Takes the skin tone and hair of a reference."),
+                Module.Output(display_name="face module", tooltip="Takes the skin tone of a reference."),
                 Encoder.Output(display_name="EMMA_ENCODER", tooltip="The encoder all modules need."),
                 Module.Output(display_name="object module",
-                              tooltip="Takes who is shown; prompt 'person' and let the reference say the rest."),
+                              tooltip="Takes what is shown; prompt its kind alone ('person', 'nature', 'food', 'place', "
+                                      "'object') and let the reference say the rest."),
             ],
         )
 
@@ -58,7 +60,7 @@ class EMMAPlaygroundPicture(io.ComfyNode):
             description="One of the reference pictures shipped with the playground.",
             is_output_node=True,  # shows its picture at every run, kept results or not
             inputs=[io.Combo.Input("picture", options=reference_names(), tooltip="style-* names an emoji "
-                                   "vendor's style, face-* a skin tone, object-* who is shown."),
+                                   "set's style, face-* a skin tone, object-* what is shown."),
                     io.Image.Input("pictures", optional=True, tooltip="An earlier Load Playground Picture: this picture is "
                                                                       "added behind its own, to one batch.")],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="Wire this into Encode Reference Image.")],

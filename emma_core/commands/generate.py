@@ -27,6 +27,7 @@ from ..base.config import (
 from ..base.found_files import found_file, with_found_files
 from ..base.pairing import check_pairing
 from ..base.pipeline import Request, Sampling
+from ..base.spec import PLAYGROUND_SPEC
 from ..base.text_to_image import TextToImage, save_picture
 from ..errors import EmmaError, ImageInputError
 from ..evaluation.references import reference_of
@@ -38,15 +39,15 @@ from ..files.writing import check_new_folder, make_folder
 from ..model.addition import ADDITIONS, RECOMMENDED
 from ..model.assembly import Assembly, Reference
 from ..playground import PLAYGROUND
-from ..playground.words import known_words
+from ..playground.words import known_words, size_notice
 from ..settings import resolve_sections
 from ..text.prompt_weights import weighted_parts
 from .flags import add_comfyui, add_keys, changes_of
 
 _EPILOG = """examples:
-  python -m emma_core generate "man cook" --module playground/emma-style.safetensors playground/references/style-noto.png
+  python -m emma_core generate "man cook" --module playground/emma-style.safetensors playground/references/style-twemoji.png
   python -m emma_core generate "man cook" "woman judge" --count 4 --out drawn \\
-      --module playground/emma-style.safetensors playground/references/style-noto.png \\
+      --module playground/emma-style.safetensors playground/references/style-fluent-emoji.png \\
       --module playground/emma-face.safetensors playground/references/face-dark.png 1.2        (both assembled)
   python -m emma_core generate "a castle" --base.checkpoint v1-5-pruned-emaonly.safetensors \\
       --ella.file ella-sd1.5-tsc-t5xl.safetensors --ella.text_encoder flan-t5-xl \\
@@ -127,7 +128,9 @@ def draw(options: argparse.Namespace) -> list[Path]:
     for prompt in (*options.prompts, config.sampling.negative):
         weighted_parts(prompt)
     if config.base.checkpoint == PLAYGROUND:
-        for notice in filter(None, map(known_words().notice, (*options.prompts, config.sampling.negative))):
+        notices = [*map(known_words().notice, (*options.prompts, config.sampling.negative)),
+                   size_notice(sampling.width_px, sampling.height_px, PLAYGROUND_SPEC.side_px)]
+        for notice in filter(None, notices):
             print(notice, file=sys.stderr)
     check_pairing(config.base, config.ella, [one.module for one in shown])
     for one in shown:

@@ -1,4 +1,4 @@
-"""What judges pictures of the playground where no CLIP and no DINO is named: two features of its own reference encoder.
+"""What judges pictures of the playground where no CLIP and no DINO is named: its own reference encoder.
 
 Shapes: B pictures, D width of a feature, S input size of the encoder.
 """
@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..encoders.base import ReferenceEncoder
-from ..encoders.loading import encoder_kind, load_encoder
+from ..encoders.loading import load_encoder
 from ..encoders.options import EncodeOptions
 from ..files.tensor_file import sha256_of_file
 from ..playground import PLAYGROUND_DIR
 
-LOOK, FACE = "look", "face"
+LOOK, FACE = "look", "face"  # the second is a column of results from before
 # column, which is the kind too -> feature of the encoder
-FEATURES = {LOOK: "global", FACE: "face"}
-NOTE = ("*look* and *face* are cosines in the playground's own reference encoder: *look* knows who drew a picture, in which "
-        "tone, and what it shows; *face* was trained to tell the tone whoever drew it. The modules read the same encoder, so "
-        "these scores say whether a module brings over what it reads, not whether a stranger would see it.")
+FEATURES = {LOOK: "global"}
+NOTE = ("*look* is the cosine in the playground's own reference encoder, a small CLIP: it knows who drew a picture, in which "
+        "tone, and what it shows. The modules read the same encoder, so this score says whether a module brings over what it "
+        "reads, not whether a stranger would see it.")
 _ENCODER = PLAYGROUND_DIR / "encoder.safetensors"
 
 
@@ -55,9 +55,7 @@ class PlaygroundScorer:
 
 def playground_scorer_names() -> list[tuple[str, str, str]]:
     """Kind, name and SHA-256 of each, as `scorers.scorer_names`."""
-    given = encoder_kind(_ENCODER).features
-    return [(column, f"playground {feature}", sha256_of_file(_ENCODER)) for column, feature in FEATURES.items()
-            if feature in given]
+    return [(column, f"playground {feature}", sha256_of_file(_ENCODER)) for column, feature in FEATURES.items()]
 
 
 def load_playground_scorer(kind: str) -> PlaygroundScorer:

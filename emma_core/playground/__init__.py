@@ -1,4 +1,4 @@
-"""The playground: a small world of emoji people whose weights are shipped, so that everything runs without a download.
+"""The playground: a small world of emoji whose weights are shipped, so that everything runs without a download.
 
 Names are imported on first use: the pack must load fast, and a bare machine needs diffusers only where it generates.
 """

@@ -10,8 +10,10 @@ from pathlib import Path
 from ..files.json_file import read_json
 from . import PLAYGROUND_DIR
 
+UNREAD = r"[^\w\s,'-]"  # what its tokenizer leaves out of a prompt
 _ALIKE = 0.8  # of the letters: a slip of the pen, not another word
-_WORD = re.compile(r"[^\W\d_]+")
+# letters, or a sign that is none of a keyboard's, such as an emoji
+_WORD = re.compile(r"[^\W\d_]+|[^\w\s\x00-\x7f]")
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class KnownWords:
     """What a small text encoder learnt to read.
 
     Args:
-        names: of what it can draw, such as "woman astronaut".
+        things: what it can draw by its usual name, such as "woman astronaut", by category.
+        names: every name of these.
         around: words that stood around names, such as "a".
         synonyms: everyday word -> the name, or the part of one, that it learnt instead.
     """
 
+    things: dict[str, list[str]]
     names: tuple[str, ...]
     around: tuple[str, ...]
     synonyms: dict[str, str]
@@ -31,7 +35,7 @@ class KnownWords:
     @property
     def words(self) -> set[str]:
         """Every single word it read."""
-        return {word for text in (*self.names, *self.around) for word in text.split()}
+        return {word for text in (*self.names, *self.around) for word in _WORD.findall(text)}
 
     def unknown(self, prompt: str) -> dict[str, str]:
         """The prompt's words that it never read, with the nearest that it did, "" where none is near."""
@@ -44,14 +48,25 @@ class KnownWords:
         if not unknown:
             return ""
         told = ", ".join(f"{word!r} (nearest: {near!r})" if near else f"{word!r}" for word, near in unknown.items())
+        things = [name for names in self.things.values() for name in names]
+        example = next(filter(str.isalpha, things), things[0])
         return (f"EMMA playground: the prompt {prompt!r} has words that this small model never read: {told}. It knows "
-                f"{len(self.names)} names, such as {self.names[-1]!r}: see the help page of Load EMMA Playground. Style, skin "
-                "and hair come from reference pictures.")
+                f"{len(things):,} things, such as {example!r}: see the help page of Load EMMA Playground. Style and skin "
+                "tone come best from reference pictures.")
 
     def _nearest(self, word: str) -> str:
-        named = {part: part for name in self.names for part in name.split()} | self.synonyms
-        alike = get_close_matches(word, named, 1, _ALIKE)
-        return named[alike[0]] if alike else ""
+        if word in self.synonyms:
+            return self.synonyms[word]
+        near = [one for one in self.words if one[0] == word[0] and abs(len(one) - len(word)) <= 1]
+        return next(iter(get_close_matches(word, sorted(near), 1, _ALIKE)), "")
+
+
+def size_notice(width_px: int, height_px: int, learnt_px: int) -> str:
+    """What is to be said of a picture's size, "" of the one that was learnt."""
+    if (width_px, height_px) == (learnt_px, learnt_px):
+        return ""
+    return (f"EMMA playground: pictures of {width_px} x {height_px}; this small model learnt {learnt_px} x {learnt_px} alone: "
+            "other sizes fall apart. Draw that size, and enlarge the picture afterwards.")
 
 
 def known_words(path: Path = PLAYGROUND_DIR / "words.json") -> KnownWords:
@@ -61,4 +76,4 @@ def known_words(path: Path = PLAYGROUND_DIR / "words.json") -> KnownWords:
         FileError: the file is missing or damaged.
     """
     entry = read_json(path, "the playground's list of words")
-    return KnownWords(tuple(entry["names"]), tuple(entry["around"]), entry["synonyms"])
+    return KnownWords(entry["things"], tuple(entry["names"]), tuple(entry["around"]), entry["synonyms"])

@@ -16,7 +16,9 @@ from .people import TONES, select_people
 COUNT = 60
 
 
-def write_practice_pictures(packages: Path, out: Path, vendor_name: str = "twemoji", count: int = COUNT) -> list[Path]:
+def write_practice_pictures(
+    packages: Path, out: Path, vendor_name: str = "fluent-emoji-flat", count: int = COUNT
+) -> list[Path]:
     """`count` people by one vendor, evenly of all roles and tones, with their texts beside them; the pictures' files.
 
     Raises:

@@ -14,6 +14,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -168,7 +169,7 @@ class Evaluation:
     def _misled(self, line: Line, trials: Sequence[Trial]) -> list[Trial]:
         """With other targets' references. People in tones of unseen styles are all of one set: these get the learnt ones'."""
         if line.unseen:
-            return [replace(trial, style=other.style) for trial, other in zip(trials, self.learnt, strict=False)]
+            return [replace(trial, style=other.style) for trial, other in zip(trials, cycle(self.learnt), strict=False)]
         return shuffled_trials(trials, self.world.data.rows, seed=1, tells=TELLS)
 
     def score(self, image_B3SS: torch.Tensor, trials: Sequence[Trial]) -> dict[str, Score]:
@@ -197,7 +198,7 @@ def main() -> None:
     parser.add_argument("--modules", nargs="*", default=["style", "face", "object", "distilled", "style-own", "face-own"])
     parser.add_argument("--lines", default="", help="only those whose names have this regular expression")
     parser.add_argument("--split", choices=SPLITS, default=SPLITS[0])
-    parser.add_argument("--pictures", type=int, default=96)
+    parser.add_argument("--pictures", type=int, default=96, help="of each line, or all there are if these are fewer")
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of the UNet")
@@ -207,11 +208,11 @@ def main() -> None:
     data, sampling = load(options.data), Sampling(guidance=options.guidance)
     world = load_world(options.files, options.runs, options.modules, data, options.device, PRECISIONS[options.precision])
     clip, tokenizer = load_clip(options.states / "clip.pt", options.device)
-    settings = {"split": options.split, "pictures": options.pictures, "guidance": sampling.guidance, "steps": sampling.steps,
-                "seed": options.seed, "precision": options.precision}
-    table = Table(options.out / f"scores-{options.split}.json", settings, extra=(CLIP_I, CLIP_T))
     trials = {unseen: choose_trials(data, options.pictures, options.seed, UNSEEN_SPLIT if unseen else options.split)
               for unseen in (False, True)}
+    settings = {"split": options.split, "pictures": len(trials[False]), "of unseen styles": len(trials[True]),
+                "guidance": sampling.guidance, "steps": sampling.steps, "seed": options.seed, "precision": options.precision}
+    table = Table(options.out / f"scores-{options.split}.json", settings, extra=(CLIP_I, CLIP_T))
     evaluation = Evaluation(world, Scorer(load_judge(options.states / "judge.pt", data, options.device), data),
                             Likeness(clip, tokenizer, data, options.device), sampling, trials[False])
     for unseen, aimed in trials.items():

@@ -14,8 +14,8 @@ import torch
 from emma_core.base.backbones import Backbone, load_playground
 from emma_core.base.own_text import load_own_text
 from emma_core.base.pipeline import Pipeline, Request, Sampling, generate, pipeline_for
-from emma_core.encoders.base import encode_pictures
-from emma_core.encoders.clip_vision import ClipVisionEncoder, load_clip_vision
+from emma_core.encoders.base import ReferenceEncoder, encode_pictures
+from emma_core.encoders.loading import load_encoder
 from emma_core.encoders.matching import check_for_module
 from emma_core.encoders.options import EncodeOptions
 from emma_core.files.connector_file import load_connector
@@ -41,7 +41,7 @@ class World:
     pipeline: Pipeline
     own: Pipeline
     modules: Mapping[str, GatedResampler]
-    encoder: ClipVisionEncoder
+    encoder: ReferenceEncoder
     data: Pictures
     device: str
     adapter: IpAdapterTeacher | None = None
@@ -129,7 +129,7 @@ def load_world(
     modules = {name: load_module(runs / f"emma-{name}" / f"emma-{name}.safetensors", device=device) for name in names}
     on_own = pipeline_for(backbone, backbone.spec.own_tokens, own_text.encode)
     sees, trained = files / "clip_vision.safetensors", files / "ip-adapter.safetensors"
-    encoder = load_clip_vision(sees)
+    encoder = load_encoder(sees)
     adapter = IpAdapterTeacher(backbone, trained, encoder, 1.0) if trained.exists() else None
     return World(pipeline_for(backbone, connector, encode), on_own, modules,
                  encoder, data, device, adapter)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from emma_core.errors import ImageInputError
 from emma_core.files.connector_file import save_connector
-from emma_core.playground import PLAYGROUND_DIR
 
 from ..emoji.dataset import EmojiPeople, load
 from ..weights import save_tensors
@@ -76,7 +75,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, required=True, help="file of train_autoencoder")
     parser.add_argument("--encoder", type=Path, required=True, help="file of train_encoder")
     parser.add_argument("--base", type=Path, required=True, help="folder of train_base")
-    parser.add_argument("--out", type=Path, default=PLAYGROUND_DIR, help="default: the shipped playground")
+    parser.add_argument("--out", type=Path, required=True, help="a folder like the shipped playground")
     options = parser.parse_args()
     export_base(options)
     export_references(load(options.data), options.out / "references")

@@ -10,8 +10,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from emma_core.base.backbones import Backbone, load_playground
 from emma_core.base.pipeline import Pipeline, pipeline_for
+from emma_core.encoders.base import ReferenceEncoder
+from emma_core.encoders.loading import load_encoder
 from emma_core.encoders.matching import encode_for_module
-from emma_core.encoders.playground import PlaygroundReferenceEncoder, load_playground_encoder
 from emma_core.files.connector_file import load_connector
 from emma_core.files.module_file import load_module
 from emma_core.model.assembly import Assembly, Reference
@@ -28,7 +29,7 @@ class World:
 
     pipeline: Pipeline
     modules: dict[str, GatedResampler]
-    encoder: PlaygroundReferenceEncoder
+    encoder: ReferenceEncoder
 
     def encode_reference(
         self, condition: str, image_BHW3: torch.Tensor, mask_BHW: torch.Tensor | None = None
@@ -62,4 +63,4 @@ def load_world(folder: str | Path = PLAYGROUND_DIR) -> World:
     pipeline = pipeline_for(backbone, load_connector(folder / "ella.safetensors"),
                             load_text_encoder(folder / "t5.safetensors").encode)
     modules = {condition: load_module(folder / f"emma-{condition}.safetensors") for condition in CONDITIONS}
-    return World(pipeline, modules, load_playground_encoder(folder / "encoder.safetensors"))
+    return World(pipeline, modules, load_encoder(folder / "encoder.safetensors"))

@@ -9,9 +9,9 @@ import torch
 from emma_core import Reference, load_connector, load_module
 from emma_core.base.pipeline import Pipeline
 from emma_core.base.spec import PLAYGROUND_SPEC
-from emma_core.encoders.base import encode_pictures
+from emma_core.encoders.base import ReferenceEncoder, encode_pictures
+from emma_core.encoders.loading import load_encoder
 from emma_core.encoders.options import EncodeOptions
-from emma_core.encoders.playground import PlaygroundReferenceEncoder, load_playground_encoder
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder, load_unet
 from emma_core.text.encoder import load_text_encoder
 
@@ -21,7 +21,7 @@ class World:
     """The pipeline, with diffusers' own attention, and the reference encoder."""
 
     pipeline: Pipeline
-    encoder: PlaygroundReferenceEncoder
+    encoder: ReferenceEncoder
 
     def encode_reference(
         self, condition: str, image_1HW3: torch.Tensor, mask_1HW: torch.Tensor | None = None
@@ -42,4 +42,4 @@ def load_world() -> World:
         decode=lambda latent: autoencoder.decode(latent / PLAYGROUND_SPEC.latent_scale),
         spec=PLAYGROUND_SPEC,
     )
-    return World(pipeline, load_playground_encoder(PLAYGROUND_DIR / "encoder.safetensors"))
+    return World(pipeline, load_encoder(PLAYGROUND_DIR / "encoder.safetensors"))

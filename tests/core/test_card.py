@@ -65,7 +65,7 @@ def test_the_front_matter_is_what_hugging_face_reads(card):
 def test_the_card_says_what_the_file_says_and_no_path(card, run):
     text, config = (card / "README.md").read_text(encoding="utf-8"), read_module_config(run / "mine.safetensors")
     assert "# Mine / yours" in text and "Author: Ada; licence: Apache 2.0." in text
-    assert f"| updates | {config.training['steps']} |" in text and "family playground" in text
+    assert f"| updates | {config.training['steps']} |" in text and "family clip-miniature" in text
     assert "| 800 to 999 | 0.00400 | 0.00500 | -20.0% |" in text and "| mine | 0.71 |" in text
     assert str(run) not in text and str(card) not in text
 

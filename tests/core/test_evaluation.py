@@ -33,8 +33,8 @@ from emma_core.base.backbones import load_backbone
 from emma_core.base.config import BaseConfig
 from emma_core.base.pipeline import Pipeline, Request, Sampling, generate
 from emma_core.base.spec import SD15
+from emma_core.encoders.loading import load_encoder
 from emma_core.encoders.options import EncodeOptions
-from emma_core.encoders.playground import load_playground_encoder
 from emma_core.evaluation.generation import Drawer
 from emma_core.evaluation.plan import sha256_of
 from emma_core.evaluation.scorers import ClipScorer, DinoScorer
@@ -253,13 +253,13 @@ def test_on_the_playground_its_own_encoder_judges_where_no_model_is_named(world,
     """Cosines of what the modules read; a picture judged by itself would have 1."""
     tables = tables_for(world) | {"output": {"folder": str(tmp_path / "results")}, "scores": {}}
     assert main(["eval", str(write_config(tmp_path / "eval.toml", tables))]) == 0
-    encoder, lines = load_playground_encoder(PLAYGROUND_DIR / "encoder.safetensors"), lines_of(tmp_path / "results")
+    encoder, lines = load_encoder(PLAYGROUND_DIR / "encoder.safetensors"), lines_of(tmp_path / "results")
 
     def features(picture: Image.Image):
         image_1HW3 = torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255)[None]
-        return encoder.encode(image_1HW3, None, EncodeOptions(("global", "face")))[0].features
+        return encoder.encode(image_1HW3, None, EncodeOptions(("global",)))[0].features
 
-    columns = {"look": "global", "face": "face"}
+    columns = {"look": "global"}
     assert {column for line in lines for column in line["scores"]} == columns.keys()
     for line in lines:
         drawn = features(picture_of(tmp_path / "results", line))
@@ -267,7 +267,7 @@ def test_on_the_playground_its_own_encoder_judges_where_no_model_is_named(world,
         for column, score in line["scores"].items():
             wanted = F.cosine_similarity(drawn[columns[column]].flatten(), shown[columns[column]].flatten(), dim=0)
             assert score == pytest.approx(float(wanted), abs=1e-4)
-    assert "| | look | face | n |" in (tmp_path / "results" / "results.md").read_text()
+    assert "| | look | n |" in (tmp_path / "results" / "results.md").read_text()
 
 
 @pytest.mark.parametrize(("arguments", "found"), [

@@ -10,7 +10,7 @@ from emma_core.base.config import BaseConfig, EllaConfig
 from emma_core.base.pipeline import Request, Sampling
 from emma_core.base.text_to_image import TextToImage
 from emma_core.encoders import matching
-from emma_core.encoders.playground import PlaygroundReferenceEncoder
+from emma_core.encoders.clip_vision import ClipVisionEncoder
 from emma_core.model.assembly import Assembly, Reference
 from emma_core.playground import PLAYGROUND_DIR
 from emma_core.text.encoder import TextEncoder
@@ -73,12 +73,12 @@ def test_a_small_card_holds_only_what_is_at_work(tmp_path, monkeypatch, pictures
                 "text encoder": parts.text_encoder and parts.text_encoder.model,
                 "reference encoder": parts.reference_encoder and parts.reference_encoder.model}
 
-    for owner, name in ((Backbone, "encode"), (TextEncoder, "encode"), (PlaygroundReferenceEncoder, "features_of"),
+    for owner, name in ((Backbone, "encode"), (TextEncoder, "encode"), (ClipVisionEncoder, "features_of"),
                         (Student, "errors")):
         spy(monkeypatch, owner, name, models, seen)
     run({}, pictures, tmp_path, monkeypatch)
     assert seen == {"Backbone.encode": {"autoencoder"}, "TextEncoder.encode": {"text encoder"},
-                    "PlaygroundReferenceEncoder.features_of": {"reference encoder"},
+                    "ClipVisionEncoder.features_of": {"reference encoder"},
                     "Student.errors": {"UNet", "autoencoder"}}
 
 
@@ -94,12 +94,12 @@ def test_pictures_from_text_and_a_reference(monkeypatch, precision):
             return {"UNet": base._parts.backbone.unet, "autoencoder": base._parts.backbone.autoencoder,
                     "text encoder": base._parts.text_encoder.model, "reference encoder": base._encoders[0].model}
 
-        for owner, name in ((PlaygroundReferenceEncoder, "features_of"), (TextEncoder, "encode"), (Backbone, "predict_noise")):
+        for owner, name in ((ClipVisionEncoder, "features_of"), (TextEncoder, "encode"), (Backbone, "predict_noise")):
             spy(monkeypatch, owner, name, models, seen)
         module = base.load_module(str(PLAYGROUND_DIR / "emma-style.safetensors"))
         with_reference = Assembly([Reference(module, base.features(module, torch.rand(1, 128, 128, 3)))])
         drawn = base.draw([Request("woman cook", with_reference), Request("man")], Sampling(steps=2))
     assert [picture.size for picture in drawn] == [(128, 128)] * 2
     drawing = {"UNet", "autoencoder", "text encoder"}
-    assert seen == {"PlaygroundReferenceEncoder.features_of": {"reference encoder"}, "TextEncoder.encode": drawing,
+    assert seen == {"ClipVisionEncoder.features_of": {"reference encoder"}, "TextEncoder.encode": drawing,
                     "Backbone.predict_noise": drawing}

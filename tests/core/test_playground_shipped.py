@@ -7,12 +7,12 @@ import torch
 
 from emma_core import load_connector, load_module
 from emma_core.base.spec import PLAYGROUND_SPEC
-from emma_core.encoders.playground import load_playground_encoder
+from emma_core.encoders.loading import load_encoder
 from emma_core.files.tensor_file import read_tensors
 from emma_core.playground import PLAYGROUND_DIR, load_autoencoder, load_unet
 from emma_core.text.encoder import load_text_encoder
 
-MOST_BYTES = 30_000_000
+MOST_BYTES = 40_000_000
 CONDITIONS = ("style", "face", "object")
 
 
@@ -44,7 +44,7 @@ def test_every_part_loads_strictly_and_fits_the_others():
 def test_modules_belong_to_the_shipped_ella_and_encoder(condition):
     module = load_module(PLAYGROUND_DIR / f"emma-{condition}.safetensors")
     connector = load_connector(PLAYGROUND_DIR / "ella.safetensors")
-    encoder = load_playground_encoder(PLAYGROUND_DIR / "encoder.safetensors")
+    encoder = load_encoder(PLAYGROUND_DIR / "encoder.safetensors")
     assert module.config.condition == condition
     assert module.config.ella == {"sha256": connector.sha256, "latents": connector.latents}
     assert encoder.description.items() <= module.config.encoder.items()

@@ -74,13 +74,13 @@ sys.path[:0] = json.loads(sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from emma_core.encoders.playground import PlaygroundReferenceEncoder
+from emma_core.encoders.clip_vision import ClipVisionEncoder
 from emma_core.errors import EmmaError
 from emma_core.__main__ import main
 from emma_core.base.backbones import Backbone
 from emma_core.training.trainer import Trainer
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[2])
-right, seen = PlaygroundReferenceEncoder.features_of, []
+right, seen = ClipVisionEncoder.features_of, []
 if rank and sys.argv[3] == "fail":
     def features_of(self, *rest):
         raise EmmaError("this one is broken")
@@ -88,7 +88,7 @@ else:
     def features_of(self, seen_B3SS, options):
         seen.append(len(seen_B3SS))
         return right(self, seen_B3SS, options)
-PlaygroundReferenceEncoder.features_of = features_of
+ClipVisionEncoder.features_of = features_of
 run = Trainer.run
 def run_and_keep(self, after_step=None):
     run(self, after_step)

@@ -64,7 +64,7 @@ def test_the_module_says_what_it_is_and_names_no_path(run, pictures):
     config = load_module(run / "mine.safetensors").config
     assert config.condition == "style" and config.file_metadata["modelspec.title"] == "My style"
     assert config.ella["sha256"] == load_connector(PLAYGROUND_DIR / "ella.safetensors").sha256
-    assert config.encoder["family"] == "playground" and len(config.encoder["fingerprint"]) == 64
+    assert config.encoder["family"] == "clip-miniature" and len(config.encoder["fingerprint"]) == 64
     assert config.training["steps"] == 3 and config.training["data"]["pictures"] == 4 and config.training["data"]["groups"] == 2
     assert config.training["recipe"]["batch"] == 2 and config.training["base"]["sha256"]
     kind, _, picture = config.file_metadata["modelspec.thumbnail"].partition(",")
@@ -111,13 +111,13 @@ def test_the_run_leaves_log_curve_samples_and_its_configuration(run):
 
 
 def test_starting_again_goes_on_and_encodes_nothing(run, pictures, capsys, monkeypatch):
-    from emma_core.encoders.playground import PlaygroundReferenceEncoder
+    from emma_core.encoders.clip_vision import ClipVisionEncoder
     from emma_core.text.encoder import TextEncoder
 
     def never(*arguments):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(PlaygroundReferenceEncoder, "features_of", never)
+    monkeypatch.setattr(ClipVisionEncoder, "features_of", never)
     texts = []
     encode = TextEncoder.encode
     monkeypatch.setattr(TextEncoder, "encode", lambda self, prompts: texts.extend(prompts) or encode(self, prompts))
@@ -231,7 +231,7 @@ def test_own_latents_that_cannot_be_are_refused(taught, tmp_path, capsys, argume
 def test_inspect_prints_and_draws(run, capsys, tmp_path):
     assert main(["inspect", str(run / "mine.safetensors"), "--gate-map", str(tmp_path / "gates.png")]) == 0
     text = capsys.readouterr().out
-    assert "mine.safetensors: EMMA style module" in text and "global (256 wide" in text and "My style" in text
+    assert "mine.safetensors: EMMA style module" in text and "global (128 wide" in text and "My style" in text
     assert Image.open(tmp_path / "gates.png").width > 300
     assert main(["inspect", str(PLAYGROUND_DIR / "ella.safetensors")]) == 1
     assert "not an EMMA module" in capsys.readouterr().err

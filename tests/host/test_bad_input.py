@@ -23,7 +23,7 @@ def encoder(run_node):
 @pytest.fixture(scope="module")
 def module(tiny, encoder):
     """A module that needs the shipped encoder."""
-    return tiny.module("portrait", {"global": (256, 4)}, encoder=dict(encoder.encoder.description))
+    return tiny.module("portrait", {"global": (128, 4)}, encoder=dict(encoder.encoder.description))
 
 
 @pytest.fixture(scope="module")
@@ -210,33 +210,33 @@ def test_white_mask_of_any_shape_keeps_the_picture(encode, shape):
 # Parts that do not belong together
 
 def test_encoder_of_another_family_is_refused(encode, errors, tiny):
-    clip_module = tiny.module("object", {"global": (256, 4)}, encoder={"family": "clip-vit-h-14"})
-    found = r"this encoder is playground, fingerprint .*the object module needs CLIP ViT-H/14 \(hidden 1280.*Load that encoder"
+    clip_module = tiny.module("object", {"global": (128, 4)}, encoder={"family": "clip-vit-h-14"})
+    found = r"this encoder is the CLIP of SD1.5 .*, fingerprint .*the object module needs CLIP ViT-H/14 .*Load that encoder"
     with pytest.raises(errors.ReferenceMismatchError, match=found):
         encode(picture(), module=clip_module)
 
 
 def test_encoder_with_other_weights_is_refused(encode, errors, tiny):
-    other = tiny.module("style", {"global": (256, 4)}, encoder={"family": "playground", "fingerprint": "0123456789abcdef"})
-    with pytest.raises(errors.ReferenceMismatchError, match=r"needs playground, fingerprint 0123456789ab\."):
+    other = tiny.module("style", {"global": (128, 4)}, encoder={"family": "clip-miniature", "fingerprint": "0123456789abcdef"})
+    with pytest.raises(errors.ReferenceMismatchError, match=r"needs the CLIP of .*, fingerprint 0123456789ab\."):
         encode(picture(), module=other)
 
 
 def test_feature_the_encoder_lacks_is_named(encode, errors, tiny):
-    other = tiny.module("pose", {"skeleton": (256, 4)})
+    other = tiny.module("pose", {"skeleton": (128, 4)})
     with pytest.raises(errors.ReferenceMismatchError, match="features skeleton are needed; this encoder gives face, global"):
         encode(picture(), module=other)
 
 
 def test_reference_for_another_module_is_refused(assemble, encode, errors, tiny):
-    other = tiny.module("object", {"local": (128, 1)})
+    other = tiny.module("object", {"local": (160, 1)})
     with pytest.raises(errors.ReferenceMismatchError, match="holds the features global; the object module needs local. Encode"):
         assemble(module=other, reference=encode(picture()))
 
 
 def test_reference_of_another_encoder_is_refused_when_assembled(assemble, errors, tiny, module):
-    foreign = tiny.reference(tiny.module("portrait", {"global": (256, 4)}, encoder={"family": "adaface"}))
-    with pytest.raises(errors.ReferenceMismatchError, match="encoded by adaface; the portrait module needs playground"):
+    foreign = tiny.reference(tiny.module("portrait", {"global": (128, 4)}, encoder={"family": "adaface"}))
+    with pytest.raises(errors.ReferenceMismatchError, match="by adaface; the portrait module needs the CLIP of SD1.5"):
         assemble(module=module, reference=foreign)
 
 

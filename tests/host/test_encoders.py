@@ -155,7 +155,7 @@ def test_encoder_files_and_folders_load_by_any_name(base_directory, run_node, pa
         (target.parent / "config.json").write_text("{}")
     name = target.name if layout == "file" else layout
     encoder = run_node("EMMALoadReferenceEncoder", encoder_name=name)[0]
-    assert encoder.encoder.description["family"] == "playground"
+    assert encoder.encoder.description["family"] == "clip-miniature"
 
 
 def clip_file(tmp_path, monkeypatch, core, layers: int):
@@ -337,7 +337,7 @@ def test_pictures_of_any_shape_are_encoded(run_node, tiny, clip_vision, pack_imp
     encoder, module = clip_vision, clip_module(tiny)
     if kind == "playground":
         encoder = pack_import("host.encoders").load_playground_reference_encoder()
-        module = tiny.module("style", {"global": (256, 4)}, encoder=dict(encoder.encoder.description))
+        module = tiny.module("style", {"global": (128, 4)}, encoder=dict(encoder.encoder.description))
     for settings in ({}, {"mask": torch.ones(1, 7, 5)}, {"mask": torch.ones(1, 7, 5), "crop_to_mask": True}):
         picture = torch.full((1, *size, 3), 0.5)
         inputs = {"module": module, "encoder": encoder, "image": picture, "combine": "concat", **settings}

@@ -15,12 +15,12 @@ WINDOWS_NAMES = ["nul", "NUL.safetensors", "people/con", "com1.x", "lpt9", "a:b"
 @pytest.fixture
 def reference(pack_import):
     features = pack_import("emma_core.model.reference_features").ReferenceFeatures
-    return features({"global": torch.rand(1, 1, 256)}, {"family": "playground"})
+    return features({"global": torch.rand(1, 1, 128)}, {"family": "clip-miniature"})
 
 
 @pytest.fixture
 def module(tiny):
-    return tiny.module("style", {"global": (256, 4)})
+    return tiny.module("style", {"global": (128, 4)})
 
 
 @pytest.mark.parametrize("name", WINDOWS_NAMES)

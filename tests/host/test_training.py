@@ -86,7 +86,7 @@ def test_run_gives_a_module_that_learnt(train, tiny, training):
     module, loss_map, report = train(steps=6)
     assert len(loss_map["loss"]) == 6 and all(0 < loss < 100 for loss in loss_map["loss"])
     config = module.module.config
-    assert config.condition == "style" and list(config.features) == ["global"] and config.encoder["family"] == "playground"
+    assert config.condition == "style" and list(config.features) == ["global"] and config.encoder["family"] == "clip-miniature"
     assert config.training["steps"] == 6 and config.training["data"]["pictures"] == 2
     assert all(block.attn_gate.abs() > 1e-4 and block.ffn_gate.abs() > 1e-4 for block in module.module.blocks)
     assert "6 updates" in report and "with reference" in report and "text only" in report
@@ -230,7 +230,7 @@ def test_more_steps_continue_the_same_run(train, tmp_path):
 
 
 def test_start_module_is_where_the_run_begins(train, tiny, encoder):
-    start = tiny.module("style", {"global": (256, 4)}, encoder=dict(encoder.encoder.description))
+    start = tiny.module("style", {"global": (128, 4)}, encoder=dict(encoder.encoder.description))
     module = train(start=start, rate=0.0, steps=1)[0]
     for name, value in start.module.state_dict().items():
         assert torch.equal(module.module.state_dict()[name], value.half().float())
@@ -245,7 +245,7 @@ def test_metadata_tell_what_was_used_and_no_more(train, tiny, encoder):
     """The preset weighs places, and the node cannot: what pictures have in common is not wired into it."""
     begun = train(steps=1)[0].module.config.training["recipe"]
     assert begun["blocks"] == "ella" and not {"place_weight", "teacher", "start"} & set(begun)
-    start = tiny.module("style", {"global": (256, 4)}, encoder=dict(encoder.encoder.description))
+    start = tiny.module("style", {"global": (128, 4)}, encoder=dict(encoder.encoder.description))
     settings = {"start": start, "teacher_model": tiny.model(seed=8), "teacher_positive": [[noise((1, 5, WIDTH), 60), {}]]}
     taught = train(steps=1, name="taught", **settings)[0].module.config.training["recipe"]
     assert taught["teacher"] == "MODEL (BaseModel)" and len(taught["start"]) == 64 and "blocks" not in taught

@@ -113,7 +113,7 @@ def prompt(workflow, infos, pack_import):
         if node["class_type"] == "KSampler":
             inputs["steps"] = 4 if playground else 2
         elif node["class_type"] == "EMMATrainModule":
-            inputs |= {"steps": 3, "accumulate": 1, "sample_every": 0}
+            inputs |= {"steps": 3, "accumulate": 1, "rate": 0.02, "sample_every": 0}  # updates that show
         elif node["class_type"] == "EMMAPromptList" and not playground:
             inputs["prompts"] = "\n".join(inputs["prompts"].splitlines()[:MOST_PROMPTS])
         elif node["class_type"] in ("EmptyLatentImage", "ImageScale") and not playground:

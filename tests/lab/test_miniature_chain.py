@@ -182,12 +182,13 @@ def test_the_playground_of_it_is_complete_and_its_references_were_learnt_from(fi
     from emma_core.playground.words import known_words
     from lab.miniature import playground
 
-    runs = tmp_path / "runs"
+    runs, page = tmp_path / "runs", tmp_path / "help.md"
     for name, source in [("ella", files / "ella-start.safetensors"),
                          *((f"emma-{one}", ROOT / "playground" / f"emma-{one}.safetensors") for one in playground.MODULES)]:
         (runs / name).mkdir(parents=True)
         (runs / name / f"{name}.safetensors").write_bytes(source.read_bytes())
-    where = ("--files", files, "--runs", runs, "--data", miniature_data, "--out", tmp_path / "out")
+    where = ("--files", files, "--runs", runs, "--data", miniature_data, "--out", tmp_path / "out", "--help-pages", page)
+    page.write_text("before\n<!-- names -->\nold\n<!-- /names -->\nafter\n")
     with pytest.raises(ImageInputError, match="name another thing"):
         command("playground", *where)
     monkeypatch.setattr(playground, "_SHOWN_IN_STYLE", (("woman cook", "medium-dark"), ("cat", "")))
@@ -201,6 +202,8 @@ def test_the_playground_of_it_is_complete_and_its_references_were_learnt_from(fi
     assert "| `style-twemoji.png` | woman cook, medium-dark skin tone | Twemoji" in credits
     words = known_words(out / "words.json")
     assert words.notice("a picture of a coffee, dark skin, noto style") == "" and words.unknown("a flag") == {"flag": ""}
+    assert page.read_text().startswith("before\n<!-- names -->\n\n**Animals & Nature:** cat.\n\n**Food")
+    assert page.read_text().endswith("<!-- /names -->\nafter\n") and "old" not in page.read_text()
     assert load_encoder(out / "encoder.safetensors").description["family"] == "clip-miniature"
     assert load_text_encoder(out / "t5.safetensors").encode(["a cat"])[0].shape[-1] == 128
 

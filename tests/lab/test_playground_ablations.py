@@ -10,12 +10,12 @@ from emoji_people import small_data
 from emma_core import load_connector, load_module
 from emma_core.playground import PLAYGROUND_DIR, load_unet
 from emma_core.training.draws import BatchRow
-from lab.playground import ablations
+from lab.playground import RECIPES, ablations
 from lab.playground.labelled import Labelled
 from lab.playground.timed_run import TimedRun
 from lab.playground.training_data import write_training_data
 
-RECIPE = PLAYGROUND_DIR / "recipes" / "style.toml"
+RECIPE = RECIPES / "style.toml"
 
 
 @pytest.fixture(scope="module")

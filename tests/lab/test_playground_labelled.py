@@ -11,7 +11,7 @@ from emma_core import load_connector, load_module
 from emma_core.playground import PLAYGROUND_DIR, load_unet
 from emma_core.training.student import tokens_of_texts
 from lab.emoji.people import TONES
-from lab.playground import labelled, timed_run
+from lab.playground import RECIPES, labelled, timed_run
 from lab.playground.labelled import Labelled, load_labelled, number_of
 from lab.playground.training_data import write_training_data
 
@@ -77,7 +77,7 @@ def test_the_teacher_is_told_the_label_of_rows_with_a_reference_only(kind, wante
 @pytest.mark.parametrize("condition", ["style", "object"])
 def test_a_module_learns_from_the_teacher(checkpoint, tmp_path, condition, monkeypatch):
     write_training_data(small_data(), tmp_path)
-    recipe = PLAYGROUND_DIR / "recipes" / f"{condition}.toml"
+    recipe = RECIPES / f"{condition}.toml"
     monkeypatch.setattr(sys, "argv", [
         "labelled", "distil", condition, str(recipe), "--teacher", str(checkpoint), "--data.jsonl",
         str(tmp_path / f"{condition}.jsonl"), "--data.resolution_px", "32", "--data.bucket_step_px", "8", "--train.steps", "3",

@@ -52,18 +52,18 @@ def save_workflow_files(tiny: TinyWorld, pack_import, base: Path) -> None:
     torch.save({"state_dict": {f"model.{key}": value for key, value in adaface.items()}},
                models / "adaface" / "adaface_ir101_webface12m.ckpt")
     save_module = pack_import("emma_core.files.module_file").save_module
-    playground, face = {"family": "playground"}, {"family": "adaface-ir-18"}
-    for seed, (condition, features, encoder) in enumerate((("style", {"global": (256, 4)}, playground), ("portrait", {
-            "global": (256, 1), "face": (128, 2)}, playground), ("face", {"face": (512, 2)}, face))):
+    playground, face = {"family": "clip-miniature"}, {"family": "adaface-ir-18"}
+    for seed, (condition, features, encoder) in enumerate((("style", {"global": (128, 4)}, playground), ("portrait", {
+            "global": (128, 1), "face": (128, 2)}, playground), ("face", {"face": (512, 2)}, face))):
         module = tiny.module(condition, features, seed=20 + seed, width=WIDTH, encoder=encoder)
         save_module(module.module, models / "emma" / f"emma-{condition}-sd15.safetensors")
     sd15 = replace(FAMILIES["sd15"], text=lambda seed: noise((1, 77, WIDTH), seed))
     for family, name in ((sd15, "emma-style-sd15-clip"), (SDXL, "emma-style-sdxl")):
-        module = tiny.token_module(family, "style", {"global": (256, 4)}, encoder=playground)
+        module = tiny.token_module(family, "style", {"global": (128, 4)}, encoder=playground)
         save_module(module.module, models / "emma" / f"{name}.safetensors")
     (models / "checkpoints" / SDXL_CHECKPOINT).touch()  # a test double stands for it
     # for the cross-attentions of the narrowest UNet and the playground's pictures
-    save_ipadapter(models / "ipadapter" / "ip-adapter_sd15.safetensors", WIDTH, (320,) * 4, pictures_dim=256)
+    save_ipadapter(models / "ipadapter" / "ip-adapter_sd15.safetensors", WIDTH, (320,) * 4, pictures_dim=128)
     network = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init,
                                          **{name: NARROWEST_UNET[name] for name in _CONTROLNET_SIZES})
     save_file(_half(fill_(network, 6).state_dict()), models / "controlnet" / "control_v11p_sd15_canny_fp16.safetensors")
