@@ -25,8 +25,8 @@ from harness.hosts import find_hosts, host_python  # noqa: E402
 from harness.server import HostServer  # noqa: E402
 from harness.server_client import ComfyClient  # noqa: E402
 
-PROMPT, STYLE = "woman mechanic", "style-noto"
-FACE, OTHER_FACE, OTHER_PICTURE = "face-dark", "face-light", "style-twemoji"
+PROMPT, STYLE = "man cook", "style-fluent-emoji-flat"
+FACE, OTHER_FACE, OTHER_PICTURE = "face-light", "face-dark", "style-twemoji"
 SIDE_PX, SEED, STEPS, GUIDANCE = 128, 11, 20, 4.0
 INPAINTED_PX = 104
 SHOWN_PX, LABEL_PX, GAP_PX, COLUMNS, QUALITY = 176, 34, 10, 5, 88

@@ -5,11 +5,16 @@ The registry takes a square icon of at most 400 pixels, and a banner of 21 : 9. 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER.parent)]
+
+from lab.demo import ROWS  # noqa: E402
+
 ICON_PX, BANNER_PX = 400, (1260, 540)
 PAPER, INK, FAINT, ACCENT = (255, 255, 255), (34, 38, 52), (112, 118, 134), (44, 128, 72)
 BACK = (226, 234, 250)
@@ -50,8 +55,7 @@ def banner() -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     draw.text((60, 70), "EMMA", fill=INK, font=ImageFont.load_default(104), anchor="lt")
     draw.text((64, 190), "pictures as part of the prompt, in ComfyUI", fill=FAINT, font=ImageFont.load_default(32), anchor="lt")
-    draw.text((64, 330), '"woman police', fill=ACCENT, font=ImageFont.load_default(36), anchor="lt")
-    draw.text((64, 376), 'officer"', fill=ACCENT, font=ImageFont.load_default(36), anchor="lt")
+    draw.text((64, 372), f'"{ROWS[0].prompt}"', fill=ACCENT, font=ImageFont.load_default(40), anchor="lm")
     for sign, right in (("+", 338), ("+", 566), ("=", 796)):
         draw.text((right, 372), sign, fill=INK, font=ImageFont.load_default(60), anchor="mm")
     for place, left, name in ((STYLE, 374, "style"), (FACE, 602, "face")):
