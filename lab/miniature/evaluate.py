@@ -52,6 +52,7 @@ class Line:
         gates: factor on the global gates A and F.
         assemble: name of a way to assemble inside the blocks, of ASSEMBLING.
         added: where the references are added up, of WAYS.
+        toned: targets are people in a tone, not what has none.
         own: on the base's own tokens, not on ELLA's.
         adapter: the style reference is shown to the IP-Adapter itself.
     """
@@ -64,6 +65,7 @@ class Line:
     gates: float = 1.0
     assemble: str = "sum"
     added: str = BLOCKS
+    toned: bool = True
     own: bool = False
     adapter: bool = False
 
@@ -101,6 +103,10 @@ LINES = (
     Line("unseen style: + style", {"style": "style"}, unseen=True),
     Line("unseen style: + style, shuffled references", {"style": "style"}, unseen=True, misled=True),
     Line("unseen style: + style, distilled", {"style": "distilled"}, unseen=True),
+    Line("two unseen styles, no tone: text only", {}, unseen=True, toned=False),
+    Line("two unseen styles, no tone: + style", {"style": "style"}, unseen=True, toned=False),
+    Line("two unseen styles, no tone: + style, shuffled", {"style": "style"}, unseen=True, misled=True, toned=False),
+    Line("two unseen styles, no tone: + style, distilled", {"style": "distilled"}, unseen=True, toned=False),
 )
 PROMPTS = {"name": lambda row: row.names[0], "all": full_caption, "category": category_of}
 
@@ -208,21 +214,24 @@ def main() -> None:
     data, sampling = load(options.data), Sampling(guidance=options.guidance)
     world = load_world(options.files, options.runs, options.modules, data, options.device, PRECISIONS[options.precision])
     clip, tokenizer = load_clip(options.states / "clip.pt", options.device)
-    trials = {unseen: choose_trials(data, options.pictures, options.seed, UNSEEN_SPLIT if unseen else options.split)
-              for unseen in (False, True)}
-    settings = {"split": options.split, "pictures": len(trials[False]), "of unseen styles": len(trials[True]),
+    aims = {"": (options.split, True), " of unseen styles": (UNSEEN_SPLIT, True),
+            " of unseen styles, no tone": (UNSEEN_SPLIT, False)}
+    trials = {aim: choose_trials(data, options.pictures, options.seed, *aim) for aim in aims.values()}
+    settings = {"split": options.split, **{f"pictures{of}": len(trials[aim]) for of, aim in aims.items()},
                 "guidance": sampling.guidance, "steps": sampling.steps, "seed": options.seed, "precision": options.precision}
     table = Table(options.out / f"scores-{options.split}.json", settings, extra=(CLIP_I, CLIP_T))
     evaluation = Evaluation(world, Scorer(load_judge(options.states / "judge.pt", data, options.device), data),
-                            Likeness(clip, tokenizer, data, options.device), sampling, trials[False])
-    for unseen, aimed in trials.items():
-        name = f"real pictures{' of unseen styles' if unseen else ''}"
-        table.add(name, evaluation.score(to_float(data.images_NHWC[[trial.target for trial in aimed]]), aimed))
+                            Likeness(clip, tokenizer, data, options.device), sampling, trials[options.split, True])
+    for of, aim in aims.items():
+        if trials[aim]:
+            targets = [trial.target for trial in trials[aim]]
+            table.add(f"real pictures{of}", evaluation.score(to_float(data.images_NHWC[targets]), trials[aim]))
     for line in wanted_lines(options.modules, world.adapter is not None):
-        if line.name not in table and re.search(options.lines, line.name):
-            pictures = evaluation.pictures(line, trials[line.unseen])
+        aimed = trials[UNSEEN_SPLIT if line.unseen else options.split, line.toned]
+        if aimed and line.name not in table and re.search(options.lines, line.name):
+            pictures = evaluation.pictures(line, aimed)
             save_sheet(pictures, options.out / f"{re.sub('[^a-z0-9.+]+', '-', line.name.lower())}.png")
-            table.add(line.name, evaluation.score(pictures, trials[line.unseen]))
+            table.add(line.name, evaluation.score(pictures, aimed))
     print(table.markdown())
 
 

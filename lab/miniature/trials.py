@@ -28,10 +28,11 @@ def choose_targets(data: Pictures, split: str, count: int, seed: int) -> list[in
     return [queue[turn] for turn in range(turns) for queue in queues.values() if turn < len(queue)][:count]
 
 
-def choose_trials(data: Pictures, count: int, seed: int, split: str = TRIPLE) -> list[Trial]:
-    """People of a split in a tone; references are of the train split, and of an unseen style its own pictures.
+def choose_trials(data: Pictures, count: int, seed: int, split: str = TRIPLE, toned: bool = True) -> list[Trial]:
+    """People of a split in a tone, or else what has none; references are of the train split, of an unseen style its own.
 
-    The face reference is by another family of sets than the target's, so that it tells nothing of the style.
+    The face reference is by another family of sets than the target's, so that it tells nothing of the style; what has no
+    tone has none either, and its trial names the target in its place.
     """
     chance = random.Random(seed)
     pickers = {name: References(data, data.positions(TRAIN), CONDITIONS[name]) for name in SHOWN}
@@ -39,8 +40,9 @@ def choose_trials(data: Pictures, count: int, seed: int, split: str = TRIPLE) ->
         pickers["style"] = References(data, data.positions(split), CONDITIONS["style"])
     trials = []
     for target in choose_targets(data, split, len(data.rows), seed):
-        if data.rows[target].tone and len(trials) < count:
-            shown = {name: _one(pickers[name], data.rows, target, name, chance) for name in SHOWN}
+        if bool(data.rows[target].tone) is toned and len(trials) < count:
+            shown = {name: target if name == "face" and not toned else _one(pickers[name], data.rows, target, name, chance)
+                     for name in SHOWN}
             if None not in shown.values():
                 trials.append(Trial(target, seed=len(trials), **shown))
     return trials

@@ -19,7 +19,7 @@ FAMILIES = {style.word: style.family for style in (*LEARNT, *UNSEEN)}
 
 @pytest.fixture(scope="module")
 def data():
-    """Twelve people in two tones by all sets; every fifth held out, of two families."""
+    """Twelve people in two tones and six things by all sets; every fifth person held out, of two families."""
     rows = []
     for style in (*LEARNT, *UNSEEN):
         for number in range(12):
@@ -28,6 +28,9 @@ def data():
                 split = UNSEEN_SPLIT if style in UNSEEN else "heldout-triple" if heldout else TRAIN
                 rows.append(Row(f"c{number}", (f"woman {number}",), "People & Body", "person-role", "", "woman", tone,
                                 style.word, split))
+        split = UNSEEN_SPLIT if style in UNSEEN else TRAIN
+        rows += [Row(f"t{number}", (f"thing {number}",), "Objects", "tool", "", "", "", style.word, split)
+                 for number in range(6)]
     empty = np.zeros((len(rows), 2, 2, 3), np.uint8)
     return Pictures(empty, empty.transpose(0, 3, 1, 2), rows)
 
@@ -43,6 +46,16 @@ def test_references_tell_what_they_should_and_nothing_else(data, split):
         assert face.tone == target.tone and face.concept != target.concept
         assert FAMILIES[face.style] != FAMILIES[target.style] != FAMILIES[thing.style] and thing.concept == target.concept
         assert {face.split, thing.split} == {TRAIN}
+
+
+def test_things_of_unseen_styles_are_of_every_such_set_and_shown_by_it(data):
+    trials = choose_trials(data, 12, seed=1, split=UNSEEN_SPLIT, toned=False)
+    targets = [data.rows[trial.target] for trial in trials]
+    assert {row.style for row in targets} == {style.word for style in UNSEEN} and {row.tone for row in targets} == {""}
+    for trial, target in zip(trials, targets, strict=True):
+        style = data.rows[trial.style]
+        assert style.style == target.style and style.concept != target.concept and trial.face == trial.target
+    assert choose_trials(data, 12, seed=1, toned=False) == []
 
 
 def test_shuffled_references_tell_something_else(data):
