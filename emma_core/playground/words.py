@@ -10,7 +10,6 @@ from pathlib import Path
 from ..files.json_file import read_json
 from . import PLAYGROUND_DIR
 
-UNREAD = r"[^\w\s,'-]"  # what its tokenizer leaves out of a prompt
 _ALIKE = 0.8  # of the letters: a slip of the pen, not another word
 # letters, or a sign that is none of a keyboard's, such as an emoji
 _WORD = re.compile(r"[^\W\d_]+|[^\w\s\x00-\x7f]")

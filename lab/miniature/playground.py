@@ -15,7 +15,6 @@ from PIL import Image
 from emma_core.errors import ImageInputError
 from emma_core.files.tensor_file import read_tensors
 from emma_core.playground import PLAYGROUND_DIR
-from emma_core.playground.words import UNREAD
 
 from ..weights import save_tensors
 from .captions import words_around
@@ -24,6 +23,7 @@ from .styles import LEARNT, Style
 from .synonyms import SYNONYMS
 
 MODULES = ("style", "face", "object")
+_UNREAD = r"[^\w\s,'-]"  # what no caption had; the shipped tokenizer leaves it out of a prompt
 HELP_PAGES = tuple(PLAYGROUND_DIR.parent / "web" / "docs" / name for name in ("EMMAPlayground.md", "EMMAPlayground/zh.md"))
 _NAMES, _END_OF_NAMES = "<!-- names -->", "<!-- /names -->"
 # Each of the train split. What a style is shown by is no prompt of the demo, so what its pictures show cannot come from here.
@@ -57,7 +57,7 @@ def export_tokenizer(file: Path, out: Path) -> None:
     from tokenizers import Regex, Tokenizer, normalizers
 
     tokenizer = Tokenizer.from_file(str(file))
-    unread = [normalizers.Replace(Regex(pattern), " ") for pattern in (UNREAD, r"\s+")]
+    unread = [normalizers.Replace(Regex(pattern), " ") for pattern in (_UNREAD, r"\s+")]
     tokenizer.normalizer = normalizers.Sequence([tokenizer.normalizer, *unread, normalizers.Strip()])
     tokenizer.save(str(out))
 
